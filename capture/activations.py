@@ -1,0 +1,207 @@
+"""Sentences -> activations: run a Llama over a corpus and write what passes through the sites asked for.
+
+torchrun --nproc_per_node=8 -m capture.activations --model M --corpus corpus/ --sites layers.23.resid_post --out acts/
+python -m capture.activations --model demo --corpus corpus/ --out acts/
+
+The corpus is cut into chunks of consecutive sentences. Chunk i belongs to rank i mod world size, and batches form inside a
+chunk only, so that any number of processes writes the same bytes. A chunk is also what is resumed after a kill.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from capture.batches import tokenise
+from capture.chunks import ChunkCapture, capture_chunk, encode, read_counts
+from capture.store import Corpus, chunk_name, open_corpus
+from capture.writer import FileToWrite, Writer
+from core.artifact import Builder, building
+from core.cli import Progress, StageConfig, machine, run_stage
+from core.runtime import Runtime
+from llama3 import Tokenizer, Transformer, load_model, load_tokenizer
+from llama3.sites import check_sites
+
+log = logging.getLogger("capture.activations")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationsConfig(StageConfig):
+    """Flags of the stage."""
+
+    model: str
+    """A model folder, a Hub id, or demo. The manifest holds its last part and the hash of its weights."""
+    corpus: Path
+    """A corpus folder, from capture.sentences."""
+    out: Path
+    """The activations folder to write."""
+    sites: tuple[str, ...] = ()
+    """Sites to capture in one pass, each into a folder of its own. Empty: resid_post at 5/6 of the depth."""
+    storage: Literal["bf16", "fp32"] = "bf16"
+    """Type of the stored activations."""
+    bos: Literal["none", "feed"] = "none"
+    """feed: put the BOS token before each sentence, and do not store its row."""
+    max_length: int = 192
+    """Tokens after which a sentence is cut; cut sentences are counted."""
+    chunk_sentences: int = 2048
+    """Sentences of a chunk: the unit of writing, resuming and handing out."""
+    batch_tokens: int = 8192
+    """Slots of one forward pass, padding included. Part of the result: the last bits differ with the shape of a batch."""
+    max_padding: float = 0.05
+    """A batch ends early rather than hold a greater share of padding. 0: only sentences of one length meet."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """On NaN or Inf: stop, or give the sentence no rows (at any site) and count it."""
+    queue_depth: int = machine(2)
+    """Files that may wait to be written, each held in memory."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "chunk_sentences", "batch_tokens", "queue_depth"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1")
+        if not 0 <= self.max_padding < 1:
+            raise ValueError(f"--max-padding {self.max_padding}: expected a share from 0 to less than 1")
+        if len(set(self.sites)) < len(self.sites):
+            raise ValueError(f"--sites {' '.join(self.sites)}: a site is named twice")
+
+
+def run(config: ActivationsConfig, runtime: Runtime) -> None:
+    """Write the activations folder together with the other ranks."""
+    corpus = open_corpus(config.corpus)
+    tokenizer = load_tokenizer(config.model)
+    model = load_model(config.model, runtime.device)
+    config = replace(config, sites=config.sites or (default_site(model.params.n_layers),))
+    _check(config, model, tokenizer)
+    provenance = _provenance(config, model, tokenizer, corpus)
+    recorded = replace(config, model=provenance["model"])
+    with building(config.out, "activations", recorded, runtime, inputs=[corpus.artifact], provenance=provenance) as builder:
+        if builder.complete:
+            log.info("%s: already complete", config.out)
+            return
+        chunks = runtime.share(-(-corpus.n_sentences // config.chunk_sentences))
+        stage = _Stage(config, runtime, corpus, tokenizer, _how(config, model, tokenizer))
+        stage.write(chunks, builder)
+        counts = _counts(config.sites, builder, chunks, runtime)
+        names = [chunk_name(site, index) for index in chunks for site in config.sites]
+        builder.finish(names, {"sentences": corpus.n_sentences} | counts)
+    log.info(
+        "%s: %s tokens of %s sentences at %s; padding %.1f%%; truncated %d, empty %d, non-finite %d; abnormal norms %s",
+        config.out, f"{counts['tokens']:,}", f"{corpus.n_sentences:,}", ", ".join(config.sites), 100 * counts["padding_share"],
+        counts["truncated_sentences"], counts["empty_sentences"], counts["nonfinite_sentences"],
+        ", ".join(f"{share:.2%}" for share in counts["abnormal_norm_share"].values()),
+    )  # fmt: skip
+
+
+def default_site(n_layers: int) -> str:
+    """The residual stream at 5/6 of the depth, where the reference run looks too."""
+    return f"layers.{round(5 / 6 * n_layers) - 1}.resid_post"
+
+
+def _check(config: ActivationsConfig, model: Transformer, tokenizer: Tokenizer) -> None:
+    """ValueError, before anything is written, for what this model cannot do."""
+    check_sites(config.sites, model.params.n_layers)
+    context, bos = model.params.max_seq_len, int(config.bos == "feed")
+    if config.max_length + bos > context:
+        raise ValueError(
+            f"--max-length {config.max_length}: the model's context is {context} tokens; give at most {context - bos}"
+        )
+    if tokenizer.n_vocab > model.params.vocab_size:
+        raise ValueError(
+            f"--model {config.model}: its tokenizer has {tokenizer.n_vocab:,} tokens, its embedding "
+            f"{model.params.vocab_size:,} rows; these do not belong together"
+        )
+
+
+def _provenance(config: ActivationsConfig, model: Transformer, tokenizer: Tokenizer, corpus: Corpus) -> dict[str, Any]:
+    return {
+        "model": "demo" if config.model == "demo" else Path(config.model).resolve().name,
+        "model_hash": model.weights_hash,
+        "tokenizer_hash": tokenizer.hash,
+        "sites": list(config.sites),
+        "d_model": model.params.dim,
+        "dtype": config.storage,
+        "bos": config.bos,
+        "max_length": config.max_length,
+        "corpus_hash": corpus.manifest_hash,
+    }
+
+
+def _how(config: ActivationsConfig, model: Transformer, tokenizer: Tokenizer) -> ChunkCapture:
+    return ChunkCapture(
+        model=model,
+        sites=config.sites,
+        storage=config.storage,
+        batch_tokens=config.batch_tokens,
+        max_padding=config.max_padding,
+        bos_id=tokenizer.bos_id if config.bos == "feed" else None,
+        skip_nonfinite=config.nonfinite == "skip",
+    )
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What one rank needs to turn chunks of the corpus into files."""
+
+    config: ActivationsConfig
+    runtime: Runtime
+    corpus: Corpus
+    tokenizer: Tokenizer
+    how: ChunkCapture
+
+    def write(self, chunks: Sequence[int], builder: Builder) -> None:
+        """Capture and publish those of `chunks` that an earlier run has not finished."""
+        todo = [(i, missing) for i in chunks if (missing := [s for s in self.how.sites if not builder.has(chunk_name(s, i))])]
+        if len(todo) < len(chunks):
+            log.info("%d of %d chunks are there already", len(chunks) - len(todo), len(chunks))
+        total = sum(len(self._sentences(index)) for index, _ in todo)
+        with (
+            Progress("capture.activations", total, "sentences", self.runtime) as bar,
+            Writer(builder, self.config.timeout_s, self.config.queue_depth) as writer,
+        ):
+            fed = slots = 0
+            for index, missing in todo:
+                ids = self._sentences(index)
+                tokens = tokenise(self.corpus.rows(ids.start, ids.stop), self.tokenizer, self.config.max_length)
+                captured = capture_chunk(self.how, tokens, writer.check)
+                for site in missing:
+                    rows = len(captured.rows[site])
+                    writer.put(FileToWrite(chunk_name(site, index), rows, partial(encode, captured, site)))
+                fed, slots = fed + captured.counts["fed"], slots + captured.counts["slots"]
+                bar.update(len(ids), tokens=f"{fed:,}", padding=f"{_padding(fed, slots):.1%}", queue=writer.waiting)
+
+    def _sentences(self, chunk: int) -> range:
+        size = self.config.chunk_sentences
+        return range(chunk * size, min((chunk + 1) * size, self.corpus.n_sentences))
+
+
+def _padding(fed: int, slots: int) -> float:
+    return 1 - fed / slots if slots else 0.0
+
+
+def _counts(sites: Sequence[str], builder: Builder, chunks: Sequence[int], runtime: Runtime) -> dict[str, Any]:
+    """The counts of all ranks together, read back from the files, so that those of an earlier run are among them."""
+    mine: dict[str, Counter[str]] = {site: Counter() for site in sites}
+    for site in sites:
+        for index in chunks:
+            name = chunk_name(site, index)
+            record = builder.has(name)
+            assert record is not None
+            mine[site] += read_counts(builder.path / name) + Counter(tokens=record.rows)
+    every: list[Mapping[str, Counter[str]]] = runtime.gather_objects(mine)
+    total = {site: sum((part[site] for part in every), Counter()) for site in sites}
+    one = total[sites[0]]  # sites differ in their norms alone
+    return {
+        "tokens": one["tokens"],
+        "truncated_sentences": one["truncated"],
+        "empty_sentences": one["empty"],
+        "nonfinite_sentences": one["nonfinite"],
+        "padding_share": round(_padding(one["fed"], one["slots"]), 6),
+        "abnormal_norm_rows": {site: count["abnormal"] for site, count in total.items()},
+        "abnormal_norm_share": {site: round(n["abnormal"] / max(n["tokens"], 1), 6) for site, n in total.items()},
+    }
+
+
+if __name__ == "__main__":
+    run_stage(ActivationsConfig, run, __doc__ or "")

@@ -1,0 +1,214 @@
+"""Text to sentences: Punkt (Kiss and Strunk 2006, Computational Linguistics 32:485-525) with a small model of our own.
+
+python -m capture.punkt --text documents.jsonl state_union/ inaugural/ --encoding latin-1 --out capture/punkt.json
+
+The model is learned without supervision by NLTK's trainer from at most --max-bytes of text; the abbreviations listed here are
+added, because a few megabytes do not hold them all. It lies beside this file, so that every machine cuts sentences alike.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import nltk.data
+import xxhash
+from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer, PunktTrainer, load_punkt_params
+
+from capture.sources import Document, open_source
+from core import files
+from core.cli import one_line_errors, parse, set_up_logging
+
+MODEL = Path(__file__).with_name("punkt.json")
+
+TITLES = "mr mrs ms messrs mme mlle dr prof gen lt col capt cpt cmdr adm sgt cpl sen rep gov pres rev hon fr supt st mt ft"
+LATIN = "e.g i.e cf viz vs v.s al ibid resp approx incl excl esp ca n.b eg ie"
+PLACES = "u.s u.s.a u.k u.n e.u u.s.s.r d.c n.y l.a b.c a.d b.c.e c.e"
+TIMES = "a.m p.m jan feb apr aug sept oct nov dec mon tues wed thurs fri"
+DEGREES = "ph.d m.d b.a m.a b.sc m.sc ll.b ll.m m.b.a d.d.s r.n jr sr esq"
+BUSINESS = "inc ltd co corp bros llc plc assn dept univ est ave blvd rd"
+ABBREVIATIONS = frozenset(f"{TITLES} {LATIN} {PLACES} {TIMES} {DEGREES} {BUSINESS} etc ed eds trans repr misc".split())
+"""Words that may carry a period inside a sentence; whether one ends there is decided by the word that follows."""
+
+_NUMBERED = "no nos fig figs sec secs ch chap chaps vol vols art eq eqs p pp para pt ref refs par v mar jun jul"
+BEFORE_NUMBERS = frozenset(_NUMBERED.split())
+"""Words that are abbreviations only before a number, as in "No. 5"; elsewhere they end sentences ("He said no.")."""
+NUMBER = "##number##"  # how Punkt spells every number
+
+_NEVER_LAST = "|".join(re.escape(word) for word in f"{TITLES} e.g i.e cf viz vs v.s resp approx".split())
+_NOT_AN_END = re.compile(rf"(?:^|[\s(\[\"'“‘/-])(?:{_NEVER_LAST})\.$", re.IGNORECASE)
+_GOES_ON = re.compile(r"(?:[.?!][\"'”’»)\]]+|\.[^\W\d]\.)$")
+"""Ends in quotation marks or brackets, and acronyms: before a lower-case word the sentence goes on ("Why?" he asked)."""
+_LINE_ENDS = (".", "!", "?", ":", ";", '"', "'", ")", "”", "’", "…")
+_INITIAL = re.compile(r"(?:^|[\s(\"“‘])[A-Z]\.$")
+_INITIAL_NEXT = re.compile(r"[A-Z]\.\s")
+
+Lines = Literal["auto", "paragraphs", "wrapped"]
+
+
+class Splitter:
+    """Cuts text into sentences. `hash` identifies the model behind it."""
+
+    def __init__(self, parameters: PunktParameters, joins: bool) -> None:
+        """`joins`: mend what Punkt has no means for, by the rules for English in this file."""
+        parameters.ortho_context = _Orthography(parameters.ortho_context)
+        self._punkt = PunktSentenceTokenizer(parameters)
+        self._joins = joins
+        self.hash = xxhash.xxh3_64_hexdigest(json.dumps(_as_json(parameters)).encode())
+
+    def sentences(self, text: str, lines: Lines = "auto") -> Iterator[str]:
+        """The sentences of `text` in order, as they stand there, without white space around them.
+
+        `lines` says what one line break means: the end of a sentence ("paragraphs"), or no more than a space ("wrapped", for
+        text broken to a width); "auto" decides by how the lines end and begin. A blank line always ends a sentence.
+        """
+        for paragraph in _paragraphs(text, lines):
+            spans = list(self._punkt.span_tokenize(paragraph))
+            if self._joins:
+                spans = _joined(paragraph, spans)
+            for start, end in spans:
+                if sentence := paragraph[start:end].strip():
+                    yield sentence
+
+
+class _Orthography(dict[str, int]):
+    """Contexts of words; unlike the defaultdict of NLTK's it does not grow with every unknown word that is looked up."""
+
+    def __missing__(self, word: str) -> int:
+        return 0
+
+
+def _paragraphs(text: str, lines: Lines) -> Iterator[str]:
+    for block in re.split(r"\n[^\S\n]*\n", text):
+        rows = [row for line in block.split("\n") if (row := line.strip())]
+        if lines == "wrapped" or (lines == "auto" and _is_wrapped(rows)):
+            yield " ".join(rows)
+        else:
+            yield from rows
+
+
+def _is_wrapped(rows: list[str]) -> bool:
+    """Whether lines break off in mid-sentence: a third of the breaks have no end before and a small letter behind them."""
+    breaks = [not last.endswith(_LINE_ENDS) and first[0].islower() for last, first in pairwise(rows)]
+    return any(breaks) and 3 * sum(breaks) >= len(breaks)
+
+
+def _joined(text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans with those merged between which no sentence can end."""
+    merged = spans[:1]
+    for (_, end), (begin, stop) in pairwise(spans):
+        if _goes_on(text[max(merged[-1][0], end - 12) : end], text[begin : begin + 3]):
+            merged[-1] = (merged[-1][0], stop)
+        else:
+            merged.append((begin, stop))
+    return merged
+
+
+def _goes_on(last: str, first: str) -> bool:
+    """Whether the sentence that seems to end with the characters `last` goes on with `first`."""
+    if first[0].islower() and _GOES_ON.search(last):
+        return True
+    return bool(_NOT_AN_END.search(last) or (_INITIAL.search(last) and _INITIAL_NEXT.match(first)))
+
+
+def load_splitter(punkt: Literal["builtin", "pretrained"] = "builtin", language: str = "english") -> Splitter:
+    """Our own model for English, or NLTK's pretrained one for `language`; ValueError where that is not on the machine."""
+    if punkt == "builtin":
+        if language != "english":
+            raise ValueError(f"--language {language}: the built-in Punkt model knows English alone; add --punkt pretrained")
+        return Splitter(_from_json(json.loads(MODEL.read_text(encoding="utf-8"))), joins=True)
+    try:
+        return Splitter(load_punkt_params(nltk.data.find(f"tokenizers/punkt_tab/{language}/")), joins=False)
+    except LookupError:
+        raise ValueError(
+            f"--punkt pretrained: NLTK's data for {language!r} is not on this machine; fetch it with "
+            "`python -m nltk.downloader punkt_tab`, or use --punkt builtin"
+        ) from None
+
+
+class _Abbreviations(set[str]):
+    """Known abbreviations, of which training may add to the listed ones but not forget them."""
+
+    def remove(self, word: str) -> None:
+        if word not in ABBREVIATIONS:
+            super().remove(word)
+
+
+def train(documents: Iterable[Document], max_bytes: int) -> PunktParameters:
+    """Punkt's parameters, learned from a sample of `documents` of at most `max_bytes` of UTF-8, with ABBREVIATIONS listed.
+
+    The sample is drawn by a hash of name and text, so that it depends neither on order nor on chance.
+    """
+    texts: list[str] = []
+    for document in sorted(documents, key=lambda d: (xxhash.xxh3_64_hexdigest(f"{d.name}\0{d.text}".encode()), d.name)):
+        size = len(document.text.encode())
+        if size <= max_bytes:
+            max_bytes -= size
+            texts.append(document.text)
+    trainer = PunktTrainer()
+    trainer.get_params().abbrev_types = _Abbreviations(ABBREVIATIONS)
+    trainer.train("\n\n".join(texts))
+    learned = trainer.get_params()
+    # A few megabytes teach abbreviations with periods inside; the others found there are rare words that once ended a sentence.
+    # Learned collocations are left out: in documentation they tie a variable at a sentence's end to the word after it.
+    acronyms = {word for word in learned.abbrev_types if re.fullmatch(r"[a-z]+(\.[a-z]+)+", word)}
+    parameters = PunktParameters()
+    parameters.abbrev_types = ABBREVIATIONS | acronyms
+    parameters.collocations = {(word, NUMBER) for word in BEFORE_NUMBERS}
+    parameters.sent_starters = learned.sent_starters
+    frequent = {word for word, count in Counter(re.findall(r"\w+", " ".join(texts).lower())).items() if count > 1}
+    parameters.ortho_context = {word: flags for word, flags in learned.ortho_context.items() if flags and word in frequent}
+    return parameters
+
+
+def _as_json(parameters: PunktParameters) -> dict[str, Any]:
+    """Parameters in the form of punkt.json: sorted, words of one orthographic context together."""
+    contexts: dict[int, list[str]] = {}
+    for word, flags in sorted(parameters.ortho_context.items()):
+        contexts.setdefault(flags, []).append(word)
+    return {
+        "abbreviations": " ".join(sorted(parameters.abbrev_types)),
+        "collocations": sorted(parameters.collocations),
+        "sentence_starters": " ".join(sorted(parameters.sent_starters)),
+        "orthography": {str(flags): " ".join(contexts[flags]) for flags in sorted(contexts)},
+    }
+
+
+def _from_json(model: dict[str, Any]) -> PunktParameters:
+    parameters = PunktParameters()
+    parameters.abbrev_types = set(model["abbreviations"].split())
+    parameters.collocations = {(first, second) for first, second in model["collocations"]}
+    parameters.sent_starters = set(model["sentence_starters"].split())
+    parameters.ortho_context = {word: int(flags) for flags, words in model["orthography"].items() for word in words.split()}
+    return parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class PunktConfig:
+    """Flags of the trainer."""
+
+    text: tuple[str, ...]
+    """Sources to learn from, each as `--source` of capture.sentences."""
+    out: Path = MODEL
+    """The model file to write."""
+    encoding: str = "utf-8"
+    """Encoding of the sources."""
+    max_bytes: int = 4_000_000
+    """Bytes of text to learn from; more changes little."""
+
+
+def main() -> None:
+    set_up_logging()
+    with one_line_errors():
+        config = parse(PunktConfig, __doc__)
+        documents = (document for spec in config.text for document in open_source(spec, config.encoding))
+        parameters = train(documents, config.max_bytes)
+        files.publish(config.out, (json.dumps(_as_json(parameters), ensure_ascii=False, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()

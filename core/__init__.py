@@ -1,0 +1,1 @@
+"""What every stage shares: the runtime (ranks and devices), artifacts on disk, and the command line."""

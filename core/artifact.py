@@ -1,0 +1,353 @@
+"""Artifacts: folders with a manifest, which are the only thing that stages hand to one another.
+
+A folder is built under a lock, file by file, each whole or absent; a journal remembers what is finished, so that the same
+command continues after a kill; the manifest with `complete: true` comes last. Readers refuse everything else.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, get_args, get_type_hints
+
+import xxhash
+
+from core import files
+from core.files import locked as locked
+from core.runtime import Runtime
+from core.version import VERSION
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+class FileRecord(NamedTuple):
+    """One file of an artifact: path inside the folder, size, xxh3-128, and rows where it holds rows."""
+
+    name: str
+    bytes: int
+    checksum: str
+    rows: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder holds and where it came from. Holds no time, host, world size or absolute path."""
+
+    kind: str
+    config: dict[str, Any]
+    inputs: list[dict[str, str]] = field(default_factory=list)
+    files: list[FileRecord] = field(default_factory=list)
+    counts: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    complete: bool = False
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        """The text of `manifest.json`: canonical, with a checksum of itself, so that one flipped bit anywhere is noticed."""
+        data = json.loads(json.dumps(asdict(self) | {"files": [record._asdict() for record in self.files]}))
+        data["checksum"] = xxhash.xxh3_128_hexdigest(json.dumps(data, sort_keys=True).encode())
+        return json.dumps(data, indent=1, sort_keys=True) + "\n"
+
+    @property
+    def hash(self) -> str:
+        """Identifies the content: 16 hexadecimal digits of the SHA-256 of the manifest's text."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:16]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """The manifest of `folder`, complete or not; ValueError where there is none or it is damaged."""
+        path = folder / MANIFEST
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder; expected the output of an earlier stage")
+        if not path.is_file():
+            raise ValueError(f"{folder}: holds no {MANIFEST}, so it is not the output of a stage; check the path")
+        try:
+            text = path.read_text(encoding="utf-8")
+            data = dict(json.loads(text))
+            version = data.get("format_version")
+            if isinstance(version, int) and version != FORMAT_VERSION:
+                raise ValueError(f"format version {version}, expected {FORMAT_VERSION}; use a matching release")
+            data.pop("checksum", None)
+            data["files"] = [FileRecord(**record) for record in data["files"]]
+            manifest = cls(**data)
+            if manifest.to_json() != text:
+                raise ValueError("its checksum does not fit; it was altered after it was written")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(f"{path}: damaged manifest ({error}); run its stage again into a fresh folder") from None
+        return manifest
+
+
+class Artifact:
+    """A complete artifact opened for reading. `file(name)` verifies a file's checksum the first time it is asked for."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path, self.manifest = path, manifest
+        self._records = {record.name: record for record in manifest.files}
+        self._verified: set[str] = set()
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._records)
+
+    def file(self, name: str) -> Path:
+        if name not in self._records:
+            raise ValueError(f"{self.path}: holds no file {name!r}; it holds {', '.join(self.names[:5])}")
+        if name not in self._verified:
+            _check_file(self.path, self._records[name])
+            self._verified.add(name)
+        return self.path / name
+
+    def rows(self, name: str) -> int:
+        return self._records[name].rows
+
+    def as_input(self) -> dict[str, str]:
+        """How a later stage's manifest names this folder."""
+        return {"kind": self.manifest.kind, "hash": self.manifest.hash}
+
+
+def open_artifact(path: Path, *kinds: str) -> Artifact:
+    """Open the complete artifact in `path`, of one of `kinds`.
+
+    ValueError names what is missing, extra, cut or of another kind.
+    """
+    path = Path(path)
+    manifest = Manifest.read(path)
+    if kinds and manifest.kind not in kinds:
+        raise ValueError(f"{path}: expected a folder of kind {' or '.join(kinds)}, found {manifest.kind}")
+    if not manifest.complete:
+        raise ValueError(f"{path}: the stage that writes this folder has not finished; give its command again to continue it")
+    expected = {record.name: record for record in manifest.files}
+    found = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
+    found = {name for name in found if name != MANIFEST and not any(part.startswith(".") for part in name.split("/"))}
+    for what, names in (("missing", set(expected) - found), ("not listed in the manifest", found - set(expected))):
+        if names:
+            raise ValueError(f"{path}: {len(names)} file(s) {what}, the first is {min(names)}")
+    for name, record in expected.items():
+        size = (path / name).stat().st_size
+        if size != record.bytes:
+            raise ValueError(f"{path / name}: expected {record.bytes:,} bytes, found {size:,}; the file is damaged")
+    return Artifact(path, manifest)
+
+
+def verify(path: Path) -> Manifest:
+    """Read every byte of an artifact and compare checksums; ValueError names the first file that differs."""
+    artifact = open_artifact(path)
+    for name in artifact.names:
+        artifact.file(name)
+    return artifact.manifest
+
+
+def check_provenance(what: str, expected: Mapping[str, Any], found: Mapping[str, Any], keys: Iterable[str]) -> None:
+    """ValueError naming both values where `found`, the provenance of `what`, differs from `expected` in one of `keys`."""
+    for key in keys:
+        if expected.get(key) != found.get(key):
+            raise ValueError(
+                f"{what}: {key} is {found.get(key)!r}, but {expected.get(key)!r} is needed; these do not belong together"
+            )
+
+
+def config_record(config: Any) -> dict[str, Any]:
+    """All flags of a stage as JSON, without what must not reach a manifest: paths, and flags marked as machine-bound.
+
+    A string that reads as a place on this machine (`/data/llama`, `./texts`, `~/texts`) is recorded by its last name alone;
+    hashes identify what lies there.
+    """
+    assert is_dataclass(config)
+    hints = get_type_hints(type(config))
+    record = {
+        item.name: _portable(getattr(config, item.name))
+        for item in fields(config)
+        if not item.metadata.get("machine") and not _is_path(hints[item.name])
+    }
+    return json.loads(json.dumps(record))  # type: ignore[no-any-return]
+
+
+def _is_path(hint: Any) -> bool:
+    return hint is Path or any(_is_path(part) for part in get_args(hint))
+
+
+def _portable(value: Any) -> Any:
+    if is_dataclass(value):
+        return config_record(value)
+    if isinstance(value, tuple | list):
+        return [_portable(item) for item in value]
+    if isinstance(value, str) and value.startswith(("/", "./", "../", "~")):
+        return Path(value).name
+    return value
+
+
+class Builder:
+    """An artifact under construction. Every rank holds one; each publishes its own files, rank 0 writes the manifest.
+
+    `complete` is True where an earlier run of the same command already finished the artifact.
+    """
+
+    def __init__(self, path: Path, begun: Manifest, runtime: Runtime) -> None:
+        self.path, self.complete = path, begun.complete
+        self._begun, self._runtime = begun, runtime
+        self._journal = path / f".journal-{runtime.rank}.jsonl"
+        self._done = {record.name: record for record in begun.files}
+
+    def has(self, name: str) -> FileRecord | None:
+        """The record of a file that an earlier run finished, if it did."""
+        record = self._done.get(name)
+        target = self.path / name
+        return record if record and target.is_file() and target.stat().st_size == record.bytes else None
+
+    def publish(self, name: str, content: bytes | Iterable[bytes], rows: int = 0) -> FileRecord:
+        """Write one file of the artifact, whole or not at all, and remember it in the journal."""
+        self._disown(name)
+        files.make_folder((self.path / name).parent)
+        written = files.publish(self.path / name, content)
+        record = FileRecord(name, written.bytes, written.checksum, rows)
+        files.append_line(self._journal, json.dumps(record._asdict()))
+        self._done[name] = record
+        return record
+
+    def forget(self, name: str) -> None:
+        """Remove a scratch file that is no part of the result."""
+        self._disown(name)
+        files.remove(self.path / name)
+
+    def _disown(self, name: str) -> None:
+        """Journal that the record of `name` may no longer fit, before the file changes and the process is perhaps killed."""
+        if self._done.pop(name, None):
+            files.append_line(self._journal, json.dumps(FileRecord(name, -1, "", 0)._asdict()))
+
+    def finish(self, names: Iterable[str], counts: Mapping[str, Any], provenance: Mapping[str, Any] | None = None) -> None:
+        """Write the final manifest. `names` are this rank's files; those of all ranks together, in order of name, make up the
+        artifact. `counts` and `provenance` (added to that of the beginning) are taken from rank 0.
+        """
+        parts = self._runtime.gather_objects([self._done[name] for name in names])
+        records = sorted(record for part in parts for record in part)
+        assert len({record.name for record in records}) == len(records), "two ranks claim the same file"
+        manifest = replace(
+            self._begun,
+            files=records,
+            counts=dict(counts),
+            provenance=self._begun.provenance | dict(provenance or {}),
+            complete=True,
+        )
+        self._runtime.on_main(lambda: self._close(manifest))
+        self.complete = True
+
+    def _close(self, manifest: Manifest) -> None:
+        files.publish(self.path / MANIFEST, manifest.to_json().encode())
+        _remove_journals(self.path)
+
+
+@contextmanager
+def building(
+    path: Path,
+    kind: str,
+    config: Any,
+    runtime: Runtime,
+    inputs: Iterable[Artifact] = (),
+    provenance: Mapping[str, Any] | None = None,
+) -> Iterator[Builder]:
+    """Build, or go on building, the artifact `path`. `builder.complete` is True where this very command already finished it.
+
+    Raises ValueError where the folder is in use, holds something else, or was begun with other flags or inputs.
+    """
+    wanted = Manifest(
+        kind=kind,
+        config=config_record(config),
+        inputs=[artifact.as_input() for artifact in inputs],
+        provenance={"package_version": VERSION} | dict(provenance or {}),
+    )
+    path = Path(path)
+    with ExitStack() as held:
+
+        def begin() -> Manifest:
+            held.enter_context(locked(path))
+            return _begin(path, wanted)
+
+        # What was begun reaches all ranks from rank 0: each reading the folder for itself might see more or less of it.
+        yield Builder(path, runtime.on_main(begin), runtime)
+
+
+def _begin(path: Path, wanted: Manifest) -> Manifest:
+    """Write the incomplete manifest into a fresh folder, or check that the one there was begun by the same command.
+
+    Returns the manifest there; where it is incomplete, with the files that earlier runs finished.
+    """
+    if (path / MANIFEST).exists():
+        begun = Manifest.read(path)
+        _check_same_command(path, begun, wanted)
+    else:
+        strangers = [p.name for p in path.iterdir() if not p.name.startswith(".")]
+        if strangers:
+            raise ValueError(
+                f"{path}: not empty (it holds {min(strangers)}) and not the output of a stage; choose another --out"
+            )
+        begun = wanted
+        files.publish(path / MANIFEST, wanted.to_json().encode())
+    files.sweep(path)
+    if begun.complete:
+        _remove_journals(path)
+        return begun
+    return replace(begun, files=_read_journals(path))
+
+
+def _check_same_command(path: Path, begun: Manifest, wanted: Manifest) -> None:
+    """ValueError naming the first difference between what `path` was begun with and what is asked for now."""
+    if begun.kind != wanted.kind:
+        raise ValueError(f"{path}: already holds {begun.kind}; choose another --out for {wanted.kind}")
+    for name in sorted(set(begun.config) | set(wanted.config)):
+        old, new = begun.config.get(name), wanted.config.get(name)
+        if json.dumps(old) != json.dumps(new):
+            raise ValueError(
+                f"{path}: was made with --{name.replace('_', '-')} {_shown(old)}, now {_shown(new)} is asked for; "
+                "choose another --out, or remove the folder"
+            )
+    if begun.inputs != wanted.inputs:
+        raise ValueError(
+            f"{path}: was made from other inputs ({begun.inputs}) than those given ({wanted.inputs}); choose another --out"
+        )
+    for name, new in json.loads(json.dumps(wanted.provenance)).items():
+        # A finished artifact stays good when the package moves on; half of one is not continued by other code.
+        if begun.provenance.get(name) != new and not (begun.complete and name == "package_version"):
+            raise ValueError(
+                f"{path}: was begun with {name} {begun.provenance.get(name)!r}, now it is {new!r}; choose another --out, "
+                "or remove the folder"
+            )
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) or "(none)" if isinstance(value, list) else str(value)
+
+
+def _remove_journals(path: Path) -> None:
+    for journal in path.glob(".journal-*.jsonl"):
+        files.remove(journal)
+
+
+def _read_journals(path: Path) -> list[FileRecord]:
+    """What earlier runs finished, whatever their number of ranks; where records differ, the one that fits the file, if any."""
+    records: dict[str, set[FileRecord]] = {}
+    for journal in sorted(path.glob(".journal-*.jsonl")):
+        for line in journal.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                record = FileRecord(**json.loads(line))
+                records.setdefault(record.name, set()).add(record)
+            except (ValueError, TypeError):
+                continue  # the line being written when the process died
+    settled = [one for rivals in records.values() for one in rivals if len(rivals) == 1 or _fits(path, one)]
+    return [record for record in settled if record.bytes >= 0]
+
+
+def _fits(folder: Path, record: FileRecord) -> bool:
+    path = folder / record.name
+    return path.is_file() and files.checksum(path) == (record.bytes, record.checksum)
+
+
+def _check_file(folder: Path, record: FileRecord) -> None:
+    found = files.checksum(folder / record.name)
+    if found != (record.bytes, record.checksum):
+        raise ValueError(
+            f"{folder / record.name}: damaged: expected {record.bytes:,} bytes with checksum {record.checksum[:12]}, "
+            f"found {found.bytes:,} with {found.checksum[:12]}; run its stage again into a fresh folder"
+        )

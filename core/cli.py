@@ -1,0 +1,301 @@
+"""Command lines: flags generated from a frozen dataclass, one logging set-up, progress on rank 0, and errors in one line."""
+
+import contextlib
+import io
+import logging
+import os
+import re
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import tyro
+from tqdm import tqdm
+
+from core.runtime import Runtime, environment_rank, open_runtime
+
+T = TypeVar("T")
+ConfigT = TypeVar("ConfigT")
+
+log = logging.getLogger("core.cli")
+
+
+def machine(default: Any = MISSING) -> Any:
+    """A flag that says how this machine works and not what comes out; it is left out of manifests."""
+    return field(metadata={"machine": True}) if default is MISSING else field(default=default, metadata={"machine": True})
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """Flags that every stage has."""
+
+    device: str = machine("auto")
+    """auto (this rank's GPU where there is one), cpu or cuda."""
+    threads: int = 0
+    """CPU threads per process; 0 keeps PyTorch's choice. Part of the result: float32 sums differ between 1 and 2 threads."""
+    seed: int = 0
+    """Seed of everything random in the stage."""
+    timeout_s: float = machine(600.0)
+    """Seconds after which a rank that does not answer ends the job."""
+
+
+class Preset(NamedTuple):
+    """A TOML file as the flags that it stands for."""
+
+    path: str
+    flags: list[str]
+
+
+def parse(config_class: type[ConfigT], description: str, argv: Sequence[str] | None = None) -> ConfigT:
+    """Build `config_class` from flags, over the values of `--config FILE.toml`, over the defaults.
+
+    Raises ValueError in one line for unknown or missing flags, wrong types, and unknown names in the TOML file.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    given, preset = _take_preset(config_class, argv)
+    n_positional = next((i for i, argument in enumerate(given) if argument.startswith("-")), len(given))
+    # Of two values for one flag the later wins; positional arguments stay in front, where no list of the preset swallows them.
+    arguments = [*given[:n_positional], *preset.flags, *given[n_positional:]]
+    text = f"{description}\n\n--config FILE.toml sets the same names from a file; flags given beside it win."
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors), _unfolded(not {"-h", "--help"} & set(given)):
+            return tyro.cli(config_class, args=arguments, description=text, prog=_program())
+    except SystemExit as exit_:
+        if not exit_.code:
+            raise
+        message = _one_line(errors.getvalue(), config_class.__name__)
+    raise ValueError(message + _origin(message, given, preset))
+
+
+@contextlib.contextmanager
+def _unfolded(wanted: bool) -> Iterator[None]:
+    """Keep tyro from folding its messages to the width of the terminal, which would cut sentences apart."""
+    before = os.environ.get("COLUMNS")
+    if wanted:
+        os.environ["COLUMNS"] = "4000"
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS", None)
+        if before is not None:
+            os.environ["COLUMNS"] = before
+
+
+def _program() -> str:
+    """What the user typed, for --help."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
+
+
+def _take_preset(config_class: type[Any], argv: list[str]) -> tuple[list[str], Preset]:
+    """The arguments without `--config FILE`, and what that file sets."""
+    given, paths = [], []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument == "--config":
+            paths.append(next(arguments, ""))
+        elif argument.startswith("--config="):
+            paths.append(argument.partition("=")[2])
+        else:
+            given.append(argument)
+    if not paths:
+        return given, Preset("", [])
+    path = paths[0]
+    if len(paths) > 1 or not path:
+        raise ValueError("--config: expected one TOML file behind it, once")
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"--config {path}: {error.strerror}; expected a TOML file") from None
+    except ValueError as error:
+        raise ValueError(f"--config {path}: not valid TOML: {error}") from None
+    try:
+        scalars, lists = _as_flags(config_class, values, "")
+    except ValueError as error:
+        raise ValueError(f"--config {path}: {error}") from None
+    return given, Preset(path, scalars + lists)
+
+
+def _as_flags(config_class: type[Any], values: dict[str, Any], prefix: str) -> tuple[list[str], list[str]]:
+    """TOML values as flags, so that they pass the same checks: those with one value, and those with lists of them."""
+    hints = get_type_hints(config_class)
+    known = {item.name: hints[item.name] for item in fields(config_class)}
+    scalars: list[str] = []
+    lists: list[str] = []
+    for name, value in values.items():
+        hint = known.get(name.replace("-", "_"))
+        if hint is None:
+            raise ValueError(f"unknown name {prefix + name!r}; expected some of {', '.join(known)}")
+        stem = name.replace("_", "-")
+        flag = f"--{prefix}{stem}"
+        if is_dataclass(hint) and isinstance(value, dict):
+            nested = _as_flags(hint, value, f"{prefix}{stem}.")  # type: ignore[arg-type]
+            scalars += nested[0]
+            lists += nested[1]
+        elif hint is bool:
+            if not isinstance(value, bool):
+                raise ValueError(f"{prefix + name!r} must be true or false; found {value!r}")
+            scalars.append(flag if value else f"--{prefix}no-{stem}")
+        elif isinstance(value, dict | list) and not _holds_many(hint):
+            raise ValueError(f"{prefix + name!r} must be one value; found {value!r}")
+        elif isinstance(value, dict):
+            lists += [flag, *(str(part) for pair in value.items() for part in pair)]
+        elif isinstance(value, list):
+            lists += [flag, *(str(part) for part in _flat(value))]
+        else:
+            scalars.append(f"{flag}={value}")
+    return scalars, lists
+
+
+def _holds_many(hint: Any) -> bool:
+    origin = get_origin(hint)
+    if origin in (Union, UnionType):
+        return any(_holds_many(part) for part in get_args(hint))
+    return isinstance(origin or hint, type) and issubclass(origin or hint, Collection) and not issubclass(origin or hint, str)
+
+
+def _flat(values: list[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, list):
+            yield from _flat(value)
+        else:
+            yield value
+
+
+def _one_line(boxed: str, class_name: str) -> str:
+    """Tyro's framed message as one line: what is wrong, the nearest flags, and where to read more.
+
+    It holds a title, the message, and sections with hints, apart from one another by rules.
+    """
+    sections: list[list[str]] = [[]]
+    for framed in boxed.splitlines():
+        line = framed.strip("│╭╮╰╯─").rstrip(" ─")
+        if re.fullmatch(r" *-{3,}", line) or (not line and "─" in framed):
+            sections.append([])
+        elif line:
+            sections[-1].append(line)
+    if len(sections[0]) == 1:  # where the terminal is not UTF-8, a rule follows the title too
+        sections[:2] = [sections[0] + sections[1]]
+    (title, *lines), *others = sections
+    if title.strip() == "Required options":  # of each its name, with its help indented below
+        margin = len(lines[1]) - len(lines[1].lstrip())
+        text = "missing " + ", ".join(line.strip() for line in lines[1:] if line[margin] != " ")
+        strange = [line.strip() for part in others if part and "Unrecognized" in part[0] for line in part[1:]]
+        if unknown := [word for word in strange if word.startswith("--")]:  # the likelier slip: a flag misspelt
+            text = f"unknown flag {', '.join(unknown)}; {text}"
+    else:
+        text = " ".join(map(str.strip, lines)).removeprefix(f"Error parsing {class_name}: ").rstrip(".")
+    hints = [section for section in others if section and ("similar" in section[0] or "meant" in section[0])]
+    nearest = [line.split()[0] for section in hints for line in section if line.lstrip().startswith("--")]
+    meant = f"; did you mean {' or '.join(dict.fromkeys(nearest))}?" if nearest else ";"
+    return f"{text}{meant} see --help"
+
+
+def _origin(message: str, given: list[str], preset: Preset) -> str:
+    """Where the flag that `message` complains about was set, if it was in the preset."""
+    typed = {argument.partition("=")[0] for argument in given}
+    for flag in preset.flags:
+        name = flag.partition("=")[0]
+        if name.startswith("--") and name not in typed and re.search(rf"{re.escape(name)}(?![\w.-])", message):
+            return f" ({name} is set in {preset.path})"
+    return ""
+
+
+def set_up_logging(rank: int = 0) -> None:
+    """Time, stage and message on stderr; ranks other than 0 speak only to warn."""
+    prefix = f"[rank {rank}] " if rank else ""
+    logging.basicConfig(
+        level=logging.WARNING if rank else logging.INFO,
+        format=f"%(asctime)s {prefix}%(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+        force=True,
+    )
+    for chatty in ("httpx", "httpcore", "urllib3", "filelock", "matplotlib"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+@contextlib.contextmanager
+def one_line_errors(rank: int = 0) -> Iterator[None]:
+    """Turn errors that the user can mend (ValueError, OSError) into one line on stderr and exit code 2; Ctrl-C into 130."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if os.environ.get("LOG_TRACEBACKS"):
+            log.exception("the error in full")
+        where = f" (rank {rank})" if rank else ""
+        print(f"error{where}: {_described(error)}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        if not rank:
+            print("interrupted; the same command continues from here", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
+
+
+def _described(error: Exception) -> str:
+    """The error in one line; of an OSError the path and the reason, without the number."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(text.split()) or type(error).__name__
+
+
+def run_stage(config_class: type[ConfigT], run: Callable[[ConfigT, Runtime], Any], description: str) -> NoReturn:
+    """The `main` of every stage: flags, logging, runtime, `run(config, runtime)`, errors in one line."""
+    rank, _, _ = environment_rank()
+    set_up_logging(rank)
+    with one_line_errors(rank):
+        config: Any = parse(config_class, description)
+        with open_runtime(config.device, config.threads, config.seed, config.timeout_s) as runtime:
+            run(config, runtime)
+    raise SystemExit(0)
+
+
+class Progress:
+    """A progress bar with rate and time left on rank 0; a log line every ten seconds where stderr is no terminal."""
+
+    def __init__(self, label: str, total: int | None, unit: str, runtime: Runtime | None = None) -> None:
+        self._label, self._total, self._unit = label, total, unit
+        self._shown = runtime is None or runtime.is_main
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            desc=label, total=total, unit=unit, unit_scale=True, disable=not (self._shown and terminal), leave=False
+        )
+        self._logged = self._shown and not terminal
+        self._began = self._spoke = time.monotonic()
+        self.done = 0
+
+    def update(self, n: int, **notes: Any) -> None:
+        """Count `n` more units; `notes` (name=value) are shown beside the rate."""
+        self.done += n
+        self._bar.update(n)
+        if notes:
+            self._bar.set_postfix(notes, refresh=False)
+        now = time.monotonic()
+        if self._logged and now - self._spoke > 10:
+            self._spoke = now
+            rate = self.done / (now - self._began)
+            left = f", {max(self._total - self.done, 0) / rate:.0f} s left" if self._total and rate else ""
+            of = f" of {self._total:,}" if self._total else ""
+            extra = "".join(f", {name} {value}" for name, value in notes.items())
+            logging.getLogger(self._label).info("%s%s %s, %.0f/s%s%s", f"{self.done:,}", of, self._unit, rate, left, extra)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._bar.close()
+
+
+def progress(items: Iterable[T], label: str, total: int | None, unit: str, runtime: Runtime | None = None) -> Iterator[T]:
+    """Iterate over `items` with a progress bar."""
+    with Progress(label, total, unit, runtime) as bar:
+        for item in items:
+            yield item
+            bar.update(1)

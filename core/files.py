@@ -1,0 +1,200 @@
+"""The one place where finished work reaches the disk.
+
+Every operation that publishes a file passes through `_do`, so that a test can fail or kill the process at the N-th one, and
+full disks read alike everywhere.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, NamedTuple, TypeVar
+
+import xxhash
+
+T = TypeVar("T")
+
+READ_BYTES = 4 * 2**20
+LOCK = ".lock"
+
+
+def _nothing(operation: str, path: Path) -> None:
+    pass
+
+
+before_operation: Callable[[str, Path], None] = _nothing
+"""Called before each operation with its name and path; tests replace it to inject faults."""
+
+
+class Written(NamedTuple):
+    """What was written: size in bytes, and xxh3-128 of the content in hexadecimal."""
+
+    bytes: int
+    checksum: str
+
+
+def publish(path: Path, content: bytes | Iterable[bytes]) -> Written:
+    """Make `path` hold `content`, whole or not at all: temporary name in the same folder, fsync, rename, fsync of the folder.
+
+    Raises OSError naming the path; where the disk is full also the bytes needed so far and the bytes free.
+    """
+    # A name of its own for each attempt: a rank of a dying job may still be writing the same file.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    digest, size = xxhash.xxh3_128(), 0
+    try:
+        with _do("open", temporary, lambda: temporary.open("wb")) as file:
+            for piece in (content,) if isinstance(content, bytes) else content:
+                size += len(piece)
+                digest.update(piece)
+                _do("write", temporary, partial(file.write, piece))
+            _do("flush", temporary, file.flush)
+            _do("fsync", temporary, lambda: os.fsync(file.fileno()))
+        _do("rename", path, lambda: temporary.replace(path))
+        _do("fsync_folder", path.parent, partial(_sync_folder, path.parent))
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # what cannot be removed now, `sweep` removes when the folder is next built
+            remove(temporary)
+        if isinstance(error, OSError):
+            raise _explained(error, path, size) from error
+        raise
+    return Written(size, digest.hexdigest())
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line to a journal and fsync it. A line cut short by a crash is closed first; it is for the reader to skip."""
+    try:
+        with _do("open", path, lambda: path.open("a+b")) as file:
+            text = line.encode() + b"\n"
+            if _is_torn(file):
+                text = b"\n" + text
+            _do("write", path, lambda: file.write(text))
+            _do("flush", path, file.flush)
+            _do("fsync", path, lambda: os.fsync(file.fileno()))
+    except OSError as error:
+        raise _explained(error, path, len(line)) from error
+
+
+def make_folder(path: Path) -> None:
+    """Create `path` with its parents, so that they outlive a power cut. ValueError where a file is in the way."""
+    missing = []
+    while not path.exists():
+        missing.append(path)
+        path = path.parent
+    if not path.is_dir():
+        raise ValueError(f"{path}: a file lies where a folder is needed; choose another --out")
+    for folder in reversed(missing):
+        try:
+            _do("mkdir", folder, partial(folder.mkdir, exist_ok=True))
+            _do("fsync_folder", folder.parent, partial(_sync_folder, folder.parent))
+        except OSError as error:
+            raise _explained(error, folder, 0) from error
+
+
+def remove(path: Path) -> None:
+    _do("unlink", path, lambda: path.unlink(missing_ok=True))
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporaries that killed processes left in `folder` and below."""
+    for stray in folder.rglob(".*.tmp"):
+        remove(stray)
+
+
+def checksum(path: Path) -> Written:
+    """Size and xxh3-128 of a file."""
+    digest, size = xxhash.xxh3_128(), 0
+    with path.open("rb") as file:
+        while block := file.read(READ_BYTES):
+            size += len(block)
+            digest.update(block)
+    return Written(size, digest.hexdigest())
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of `folder`, made where it is missing. The kernel drops it when the process dies, so it is never stale.
+
+    Raises ValueError naming the host and process that hold it.
+    """
+    make_folder(folder)
+    lock = folder / LOCK
+    descriptor = _take(lock)
+    try:
+        _do("write", lock, lambda: _sign(descriptor))
+        yield
+    finally:
+        try:
+            if _names(lock, descriptor):
+                remove(lock)
+        finally:
+            os.close(descriptor)
+
+
+def _take(lock: Path) -> int:
+    """A descriptor that holds the exclusive lock on the file which `lock` names now."""
+    while True:
+        descriptor = _do("open", lock, lambda: os.open(lock, os.O_RDWR | os.O_CREAT, 0o644))
+        try:
+            _do("lock", lock, partial(fcntl.flock, descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB))
+            if _names(lock, descriptor):
+                return descriptor
+        except BlockingIOError:
+            holder = os.read(descriptor, 200).decode(errors="replace").strip() or "it has not said which"
+            os.close(descriptor)
+            raise ValueError(
+                f"{lock.parent}: another job is writing here ({holder}); wait for it or choose another --out"
+            ) from None
+        except OSError as error:
+            os.close(descriptor)
+            raise OSError(error.errno, f"{lock.parent}: this file system cannot lock files ({error.strerror})") from error
+        os.close(descriptor)  # the holder before us removed the file between our open and our lock
+
+
+def _names(lock: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(lock.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _sign(descriptor: int) -> None:
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"host {socket.gethostname()}, process {os.getpid()}".encode())
+
+
+def _is_torn(file: BinaryIO) -> bool:
+    if not file.seek(0, os.SEEK_END):
+        return False
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) != b"\n"
+
+
+def _do(operation: str, path: Path, act: Callable[[], T]) -> T:
+    before_operation(operation, path)
+    return act()
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _explained(error: OSError, path: Path, size: int) -> OSError:
+    """The same error with the path in its text, and with what to do where room is short."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(path.parent).free
+        text = f"disk full: writing {path} needs at least {size:,} bytes, {free:,} are free there"
+        return OSError(error.errno, f"{text}; free some space and give the same command again")
+    if error.errno == errno.EFBIG:
+        text = f"file too large: {path} needs at least {size:,} bytes, more than this process may write into one file"
+        return OSError(error.errno, f"{text}; raise `ulimit -f` and give the same command again")
+    return OSError(error.errno, f"cannot write {path}: {error.strerror or error}")

@@ -1,0 +1,205 @@
+"""Ranks, device, process group and seeds. Rank and world size are read here and nowhere else.
+
+One process and many take the same path: a single process talks to `Solo`, which has the answers of a group of one.
+"""
+
+import os
+import random
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Protocol, TypeVar, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+LOST_PEER = re.compile(r"timed? ?out|clos(ed|ing)|reset by peer|refused|monitoredBarrier|clients joined", re.IGNORECASE)
+"""What PyTorch's messages say when a rank ended or does not answer; other RuntimeErrors are bugs and keep their traceback."""
+
+
+class Comm(Protocol):
+    """What a stage may ask of its group. A trailing underscore works in place."""
+
+    def barrier(self) -> None: ...
+    def sum_(self, tensor: Tensor) -> Tensor: ...
+    def max_(self, tensor: Tensor) -> Tensor: ...
+    def broadcast_(self, tensor: Tensor) -> Tensor: ...
+    def gather_objects(self, value: Any) -> list[Any]: ...
+
+
+class Solo:
+    """A group of one."""
+
+    def barrier(self) -> None:
+        pass
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def max_(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value]
+
+
+class Group:
+    """All processes of the job: NCCL for tensors on GPUs, gloo for tensors on CPU and for objects.
+
+    A rank that ended or does not answer within the time-out is a ConnectionError on the others.
+    """
+
+    def __init__(self, timeout: timedelta) -> None:
+        self._timeout = timeout
+        self._cpu = dist.new_group(backend="gloo", timeout=timeout)
+
+    def barrier(self) -> None:
+        with _lost_peer("a barrier", self._timeout):
+            # On rank 0 the error lists all ranks that did not come.
+            dist.monitored_barrier(self._cpu, timeout=self._timeout, wait_all_ranks=True)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        with _lost_peer("a sum", self._timeout):
+            dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
+        return tensor
+
+    def max_(self, tensor: Tensor) -> Tensor:
+        with _lost_peer("a maximum", self._timeout):
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
+
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        with _lost_peer("a broadcast", self._timeout):
+            dist.broadcast(tensor, src=0)
+        return tensor
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * dist.get_world_size()
+        with _lost_peer("gathering", self._timeout):
+            dist.all_gather_object(values, value, group=self._cpu)
+        return values
+
+
+@contextmanager
+def _lost_peer(what: str, timeout: timedelta) -> Iterator[None]:
+    """Say in one line which collective failed, where the reason is a rank that ended or does not answer."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not LOST_PEER.search(str(error)):
+            raise
+        reason = re.sub(r"\S*/gloo/\S+ ", "", str(error).splitlines()[0])
+        seconds = timeout.total_seconds()
+        raise ConnectionError(
+            f"{what} between the processes of this job failed: {reason}; a rank ended (see its own message) or did not answer "
+            f"within --timeout-s {seconds:g}"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where this process stands: its rank among `world_size`, its device, and the group it talks to."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    comm: Comm
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks; after the time-out, an error names those that did not come."""
+        self.comm.barrier()
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Each rank's `value`, in order of rank, on every rank."""
+        return self.comm.gather_objects(value)
+
+    def on_main(self, act: Callable[[], T]) -> T:
+        """Run `act` on rank 0 alone. Every rank gets its result, or raises its ValueError or OSError: none is left waiting."""
+        value: T | None = None
+        failure: Exception | None = None
+        if self.is_main:
+            try:
+                value = act()
+            except (ValueError, OSError) as error:
+                failure = error
+        value, failure = self.gather_objects((value, failure))[0]
+        if failure is not None:
+            raise failure
+        return cast(T, value)
+
+    def share(self, n_items: int) -> range:
+        """The items, of `n_items`, that fall to this rank: i belongs to rank i mod world size."""
+        return range(self.rank, n_items, self.world_size)
+
+
+def environment_rank() -> tuple[int, int, int]:
+    """(rank, local rank, world size) as torchrun sets them; (0, 0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def pick_device(name: str, local_rank: int, world_size: int = 1) -> torch.device:
+    """`auto` is this rank's GPU where there is one, else the CPU. ValueError where a GPU is asked for and there is none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    asked = re.fullmatch(r"cuda(?::(\d+))?", name)
+    if asked is None:
+        raise ValueError(f"--device {name!r}: expected auto, cpu, cuda or cuda:N")
+    if not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: no GPU is visible to PyTorch; use --device cpu, or install a CUDA build of torch")
+    if asked[1] and world_size > 1:
+        raise ValueError(f"--device {name}: all {world_size} ranks would share one GPU; use --device cuda")
+    index, visible = int(asked[1] or local_rank), torch.cuda.device_count()
+    if index >= visible:
+        remedy = "choose a lower number" if asked[1] else "lower --nproc_per_node"
+        raise ValueError(f"--device {name}: GPU {index} is needed, but only {visible} are visible; {remedy}")
+    return torch.device("cuda", index)
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def open_runtime(device: str = "auto", threads: int = 0, seed: int = 0, timeout_s: float = 600.0) -> Iterator[Runtime]:
+    """Join the process group that torchrun announces (or none), pick the device, set threads and seeds; leave it at the end.
+
+    `threads` 0 keeps PyTorch's own choice; `timeout_s` bounds every collective, in seconds.
+    """
+    if threads < 0:
+        raise ValueError(f"--threads must be 0 (PyTorch's choice) or more; found {threads}")
+    if timeout_s <= 0:
+        raise ValueError(f"--timeout-s must be more than 0; found {timeout_s}")
+    rank, local_rank, world_size = environment_rank()
+    place = pick_device(device, local_rank, world_size)
+    if threads:
+        torch.set_num_threads(threads)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    seed_everything(seed)
+    if world_size == 1:
+        yield Runtime(0, 1, place, Solo())
+        return
+    timeout = timedelta(seconds=timeout_s)
+    with _lost_peer("the first meeting", timeout):
+        dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=timeout)
+    yield Runtime(rank, world_size, place, Group(timeout))
+    # After an error this line is not reached: leaving politely would wait for peers that are inside a collective, whereas the
+    # end of the process breaks their connection and ends them too.
+    dist.destroy_process_group()

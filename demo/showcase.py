@@ -1,0 +1,160 @@
+"""Three features worth showing: a clear label, sentences that agree with it, and a visible effect when it is steered."""
+
+import math
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from inference.session import InferenceConfig, Session, open_session
+from inference.steering import Edit, Recipe
+from interpretability.records import Explanation, TopSentence
+from interpretability.words import names_content
+from llama3 import Sampling, complete
+
+SHOWN = 3
+SENTENCES = 5
+CANDIDATES = 14
+MIN_SCORE = 0.75
+MIN_PASSAGES = 3
+STRENGTHS = (0.75, 1.5, 3.0)
+MAX_COST = 1.5
+"""Nats per token by which steered text may be less likely to the unsteered model than its own continuation."""
+PROMPTS = ("This morning I", "She looked at the", "We went to the")
+
+
+@dataclass(frozen=True)
+class Steered:
+    """A prompt continued without and with one latent added at `strength` multiples of its maximum."""
+
+    prompt: str
+    strength: float
+    baseline: str
+    steered: str
+    lift: float
+    """How much more of its maximum the latent reaches, per token, on the steered text read by the unsteered model."""
+    cost: float
+    """Nats per token that the steered text is less likely than the baseline, by the unsteered model."""
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One latent with what makes it worth showing."""
+
+    explanation: Explanation
+    sentences: list[TopSentence]
+    steered: Steered
+
+
+def showcase(model: str, out: Path) -> list[Feature]:
+    """Pick three features of the finished demo in `out` and print them; returns what was printed."""
+    run = InferenceConfig(model=model, sae=out / "run" / "sae", top=out / "top", explanations=out / "explanations")
+    session = open_session(run, torch.device("cpu"))
+    features = pick(session)
+    if not features:
+        print("\nNo latent has both a clear label and sentences that agree with it; more text or more steps would help.")
+    for number, feature in enumerate(features, 1):
+        print(f"\n{'─' * 100}\n{number}. latent {feature.explanation.latent}: {feature.explanation.title}")
+        print(f"   {feature.explanation.explanation}")
+        print("\n".join(f"     {highlighted(sentence)}" for sentence in feature.sentences))
+        steered = feature.steered
+        print(f"   {steered.prompt!r} continued\n     as it is      {_flat(steered.baseline)}")
+        print(f"     steered {steered.strength:+g}x   {_flat(steered.steered)}")
+    return features
+
+
+def pick(session: Session) -> list[Feature]:
+    """Of the best candidates, those whose steering moves the text furthest while it stays readable; no label twice."""
+    tried = [
+        Feature(explanation, sentences, steer(session, explanation.latent)) for explanation, sentences in candidates(session)
+    ]
+    tried.sort(key=lambda feature: (feature.steered.cost > MAX_COST, -feature.steered.lift))
+    chosen: list[Feature] = []
+    for feature in tried:
+        if all(feature.explanation.title != other.explanation.title for other in chosen):
+            chosen.append(feature)
+    return chosen[:SHOWN]
+
+
+def candidates(session: Session) -> list[tuple[Explanation, list[TopSentence]]]:
+    """Latents named after content words, best scores first, whose sentences come from different documents and hold those words;
+    those that live in the passages come before those of the documentation."""
+    known = session.needs_features()
+    found: list[tuple[bool, float, Explanation, list[TopSentence]]] = []
+    for explanation in known.explanations.values():
+        words = re.findall(r'"(\w+)"', explanation.title)
+        if explanation.state != "valid" or not names_content(explanation.title) or (explanation.score or 0.0) < MIN_SCORE:
+            continue
+        sentences = _distinct(known.top.sentences(explanation.latent))[:SENTENCES]
+        holding = [s for s in sentences if any(word.casefold() in s.text.casefold() for word in words)]
+        if len(holding) == SENTENCES:
+            told = sum(sentence.label is not None for sentence in sentences)
+            found.append((told < MIN_PASSAGES, -(explanation.score or 0.0), explanation, sentences))
+    found.sort(key=lambda entry: (*entry[:2], entry[2].latent))
+    return [(explanation, sentences) for _, _, explanation, sentences in found[:CANDIDATES]]
+
+
+def _distinct(sentences: list[TopSentence]) -> list[TopSentence]:
+    """One sentence of each document, none of fewer than five words, none that fires on its first token alone: without BOS that
+    place has no context, and every sentence with that first word ties."""
+    kept: dict[str, TopSentence] = {}
+    for sentence in sentences:
+        peak = max(range(len(sentence.activations)), key=sentence.activations.__getitem__)
+        if peak > 0 and len(sentence.text.split()) >= 5:
+            kept.setdefault(sentence.document, sentence)
+    return list(kept.values())
+
+
+def steer(session: Session, latent: int) -> Steered:
+    """Continue the prompts at several strengths; the strongest effect among readable texts, else the most readable text."""
+    sampling = Sampling(max_new_tokens=28, temperature=0.7, seed=3, repetition_penalty=1.15)
+    lengths = [len(session.tokenizer.encode(prompt, bos=True)) for prompt in PROMPTS]
+    baseline = complete(session.model, session.tokenizer, list(PROMPTS), sampling)
+    natural = [_judge(session, prompt, text, latent) for prompt, text in zip(PROMPTS, baseline, strict=True)]
+    known = session.needs_features()
+    tried: list[Steered] = []
+    for strength in STRENGTHS:
+        recipe = Recipe((Edit(latent=latent, strength=strength),), known.sae.weights_hash)
+        hooks = known.steering.hooks_for([recipe] * len(PROMPTS), lengths)
+        texts = complete(session.model, session.tokenizer, list(PROMPTS), sampling, hooks_for=hooks)
+        for prompt, plain, text, (level, cost) in zip(PROMPTS, baseline, texts, natural, strict=True):
+            steered_level, steered_cost = _judge(session, prompt, text, latent)
+            tried.append(Steered(prompt, strength, plain, text, steered_level - level, steered_cost - cost))
+    return min(tried, key=lambda text: (max(text.cost, MAX_COST), -text.lift))
+
+
+@torch.no_grad()
+def _judge(session: Session, prompt: str, text: str, latent: int) -> tuple[float, float]:
+    """What the unsteered model reads in `text` behind `prompt`: the latent's mean in multiples of its maximum, and the loss in
+    nats per token."""
+    start = len(session.tokenizer.encode(prompt, bos=True))
+    ids = session.tokenizer.encode(prompt + text, bos=True)
+    if len(ids) <= start:
+        return 0.0, math.inf
+    values = session.read(ids).of(latent)[start:]
+    tokens = torch.tensor([ids], device=session.model.device)
+    losses = torch.nn.functional.cross_entropy(session.model(tokens)[0, :-1].float(), tokens[0, 1:], reduction="none")
+    maximum = float(session.needs_features().max_values[latent])
+    return math.fsum(values) / len(values) / maximum, float(losses[start - 1 :].mean())
+
+
+def highlighted(sentence: TopSentence) -> str:
+    """The sentence with the tokens on which the latent reaches a third of its value set apart: in colour, or as «token»."""
+    colour = sys.stdout.isatty()
+    peak = max(sentence.activations)
+    out = ""
+    for token, value in zip(sentence.tokens, sentence.activations, strict=True):
+        if value < peak / 3 or value <= 0:
+            out += token
+        elif colour:
+            out += f"\x1b[30;48;5;{222 if value < 0.7 * peak else 214}m{token}\x1b[0m"
+        else:
+            lead = token[: len(token) - len(token.lstrip())]
+            out += f"{lead}«{token.lstrip()}»"
+    return out.replace("\n", " ").replace("»«", "")
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,190 @@
+"""The workbench: find features, steer with them, and compare, in a browser.
+
+    python -m inference.app                              the embedded model on http://127.0.0.1:7860
+    python -m inference.app --model M --sae run/sae --top top/ --explanations explanations/
+
+The page is served on this machine alone, whatever GRADIO_SHARE or GRADIO_SERVER_NAME say. Another --host, or --public-link,
+needs --password-file. Nothing is loaded from any other host, and no file but the app's own is served.
+"""
+
+import logging
+import os
+from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+from core.cli import machine, run_stage
+from core.runtime import Runtime
+from inference.dialogue import style_of
+from inference.handlers import Handlers
+from inference.session import InferenceConfig, Session, open_session
+
+log = logging.getLogger("inference.app")
+
+MAX_BODY_BYTES = 2 * 2**20
+"""Largest request body that is read at all; every field has a much lower limit of its own."""
+USER = "workbench"
+
+POLICY = "; ".join(
+    (
+        "default-src 'self'",
+        "script-src 'self' 'unsafe-inline' 'unsafe-eval'",  # Gradio's page is built from inline scripts and templates
+        "style-src 'self' 'unsafe-inline'",
+        "img-src 'self' data: blob:",
+        "font-src 'self' data:",
+        "connect-src 'self'",
+        "frame-ancestors 'self'",
+    )
+)
+
+Scope = MutableMapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppConfig(InferenceConfig):
+    """Flags of `inference.app`."""
+
+    port: int = machine(7860)
+    """Port to serve on; 0 takes a free one."""
+    host: str = machine("127.0.0.1")
+    """Address to serve on. Any but this machine's own needs --password-file."""
+    public_link: bool = machine(False)
+    """Ask Gradio's service for a public link; needs --password-file."""
+    password_file: Path | None = machine(None)
+    """File whose first line is the password for user "workbench". None asks for no password."""
+    open_browser: bool = machine(False)
+    """Open the page in the default browser."""
+    style: str = machine("auto")
+    """Chat format: llama3 (the instruct models'), plain (a transcript), or auto: plain for the embedded model, else llama3."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"--port {self.port}: expected 0 to 65535")
+        if (self.public_link or not is_loopback(self.host)) and self.password_file is None:
+            what = "--public-link" if self.public_link else f"--host {self.host}"
+            raise ValueError(f"{what} lets other machines in; give --password-file FILE too, or stay on 127.0.0.1")
+        style_of(self.style, self.model)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address reaches this machine alone."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def run(config: AppConfig, runtime: Runtime) -> None:
+    """Serve the page until Ctrl-C."""
+    password = read_password(config.password_file)
+    session = open_session(config, runtime.device)
+    serve(session, config, password, block=True)
+
+
+def serve(session: Session, config: AppConfig, password: str | None = None, block: bool = False) -> tuple[Any, str]:
+    """Start the server; returns Gradio's Blocks (its `close()` ends the server) and the address.
+
+    With `block`, returns only when the server ends.
+    """
+    ignore_gradio_variables()
+    from inference.layout import QUEUE_SIZE, Page  # Gradio reads its variables on import, so it comes after the line above
+    from inference.theme import stylesheet, theme
+
+    blocks = Page(Handlers(session, style_of(config.style, config.model))).blocks
+    blocks.queue(max_size=QUEUE_SIZE, default_concurrency_limit=2)
+    _, address, _ = blocks.launch(
+        server_name=config.host,
+        server_port=config.port or free_port(config.host),
+        share=config.public_link,
+        auth=(USER, password) if password else None,
+        inbrowser=config.open_browser,
+        theme=theme(),
+        css=stylesheet(),
+        app_kwargs={"middleware": [_middleware()], "docs_url": None, "redoc_url": None},
+        allowed_paths=[],
+        blocked_paths=[str(Path.cwd())],
+        max_file_size="64kb",
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+        run_history=False,
+        enable_monitoring=False,
+        footer_links=[],
+        quiet=True,
+        prevent_thread_lock=True,
+        state_session_capacity=500,
+    )
+    log.info("the workbench is open at %s%s; Ctrl-C ends it", address, f" for user {USER}" if password else "")
+    if block:
+        blocks.block_thread()
+    return blocks, address
+
+
+def ignore_gradio_variables() -> None:
+    """Drop the variables that would open the page to others or call out; what this app does is said by its flags alone."""
+    for name in [name for name in os.environ if name.startswith("GRADIO_")]:
+        log.info("%s is ignored; see --help for --host and --public-link", name)
+        del os.environ[name]
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+
+def free_port(host: str) -> int:
+    """A port that nothing listens on now."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def read_password(path: Path | None) -> str | None:
+    """The first line of the file; ValueError where it is too short to protect anything."""
+    if path is None:
+        return None
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if not lines or len(lines[0].strip()) < 8:
+        raise ValueError(f"--password-file {path}: expected a first line of at least 8 characters")
+    return lines[0].strip()
+
+
+class Guard:
+    """In front of Gradio: refuses large bodies before they are read, and tells the browser to ask no other host."""
+
+    def __init__(self, app: Asgi) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > MAX_BODY_BYTES:
+            await send({"type": "http.response.start", "status": 413, "headers": [(b"content-type", b"text/plain")]})
+            await send({"type": "http.response.body", "body": b"the request is too large\n"})
+            return
+
+        async def guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                extra = [(b"content-security-policy", POLICY.encode()), (b"referrer-policy", b"no-referrer")]
+                message = {**message, "headers": [*message["headers"], *extra]}
+            await send(message)
+
+        await self._app(scope, receive, guarded)
+
+
+def _middleware() -> Any:
+    from starlette.middleware import Middleware
+
+    return Middleware(Guard)
+
+
+if __name__ == "__main__":
+    run_stage(AppConfig, run, __doc__ or "")

@@ -1,0 +1,298 @@
+"""Steering: recipes of edits to SAE latents, applied to the activations of one request through hooks.
+
+A recipe says what to change; `Steering` turns recipes into the `hooks_for` that `llama3.generate` asks for at every forward
+pass. Nothing is stored on the model or the SAE, so concurrent requests cannot meet.
+
+Shapes: B batch, T tokens of this pass, D model width, N = B * T, E distinct edits of the batch, K latents stored per token.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from llama3.generate import HooksFor
+from llama3.sites import Hook
+from sae.model import SAE, Latents
+
+Mode = Literal["add", "clamp", "ablate", "replace"]
+MODES: tuple[str, ...] = get_args(Mode)
+PLACES = ("all", "prompt", "generated")
+FORMAT = "steering-recipe/1"
+MAX_EDITS = 32
+MAX_STRENGTH = 1000.0
+MAX_POSITION = 10**7
+MAX_RECIPE_CHARACTERS = 64_000
+FIRST_STEERED = 1
+"""Position 0 is never edited. It is the attention sink, with or without BOS: a row of huge norm that no SAE was trained on,
+where latents read tens of times their maximum; a clamp there would subtract that."""
+NEVER = 2**62
+"""A position beyond every context."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """One change to one latent."""
+
+    latent: int
+    """Index of the latent in its SAE."""
+    strength: float = 1.0
+    """In multiples of the latent's observed maximum; negative pushes away. `ablate` does not use it."""
+    mode: Mode = "add"
+    """`add`: the decoder direction times strength * maximum is added. `clamp`: the latent takes the value strength * maximum;
+    all else, what the SAE does not explain included, stays. `ablate`: the latent's own contribution is taken out. `replace`:
+    the activation becomes the SAE's reconstruction, with strength * maximum added to the latent before TopK (the reference
+    run's `h_bias`)."""
+    positions: str | int = "all"
+    """`all`, `prompt`, `generated` (the tokens produced, not the one that predicts the first of them), or p: from position p
+    on, counted with BOS from 0. Position 0 is left alone in every case."""
+
+    def __post_init__(self) -> None:
+        if type(self.latent) is not int or self.latent < 0:
+            raise ValueError(f"latent must be a whole number from 0; found {self.latent!r}")
+        if isinstance(self.strength, bool) or not isinstance(self.strength, int | float):
+            raise ValueError(f"latent {self.latent}: strength must be a number; found {self.strength!r}")
+        if not abs(self.strength) <= MAX_STRENGTH:  # NaN compares False, so it ends here too
+            raise ValueError(
+                f"latent {self.latent}: strength must be within ±{MAX_STRENGTH:.0f}, in multiples of the maximum; "
+                f"found {self.strength!r:.40}"
+            )
+        if self.mode not in MODES:
+            raise ValueError(f"latent {self.latent}: unknown mode {self.mode!r}; expected {', '.join(MODES)}")
+        if not (self.positions in PLACES or (type(self.positions) is int and 0 <= self.positions < MAX_POSITION)):
+            raise ValueError(
+                f"latent {self.latent}: positions must be {', '.join(PLACES)} or a position from 0; found {self.positions!r}"
+            )
+
+    @property
+    def changes_nothing(self) -> bool:
+        return self.mode == "add" and self.strength == 0
+
+    def span(self, prompt_length: int) -> tuple[int, int]:
+        """First position edited in a row whose prompt has `prompt_length` tokens, and one past the last."""
+        if isinstance(self.positions, int):
+            return max(FIRST_STEERED, self.positions), NEVER
+        first = max(FIRST_STEERED, prompt_length) if self.positions == "generated" else FIRST_STEERED
+        return first, prompt_length if self.positions == "prompt" else NEVER
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Edits that apply together, with the identity of the SAE whose latents they name."""
+
+    edits: tuple[Edit, ...] = ()
+    sae_hash: str = ""
+    """`SAE.weights_hash`. Empty only where there are no edits."""
+
+    def __post_init__(self) -> None:
+        if len(self.edits) > MAX_EDITS:
+            raise ValueError(f"a recipe holds at most {MAX_EDITS} edits; found {len(self.edits)}")
+        if self.edits and not self.sae_hash:
+            raise ValueError("a recipe with edits must name its SAE; sae_hash is empty")
+        for i, edit in enumerate(self.edits):
+            for other in self.edits[:i]:
+                if edit.latent == other.latent and {edit.positions, other.positions} != {"prompt", "generated"}:
+                    raise ValueError(
+                        f"latent {edit.latent} is edited twice at the same positions; keep one of the two edits, or let "
+                        "one act on the prompt and the other on what is generated"
+                    )
+
+    @property
+    def active(self) -> tuple[Edit, ...]:
+        """The edits that change anything."""
+        return tuple(edit for edit in self.edits if not edit.changes_nothing)
+
+    def to_json(self) -> str:
+        """The recipe as text that `from_json` reads, stable and fit for sharing."""
+        edits = [{item.name: getattr(edit, item.name) for item in fields(Edit)} for edit in self.edits]
+        return json.dumps({"format": FORMAT, "sae_hash": self.sae_hash, "edits": edits}, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Recipe":
+        """Parse a recipe; ValueError names what is unknown, missing or out of range."""
+        if len(text) > MAX_RECIPE_CHARACTERS:
+            raise ValueError(f"a recipe has at most {MAX_RECIPE_CHARACTERS:,} characters; found {len(text):,}")
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"the recipe is not valid JSON: {error}") from None
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise ValueError(f"not a steering recipe: expected an object with format {FORMAT!r}, found {found!r}")
+        if not isinstance(data.get("edits"), list) or not isinstance(data.get("sae_hash"), str):
+            raise ValueError("the recipe needs edits (a list) and sae_hash (a string)")
+        if unknown := sorted(set(data) - {"format", "sae_hash", "edits"}):
+            raise ValueError(f"the recipe has an unknown key {unknown[0]!r}; expected format, sae_hash and edits")
+        return cls(tuple(_edit_from_json(item) for item in data["edits"]), data["sae_hash"])
+
+    @classmethod
+    def read(cls, path: Path) -> "Recipe":
+        """Read a recipe from a file."""
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def _edit_from_json(item: Any) -> Edit:
+    known = [field.name for field in fields(Edit)]
+    if not isinstance(item, dict) or "latent" not in item:
+        raise ValueError(f"each edit must be an object with at least a latent; found {item!r:.80}")
+    if unknown := sorted(set(item) - set(known)):
+        raise ValueError(f"an edit has an unknown key {unknown[0]!r}; expected {', '.join(known)}")
+    return Edit(**item)
+
+
+class Plan(NamedTuple):
+    """The distinct edits of a batch as tensors, made once per request so that a decode step costs a few small operations."""
+
+    latents: Tensor
+    """[E] the latent of each edit."""
+    value: Tensor
+    """[E] what each edit aims at or adds, in units of its latent: strength * maximum, 0 for `ablate`."""
+    absolute: Tensor
+    """[E] whether the latent is set to the value (`clamp`, `ablate`) rather than moved by it."""
+    replacing: Tensor
+    """[E] whether the mode is `replace`."""
+    first: Tensor
+    """[B, 1, E] first position edited; beyond every position in rows that do not have the edit."""
+    end: Tensor
+    """[B, 1, E] one past the last position."""
+    directions: Tensor | None
+    """[E, D] what one unit of each latent adds to x; None where that depends on the token (SAEs with norm "layer")."""
+    reads: bool
+    """Whether any edit needs to know the latents' present values."""
+    replaces: bool
+    """Whether any edit replaces the activation."""
+
+
+@dataclass(frozen=True)
+class Steering:
+    """Applies recipes to one SAE's latents at the site it was trained on. Safe to share between threads."""
+
+    sae: SAE
+    site: str
+    max_values: Tensor
+    """[n_latents] largest value of each latent on the corpus; 0 where it never fired."""
+
+    def check(self, recipe: Recipe) -> None:
+        """ValueError where the recipe is for another SAE, or names a latent that is out of range or never fired."""
+        if recipe.edits and recipe.sae_hash != self.sae.weights_hash:
+            raise ValueError(
+                f"the recipe belongs to the SAE {recipe.sae_hash!r}, but {self.sae.weights_hash!r} is loaded; latents of "
+                "different SAEs have nothing in common"
+            )
+        for edit in recipe.edits:
+            if edit.latent >= len(self.max_values):
+                raise ValueError(f"latent {edit.latent} is out of range; this SAE has latents 0 to {len(self.max_values) - 1}")
+            if edit.mode != "ablate" and edit.strength and not self.max_values[edit.latent] > 0:
+                raise ValueError(f"latent {edit.latent} never fired on the corpus, so its maximum is unknown; choose another")
+
+    def hooks_for(self, recipes: Sequence[Recipe], prompt_lengths: Sequence[int]) -> HooksFor | None:
+        """For a batch whose row b follows `recipes[b]` and has a prompt of `prompt_lengths[b]` tokens (BOS included): what
+        `generate` calls with the positions of each pass. None where no edit changes anything: the plain path, bit for bit.
+
+        Raises ValueError as `check` does.
+        """
+        assert len(recipes) == len(prompt_lengths)
+        for recipe in set(recipes):
+            self.check(recipe)
+        if not any(recipe.active for recipe in recipes):
+            return None
+        plan = self._plan(recipes, prompt_lengths)
+
+        def hooks(positions: Tensor) -> Mapping[str, Hook]:
+            at = positions[:, :, None]  # (B, T, 1), -1 at padding
+            masks = ((at >= plan.first) & (at < plan.end)).flatten(0, 1)  # (N, E)
+            return {self.site: partial(self._edited, plan=plan, masks=masks)}
+
+        return hooks
+
+    @torch.no_grad()
+    def _plan(self, recipes: Sequence[Recipe], prompt_lengths: Sequence[int]) -> Plan:
+        device = self.sae.W_dec.device
+        edits = list(dict.fromkeys(edit for recipe in recipes for edit in recipe.active))
+        never = (NEVER, NEVER)
+        spans = [
+            [edit.span(length) if edit in recipe.active else never for edit in edits]
+            for recipe, length in zip(recipes, prompt_lengths, strict=True)
+        ]
+        bounds = torch.tensor(spans, device=device)  # (B, E, 2)
+        latents = torch.tensor([edit.latent for edit in edits], device=device)
+        strengths = [0.0 if edit.mode == "ablate" else edit.strength for edit in edits]
+        value = torch.tensor(strengths, device=device) * self.max_values.to(device)[latents]
+        return Plan(
+            latents=latents,
+            value=value,
+            absolute=torch.tensor([edit.mode in ("clamp", "ablate") for edit in edits], device=device),
+            replacing=torch.tensor([edit.mode == "replace" for edit in edits], device=device),
+            first=bounds[:, None, :, 0],
+            end=bounds[:, None, :, 1],
+            directions=None if self.sae.cfg.norm == "layer" else self.sae.directions(latents).float(),
+            reads=any(edit.mode in ("clamp", "ablate") for edit in edits),
+            replaces=any(edit.mode == "replace" for edit in edits),
+        )
+
+    @torch.no_grad()
+    def _edited(self, x: Tensor, plan: Plan, masks: Tensor) -> Tensor:
+        """`x` (B, T, D) with every edit applied, all computed from the same `x`; tokens outside `masks` (N, E) keep their
+        bits."""
+        flat = x.reshape(-1, x.shape[-1]).float()  # (N, D)
+        amounts = plan.value.expand(masks.shape)  # (N, E) units of each latent to add to each token
+        if plan.reads:
+            present = read_latents(self.sae.encode(flat), plan.latents)
+            amounts = torch.where(plan.absolute, plan.value - present, plan.value)
+        base = flat
+        if plan.replaces:
+            bias = plan.value * (masks & plan.replacing)
+            here = (masks & plan.replacing).any(1, keepdim=True)
+            base = torch.where(here, reconstruct_with_bias(self.sae, flat, plan.latents, bias), flat)
+        amounts = amounts * (masks & ~plan.replacing)
+        if plan.directions is None:
+            delta = torch.einsum("ne,ned->nd", amounts, self.sae.directions(plan.latents, self.sae.normalise(flat)))
+        else:
+            delta = amounts @ plan.directions
+        edited = torch.where(masks.any(1, keepdim=True), base + delta, flat)
+        return edited.to(x.dtype).view_as(x)
+
+
+def read_latents(latents: Latents, wanted: Tensor) -> Tensor:
+    """Values (N, E) of the latents `wanted` (E) among those that fired, 0 where they did not."""
+    hit = latents.indices[:, :, None] == wanted  # (N, K, E)
+    return (latents.values[:, :, None] * hit).sum(1)
+
+
+def reconstruct_with_bias(sae: SAE, flat: Tensor, latents: Tensor, bias: Tensor) -> Tensor:
+    """The SAE's reconstruction (N, D) of `flat` (N, D) with `bias` (N, E) added to the pre-activations of `latents` (E)."""
+    norm = sae.normalise(flat)
+    h = sae.pre_activations(norm.z).index_add(1, latents, bias)
+    values, indices = h.topk(sae.cfg.k)
+    return sae.decode(Latents(values.relu(), indices), norm)
+
+
+def chain(*sources: HooksFor | None) -> HooksFor | None:
+    """Several `hooks_for` as one: at a site that more than one edits or reads, they apply in the order given."""
+    active = [source for source in sources if source is not None]
+    if len(active) < 2:
+        return active[0] if active else None
+
+    def hooks(positions: Tensor) -> Mapping[str, Hook]:
+        merged: dict[str, list[Hook]] = {}
+        for source in active:
+            for site, hook in source(positions).items():
+                merged.setdefault(site, []).append(hook)
+        return {site: partial(_apply_all, fns=fns) for site, fns in merged.items()}
+
+    return hooks
+
+
+def _apply_all(x: Tensor, fns: Iterable[Hook]) -> Tensor:
+    for fn in fns:
+        replaced = fn(x)
+        x = x if replaced is None else replaced
+    return x

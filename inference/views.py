@@ -1,0 +1,248 @@
+"""The app's pieces of HTML, as strings. Whatever comes from a user, a model or a corpus is escaped here."""
+
+import math
+from collections.abc import Sequence
+from html import escape
+
+from inference.session import Features, Session
+from inference.workbench import Hit, Row, Snapshot, confidence, neighbours
+from interpretability.records import HISTOGRAM_FIRST_EXPONENT, Explanation, LatentStatistics, TopSentence
+
+N_SENTENCES = 12
+
+
+def tokens(pieces: Sequence[str], values: Sequence[float], largest: float) -> str:
+    """Text with each token shaded by its value, from none at 0 to full at `largest`; the value itself is its tooltip."""
+    out = []
+    for piece, value in zip(pieces, values, strict=True):
+        text = escape(piece)
+        if value <= 0 or largest <= 0:
+            out.append(text)
+            continue
+        part = min(1.0, value / largest)
+        out.append(f'<span class="tok" style="--v:{part:.3f}" title="{value:.3g}, {part:.0%} of the maximum">{text}</span>')
+    return "".join(out)
+
+
+def note(message: str) -> str:
+    """A sentence in the place of something that is not there."""
+    return f'<p class="empty">{escape(message)}</p>'
+
+
+def results(hits: Sequence[Hit], features: Features) -> str:
+    """The list of found features; each can be opened, and added to the edits."""
+    items = []
+    for hit in hits:
+        label = escape(hit.label) or "<i>no label</i>"
+        token = f'<span class="where">on “{escape(hit.token.strip())}”</span>' if hit.token.strip() else ""
+        steerable = float(features.max_values[hit.latent]) > 0
+        items.append(
+            f'<li><button class="hit" data-open="{hit.latent}"><span class="num">{hit.latent}</span>'
+            f'<span class="label">{label}{token}</span><span class="meter" style="--v:{max(0.0, hit.value):.3f}" '
+            f'title="{hit.value:.2f}"></span></button>{_plus(hit.latent) if steerable else ""}</li>'
+        )
+    return f'<ol class="hits">{"".join(items)}</ol>'
+
+
+def _plus(latent: int) -> str:
+    return (
+        f'<button class="plus" data-steer="{latent}" aria-label="Steer with feature {latent}" title="Steer with it">+</button>'
+    )
+
+
+def card(features: Features, latent: int) -> str:
+    """Everything known about one feature."""
+    statistics = features.top.statistics(latent)
+    title = escape(features.label(latent)) or "No label"
+    sentences = features.top.sentences(latent, n=N_SENTENCES)
+    parts = [
+        f'<article class="card" data-latent="{latent}"><header><span class="num big">{latent}</span><h2>{title}</h2></header>',
+        _origin(features, latent),
+        _facts(statistics),
+        _steer_button(latent) if statistics.max > 0 else '<p class="empty">It never fired on the corpus.</p>',
+        _histogram(statistics),
+        _words("Raises", statistics.promoted, "up") + _words("Lowers", statistics.suppressed, "down"),
+        _sentences(sentences, statistics.max),
+        _neighbours(features, latent),
+        "</article>",
+    ]
+    return "".join(parts)
+
+
+def _origin(features: Features, latent: int) -> str:
+    explanation: Explanation | None = features.explanations.get(latent)
+    if explanation is None:
+        return ""
+    if explanation.state != "valid":
+        return f'<p class="empty">{escape(explanation.method)} found no label: {escape(explanation.reason)}</p>'
+    trust = confidence(features, latent)
+    measured = "score" if explanation.score is not None else "certainty"
+    by = f"{measured} {trust:.2f}, by {escape(explanation.method)}" if trust else f"by {escape(explanation.method)}"
+    text = f"<p>{escape(explanation.explanation)}</p>" if explanation.explanation != explanation.title else ""
+    return f'{text}<p class="by">{by}{" · " + escape(explanation.model) if explanation.model else ""}</p>'
+
+
+def _facts(statistics: LatentStatistics) -> str:
+    facts = [
+        ("fires on", f"{_share(statistics.density)} of tokens"),
+        ("maximum", f"{statistics.max:.3g}"),
+        ("mean", f"{statistics.mean:.3g}"),
+        ("sentences", f"{statistics.sentence_count:,}"),
+    ]
+    return '<dl class="facts">' + "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts) + "</dl>"
+
+
+def _share(density: float) -> str:
+    if density <= 0:
+        return "none"
+    return f"{density:.1%}" if density >= 0.001 else f"1 in {round(1 / density):,}"
+
+
+def _steer_button(latent: int) -> str:
+    return f'<button class="steer" data-steer="{latent}">Steer with this feature</button>'
+
+
+def _histogram(statistics: LatentStatistics) -> str:
+    """Firing tokens by activation: bars over bins that double, heights by the logarithm of the count."""
+    counts = statistics.histogram
+    filled = [i for i, count in enumerate(counts) if count]
+    if not filled:
+        return ""
+    first, last = filled[0], filled[-1]
+    tallest = math.log1p(max(counts))
+    heights = {i: math.log1p(counts[i]) / tallest for i in range(first, last + 1)}
+    bars = "".join(
+        f'<i style="--h:{height:.3f}" title="{counts[i]:,} tokens from {_edge(i)} to {_edge(i + 1)}"></i>'
+        for i, height in heights.items()
+    )
+    return (
+        f'<figure class="histogram"><div class="bars">{bars}</div><figcaption><span>{_edge(first)}</span>'
+        f"<span>activation, log count</span><span>{_edge(last + 1)}</span></figcaption></figure>"
+    )
+
+
+def _edge(index: int) -> str:
+    return f"{2.0 ** (HISTOGRAM_FIRST_EXPONENT + index):.3g}"
+
+
+def _words(name: str, words: Sequence[str], kind: str) -> str:
+    if not words:
+        return ""
+    chips = "".join(f"<span>{escape(word.strip()) or '␣'}</span>" for word in words[:10])
+    return f'<div class="words {kind}"><h3>{name}</h3><p>{chips}</p></div>'
+
+
+def _sentences(sentences: Sequence[TopSentence], largest: float) -> str:
+    if not sentences:
+        return ""
+    items = "".join(
+        f'<li><p class="text">{tokens(s.tokens, s.activations, largest)}</p>'
+        f'<p class="by"><b>{s.value:.3g}</b> {escape(s.document)}{" · " + escape(s.label) if s.label else ""}</p></li>'
+        for s in sentences
+    )
+    return f'<h3>Fires most in</h3><ol class="sentences">{items}</ol>'
+
+
+def _neighbours(features: Features, latent: int) -> str:
+    items = "".join(
+        f'<li><button class="hit" data-open="{hit.latent}"><span class="num">{hit.latent}</span>'
+        f'<span class="label">{escape(hit.label) or "<i>no label</i>"}</span>'
+        f'<span class="cos">{hit.value:.2f}</span></button></li>'
+        for hit in neighbours(features, latent)
+    )
+    return f'<h3>Writes in a similar direction</h3><ol class="hits near">{items}</ol>'
+
+
+def columns(session: Session, snapshot: Snapshot | None, lens: int | None, heats: Sequence[Sequence[float]] = ()) -> str:
+    """Baseline and steered side by side. `heats`: values of feature `lens` per token, baseline rows before steered ones."""
+    if snapshot is None:
+        return (
+            '<div class="sides idle"><section class="side baseline"><h3>Baseline</h3><p class="empty">The model as it is.</p>'
+            '</section><section class="side steered"><h3>Steered</h3><p class="empty">The same prompt and the same random '
+            "numbers, with your edits.</p></section></div>"
+        )
+    largest = 0.0
+    if lens is not None and session.features is not None:
+        largest = float(session.features.max_values[lens])
+    rows = [*snapshot.baseline, *(snapshot.steered or ())]
+    shown = [_row(session, row, heats[i] if heats else None, largest) for i, row in enumerate(rows)]
+    n = len(snapshot.baseline)
+    steered = "".join(shown[n:]) or '<p class="empty">No edit changes anything: add a feature and move its strength.</p>'
+    busy = ' aria-busy="true"' if snapshot.running else ""
+    return (
+        f'<div class="sides"{busy}><section class="side baseline"><h3>Baseline</h3>{"".join(shown[:n])}</section>'
+        f'<section class="side steered"><h3>Steered</h3>{steered}</section></div>'
+    )
+
+
+def _row(session: Session, row: Row, values: Sequence[float] | None, largest: float) -> str:
+    if values is None:
+        body = f'<span class="given">{escape(row.prompt)}</span><span class="new">{escape(row.text)}</span>'
+    else:
+        pieces = session.tokenizer.pieces(row.ids[1:])
+        cut = row.prompt_length - 1
+        body = (
+            f'<span class="given">{tokens(pieces[:cut], values[:cut], largest)}</span>'
+            f'<span class="new">{tokens(pieces[cut:], values[cut:], largest)}</span>'
+        )
+    return f'<p class="text">{body}</p>'
+
+
+def legend(features: Features, lens: int | None) -> str:
+    """What the shading of the texts means."""
+    if lens is None:
+        return ""
+    label = escape(features.label(lens)) or "no label"
+    return (
+        f'<div class="legend"><span>Shading: <b class="num">{lens}</b> {label}, read on the unsteered model</span>'
+        f'<span class="scale"><i></i>0 to {float(features.max_values[lens]):.3g}</span></div>'
+    )
+
+
+def edit_title(features: Features, latent: int) -> str:
+    """The heading of one edit."""
+    label = escape(features.label(latent)) or "<i>no label</i>"
+    return (
+        f'<button class="hit" data-open="{latent}"><span class="num">{latent}</span><span class="label">{label}</span></button>'
+    )
+
+
+def status(text: str, kind: str = "") -> str:
+    """The line below the buttons: what goes on, or what went wrong (`kind` "error")."""
+    return f'<p class="status {kind}" role="status">{escape(text)}</p>' if text else ""
+
+
+def progress(snapshot: Snapshot) -> str:
+    """How far a generation is, as a status line."""
+    rate = snapshot.new_tokens / max(snapshot.seconds, 1e-3)
+    what = "Writing… " if snapshot.running else "Stopped. " if snapshot.stopped else ""
+    return status(f"{what}{snapshot.new_tokens} tokens, {rate:.0f} a second")
+
+
+def transcript(messages: Sequence[tuple[str, str]]) -> str:
+    """A conversation: (role, text) in order."""
+    if not messages:
+        return '<div class="chat"><p class="empty">Say something. The edits of this page apply to every answer.</p></div>'
+    items = "".join(f'<div class="turn {role}"><p>{escape(text) or "…"}</p></div>' for role, text in messages)
+    return f'<div class="chat" aria-live="polite">{items}</div>'
+
+
+def masthead(session: Session) -> str:
+    """Name, what is loaded, and the switch between light and dark."""
+    n_parameters = sum(p.numel() for p in session.model.parameters())
+    facts = [escape(session.name), f"{n_parameters / 1e6:.1f} M parameters", f"context {session.context:,}"]
+    if session.features is not None:
+        sae = session.features.sae
+        facts += [f"{session.features.n_latents:,} features at {escape(session.features.site)}", f"k {sae.cfg.k}"]
+    spans = "".join(f"<span>{fact}</span>" for fact in facts)
+    return (
+        f'<header class="masthead"><div><h1>Feature workbench</h1><p class="loaded">{spans}</p></div>'
+        '<nav><a href="#find">Find</a><a href="#steer">Steer</a><a href="#read">Read</a>'
+        '<button class="theme" aria-label="Switch between light and dark">◐</button></nav></header>'
+    )
+
+
+def examples(prompts: Sequence[str]) -> str:
+    """Prompts to start from."""
+    chips = "".join(f'<button data-prompt="{escape(prompt)}">{escape(prompt)}</button>' for prompt in prompts)
+    return f'<div class="examples"><span>Try</span>{chips}</div>'

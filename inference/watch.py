@@ -1,0 +1,83 @@
+"""Watching latents while text is generated: a value per token, and an alarm above a threshold.
+
+Shapes: B batch, T tokens of this pass, D model width, N = B * T, E latents watched.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from inference.session import Features
+from inference.steering import read_latents
+from llama3.sites import Hook
+
+
+class Alarm(NamedTuple):
+    """A latent above the threshold."""
+
+    row: int
+    position: int
+    latent: int
+    value: float
+
+
+class Watch:
+    """Reads `latents` at every token of one request: give `hooks_for` to `generate`, after the steering to read what it leaves.
+
+    A token is read when the model reads it, so the last token of a text, which no forward pass follows, has no value. The
+    attention sink at position 0 is not read.
+    """
+
+    def __init__(
+        self,
+        features: Features,
+        latents: Sequence[int],
+        threshold: float | None = None,
+        on_alarm: Callable[[Alarm], None] = print,
+    ) -> None:
+        """`threshold` in units of each latent's maximum; None raises no alarm. ValueError for a latent that does not exist."""
+        for latent in latents:
+            if not 0 <= latent < features.n_latents:
+                raise ValueError(f"--watch {latent}: out of range; this SAE has latents 0 to {features.n_latents - 1}")
+        self._features, self._threshold, self._on_alarm = features, threshold, on_alarm
+        self.latents = tuple(latents)
+        self._index = torch.tensor(self.latents, device=features.sae.W_dec.device)
+        self._values: dict[tuple[int, int], list[float]] = {}
+
+    def hooks_for(self, positions: Tensor) -> Mapping[str, Hook]:
+        """The reading hook of one pass over tokens at `positions` (B, T), -1 at padding."""
+        return {self._features.site: partial(self._read, positions=positions)}
+
+    @torch.no_grad()
+    def _read(self, x: Tensor, positions: Tensor) -> None:
+        rows, columns = torch.nonzero(positions > 0, as_tuple=True)
+        if not len(rows):
+            return
+        values = read_latents(self._features.sae.encode(x[rows, columns].float()), self._index)  # (tokens, E)
+        for row, position, found in zip(rows.tolist(), positions[rows, columns].tolist(), values.tolist(), strict=True):
+            self._values[row, position] = found
+            self._judge(row, position, found)
+
+    def _judge(self, row: int, position: int, values: Sequence[float]) -> None:
+        if self._threshold is None:
+            return
+        for latent, value in zip(self.latents, values, strict=True):
+            if value > self._threshold * float(self._features.max_values[latent]) and value > 0:
+                self._on_alarm(Alarm(row, position, latent, value))
+
+    def values(self, row: int, latent: int, length: int) -> list[float | None]:
+        """The latent's value at positions 0 to `length` - 1 of one row; None where it was not read."""
+        at = self.latents.index(latent)
+        found = [self._values.get((row, position)) for position in range(length)]
+        return [None if values is None else values[at] for values in found]
+
+
+def parse_latents(text: str) -> tuple[int, ...]:
+    """Latents from `896,1204`; ValueError for anything else."""
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdecimal() and len(part) < 10 for part in parts):
+        raise ValueError(f"--watch {text!r}: expected latents separated by commas, such as 896,1204")
+    return tuple(dict.fromkeys(int(part) for part in parts))

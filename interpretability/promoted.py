@@ -1,0 +1,59 @@
+"""What a latent does to the output: the tokens whose logits its decoder row raises and lowers most.
+
+The row goes through the weight of the final norm and the unembedding (the "logit lens" on a direction). The norm's division is
+a positive factor, so it changes no order; what later layers make of the direction is not seen.
+
+Shapes: L latents, D model width, V vocabulary.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from core.artifact import check_provenance
+from llama3 import Tokenizer, Transformer, load_model
+from sae.model import SAE
+
+LATENTS_AT_ONCE = 256
+
+
+class PromotedTokens(NamedTuple):
+    """For each latent, the most promoted and the most suppressed tokens, strongest first."""
+
+    promoted: list[list[str]]
+    suppressed: list[list[str]]
+
+
+def promoted_tokens(model_path: str, sae: SAE, tokenizer: Tokenizer, n: int) -> PromotedTokens:
+    """`n` tokens each way for every latent of `sae`; empty lists where `n` is 0 or the site is read before the residual stream.
+
+    Raises ValueError where the model is not the one that the SAE was trained on.
+    """
+    site = str(sae.cfg.provenance.get("site", ""))
+    nothing = PromotedTokens([[]] * sae.cfg.n_latents, [[]] * sae.cfg.n_latents)
+    if n == 0:
+        return nothing
+    model = load_model(model_path)
+    check_provenance("the model of --model", sae.cfg.provenance, {"model_hash": model.weights_hash}, ("model_hash",))
+    # Inputs of attention and feed-forward do not reach the output as they are.
+    return nothing if site.endswith(("attn_norm", "ffn_norm")) else promoted_by(model, site, sae.W_dec, tokenizer, n)
+
+
+@torch.inference_mode()
+def promoted_by(model: Transformer, site: str, directions: Tensor, tokenizer: Tokenizer, n: int) -> PromotedTokens:
+    """The `n` tokens of the highest and lowest logits for each of `directions` (L, D) at `site`, special tokens left out."""
+    weight = model.norm.weight.float()
+    rows = directions.float() if site == "final_norm" else directions.float() * weight
+    unembedding = model.output.weight[: tokenizer.n_vocab].float()  # (V, D)
+    special = torch.tensor(sorted(tokenizer.special_tokens.values()))
+    n = min(n, tokenizer.n_vocab - len(special))
+    names: dict[int, str] = {}
+    columns: tuple[list[list[str]], list[list[str]]] = ([], [])
+    for block in torch.split(rows, LATENTS_AT_ONCE):
+        logits = block @ unembedding.T  # (l, V)
+        for sign, column in zip((1, -1), columns, strict=True):
+            signed = (sign * logits).index_fill_(1, special, -torch.inf)
+            for ids in signed.topk(n, dim=1).indices.tolist():
+                column.append([names.setdefault(i, tokenizer.decode([i])) for i in ids])
+    return PromotedTokens(*columns)

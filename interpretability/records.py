@@ -1,0 +1,262 @@
+"""What interpretability writes and others read: top sentences, statistics of latents, explanations.
+
+A folder of kind `top_sentences` holds `top_sentences.parquet`, a row for each latent, aggregation and rank, with all rows of a
+latent in one row group so that one latent is read without the rest, and `latents.parquet`, a row a latent. A folder of kind
+`explanations` holds `explanations.jsonl`, a line a latent.
+"""
+
+import io
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
+from pathlib import Path
+from threading import Lock
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from core.artifact import Artifact, open_artifact
+
+TOP_FILE = "top_sentences.parquet"
+LATENTS_FILE = "latents.parquet"
+EXPLANATIONS_FILE = "explanations.jsonl"
+
+AGGREGATIONS = ("max", "mean", "last")
+"""How a sentence's activations become one value: the largest, the mean over all its tokens, that of its last token."""
+
+HISTOGRAM_BINS = 20
+HISTOGRAM_FIRST_EXPONENT = -10
+"""Bin i of a histogram counts activations v with 2^(i-10) <= v < 2^(i-9); the first and the last also hold what lies beyond."""
+
+TOP_SCHEMA = pa.schema(
+    {
+        "latent": pa.int32(),
+        "aggregation": pa.string(),
+        "rank": pa.int32(),
+        "value": pa.float32(),
+        "sentence_id": pa.int64(),
+        "document": pa.string(),
+        "label": pa.string(),
+        "text": pa.string(),
+        "tokens": pa.list_(pa.string()),
+        "activations": pa.list_(pa.float32()),
+    }
+)
+LATENT_SCHEMA = pa.schema(
+    {
+        "latent": pa.int32(),
+        "firing_count": pa.int64(),
+        "sentence_count": pa.int64(),
+        "max": pa.float32(),
+        "mean": pa.float32(),
+        "density": pa.float64(),
+        "histogram": pa.list_(pa.int64()),
+        "promoted": pa.list_(pa.string()),
+        "suppressed": pa.list_(pa.string()),
+    }
+)
+
+
+@dataclass(frozen=True)
+class TopSentence:
+    """One of the sentences in which a latent is largest. `tokens` and `activations` have one entry a token."""
+
+    latent: int
+    aggregation: str
+    rank: int
+    """0 is the largest."""
+    value: float
+    """The aggregate of `activations` by which the sentence is ranked."""
+    sentence_id: int
+    document: str
+    label: str | None
+    text: str
+    tokens: list[str]
+    activations: list[float]
+
+
+@dataclass(frozen=True)
+class LatentStatistics:
+    """How one latent behaves over the whole corpus."""
+
+    latent: int
+    firing_count: int
+    """Tokens on which it is above 0."""
+    sentence_count: int
+    """Sentences with at least one such token."""
+    max: float
+    mean: float
+    """Over the tokens on which it fires; 0 where it never does."""
+    density: float
+    """Share of all tokens on which it fires."""
+    histogram: list[int]
+    """Firing tokens by activation, in HISTOGRAM_BINS bins that each double."""
+    promoted: list[str]
+    """Tokens whose logits its decoder row raises most, the strongest first; empty where the site does not reach the output."""
+    suppressed: list[str]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a method says about one latent."""
+
+    latent: int
+    title: str
+    """At most 6 words; empty where failed."""
+    explanation: str
+    method: str
+    """Name of the backend, such as `token_statistics`."""
+    model: str
+    """Model that wrote it; empty for a method without one."""
+    state: Literal["valid", "failed"]
+    details: dict[str, Any] = field(default_factory=dict)
+    certainty: float | None = None
+    """What the explainer says of itself, 0 to 1; None where it says nothing."""
+    score: float | None = None
+    """Balanced accuracy on sentences that the explainer did not see, 0.5 at chance; None where not measured."""
+    reason: str = ""
+    """Why it failed."""
+    reply: str = ""
+    """The raw reply of a failed request."""
+
+
+class PoolSentence(NamedTuple):
+    """A sentence that is among the top of some latent."""
+
+    sentence_id: int
+    text: str
+    label: str | None
+
+
+class TopSentences:
+    """A complete folder of top sentences. Reading is safe from several threads.
+
+    `provenance` is that of the activations with `sae_hash` and `n_latents`; `max_values` (n_latents,) is each latent's largest
+    activation in the corpus.
+    """
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.artifact = artifact
+        self.provenance: dict[str, Any] = artifact.manifest.provenance
+        self.aggregations: tuple[str, ...] = tuple(artifact.manifest.config["aggregations"])
+        self.n_tokens: int = artifact.manifest.counts["tokens"]
+        self.n_sentences: int = artifact.manifest.counts["sentences"]
+        self._latents = pq.read_table(artifact.file(LATENTS_FILE))
+        self.max_values: npt.NDArray[np.float32] = self._latents["max"].to_numpy()
+        self.firing_counts: npt.NDArray[np.int64] = self._latents["firing_count"].to_numpy()
+        self.n_latents = len(self.max_values)
+        self._file = pq.ParquetFile(artifact.file(TOP_FILE))
+        groups = [self._file.metadata.row_group(i).column(0).statistics for i in range(self._file.num_row_groups)]
+        self._last_latent_of_group = np.array([group.max for group in groups], dtype=np.int64)
+        self._lock = Lock()
+        self._group = lru_cache(maxsize=8)(self._read_group)
+
+    def _read_group(self, index: int) -> tuple[pa.Table, npt.NDArray[np.int32]]:
+        with self._lock:
+            table = self._file.read_row_group(index)
+        return table, table["latent"].to_numpy()
+
+    def check_latent(self, latent: int) -> None:
+        """ValueError where this SAE has no such latent."""
+        if not 0 <= latent < self.n_latents:
+            raise ValueError(f"latent {latent}: expected one of 0 to {self.n_latents - 1}")
+
+    def sentences(self, latent: int, aggregation: str = "max", n: int | None = None) -> list[TopSentence]:
+        """The `n` largest sentences (None: all that are stored), largest first; empty for a latent that never fires."""
+        self.check_latent(latent)
+        if aggregation not in self.aggregations:
+            raise ValueError(f"aggregation {aggregation!r}: {self.artifact.path} holds {', '.join(self.aggregations)}")
+        group = int(np.searchsorted(self._last_latent_of_group, latent))
+        if group == len(self._last_latent_of_group):
+            return []
+        table, latents = self._group(group)
+        first, last = np.searchsorted(latents, [latent, latent + 1])
+        rows = table.slice(first, last - first)
+        rows = rows.filter(pc.equal(rows["aggregation"], aggregation)).slice(0, n)
+        return [TopSentence(**row) for row in rows.to_pylist()]
+
+    def statistics(self, latent: int) -> LatentStatistics:
+        self.check_latent(latent)
+        return LatentStatistics(**self._latents.slice(latent, 1).to_pylist()[0])
+
+    def pool(self) -> list[PoolSentence]:
+        """Every sentence that is stored for some latent, once, by sentence id: the nearest to a sample of the corpus here."""
+        found: dict[int, PoolSentence] = {}
+        for index in range(self._file.num_row_groups):
+            with self._lock:
+                table = self._file.read_row_group(index, columns=["sentence_id", "text", "label"])
+            ids, first = np.unique(table["sentence_id"].to_numpy(), return_index=True)
+            fresh = first[[i for i, sentence_id in enumerate(ids) if sentence_id not in found]]
+            found |= {row["sentence_id"]: PoolSentence(**row) for row in table.take(fresh).to_pylist()}
+        return [found[sentence_id] for sentence_id in sorted(found)]
+
+
+def open_top(path: Path) -> TopSentences:
+    """Open a folder of top sentences; ValueError names what is missing, damaged or of another kind."""
+    return TopSentences(open_artifact(Path(path), "top_sentences"))
+
+
+def parquet_bytes(schema: pa.Schema, tables: Iterable[pa.Table]) -> Iterator[bytes]:
+    """A Parquet file with one row group for each of `tables` that has rows, piece by piece, never whole in memory."""
+    sink = _Sink()
+    with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
+        for table in tables:
+            if len(table):
+                writer.write_table(table, row_group_size=len(table))
+            yield sink.take()
+    yield sink.take()
+
+
+class _Sink(io.RawIOBase):
+    """A file that hands out what was written to it since the last `take`."""
+
+    def __init__(self) -> None:
+        self._pieces: list[bytes] = []
+        self._position = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self._pieces.append(bytes(data))
+        self._position += len(self._pieces[-1])
+        return len(self._pieces[-1])
+
+    def tell(self) -> int:
+        return self._position
+
+    def close(self) -> None:
+        """Stay open: the last piece is taken after the writer has closed its file."""
+
+    def take(self) -> bytes:
+        piece = b"".join(self._pieces)
+        self._pieces.clear()
+        return piece
+
+
+def explanation_lines(explanations: Iterable[Explanation]) -> Iterator[bytes]:
+    """JSON Lines, a line an explanation."""
+    for explanation in explanations:
+        yield json.dumps(asdict(explanation), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def read_explanations(path: Path) -> dict[int, Explanation]:
+    """Explanations by latent. ValueError names a line that is damaged."""
+    file = open_artifact(Path(path), "explanations").file(EXPLANATIONS_FILE)
+    known = {item.name for item in fields(Explanation)}
+    found: dict[int, Explanation] = {}
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                explanation = Explanation(**json.loads(line))
+            except (ValueError, TypeError):
+                raise ValueError(
+                    f"{file}: line {number} is no explanation; expected JSON with {', '.join(sorted(known))}"
+                ) from None
+            found[explanation.latent] = explanation
+    return found

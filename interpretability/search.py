@@ -1,0 +1,358 @@
+"""Find features: by prompts for and against, by words of their explanations, or by the direction that they write in.
+
+    python -m interpretability.search --sae run/sae --model M --top top/ --positive "a storm at sea" --negative "a calm sea"
+    python -m interpretability.search --sae run/sae --explanations explanations/ --text "storm sea"
+    python -m interpretability.search --sae run/sae --latent 896
+
+With --explanations the features in the table carry their titles. The table goes to stdout, everything else to stderr.
+
+Shapes: n latents, d model width, T tokens of a prompt, K active latents per token, M latents asked for.
+"""
+
+import json
+import logging
+import re
+import unicodedata
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from core.artifact import check_provenance, open_artifact
+from core.cli import StageConfig, run_stage
+from core.runtime import Runtime
+from interpretability.records import Explanation, TopSentences, open_top, read_explanations
+from llama3 import Tokenizer, Transformer, load_model, load_tokenizer
+from llama3.sites import check_sites
+from sae.model import SAE, load
+
+BLOCK_ELEMENTS = 1 << 24
+"""Most cosines, and most numbers of decoder rows in float32, that are held at once: 64 MiB each."""
+RANK_TOP = 20
+"""Latents of a prompt that rank counting counts."""
+
+FIELDS = ("title", "explanation", "details")
+"""Where words are looked for, the most telling place first."""
+
+Method = Literal["mean", "rank"]
+
+log = logging.getLogger("interpretability.search")
+
+
+class Ranked(NamedTuple):
+    """A feature found by prompts."""
+
+    latent: int
+    score: float
+    """`positive - negative`."""
+    positive: float
+    """mean: mean share of its maximum over the prompts for it, 0 to 1; rank: prompts for it that it is among the top of."""
+    negative: float
+    """The same over the prompts against it; 0 without any."""
+
+
+class Match(NamedTuple):
+    """A feature found by words."""
+
+    latent: int
+    field: str
+    """The title where all words are in the title; else the explanation where both hold them all; else details."""
+    score: float
+    """How far its explanation can be trusted (`trust`)."""
+
+
+class Neighbour(NamedTuple):
+    """A feature whose decoder row points in a similar direction."""
+
+    latent: int
+    cosine: float
+
+
+def check_sae(sae: SAE, path: Path | str, model: Transformer, tokenizer: Tokenizer) -> str:
+    """The site that the SAE reads. ValueError, with both values, where it is not one of this model and tokenizer."""
+    origin = {"model_hash": model.weights_hash, "tokenizer_hash": tokenizer.hash}
+    check_provenance(f"SAE {path}", origin, sae.cfg.provenance, origin)
+    site = str(sae.cfg.provenance.get("site"))
+    try:
+        check_sites([site], model.params.n_layers)
+    except ValueError as error:
+        raise ValueError(f"SAE {path}: {error}") from None
+    if sae.cfg.d_model != model.params.dim:
+        raise ValueError(f"SAE {path}: d_model is {sae.cfg.d_model}, but the model's is {model.params.dim}")
+    return site
+
+
+def open_top_of(sae: SAE, path: Path) -> TopSentences:
+    """Top sentences; ValueError, with both values, where they are not those of `sae` on its own model, tokenizer and site."""
+    origin = {key: sae.cfg.provenance.get(key) for key in ("model_hash", "tokenizer_hash", "site")}
+    top = open_top(path)
+    wanted = origin | {"sae_hash": sae.weights_hash}
+    check_provenance(f"top sentences {path}", wanted, top.provenance, wanted)
+    return top
+
+
+def open_explanations_of(sae: SAE, path: Path) -> dict[int, Explanation]:
+    """Explanations by latent; ValueError, with both values, where they are not of the latents of `sae`."""
+    found = open_artifact(path, "explanations").manifest.provenance
+    check_provenance(f"explanations {path}", {"sae_hash": sae.weights_hash}, found, ["sae_hash"])
+    return read_explanations(path)
+
+
+def trust(explanation: Explanation) -> float:
+    """Its score where that was measured, else what the explainer says of itself; 0 without either."""
+    return explanation.score if explanation.score is not None else explanation.certainty or 0.0
+
+
+def search_text(explanations: Mapping[int, Explanation], query: str, limit: int) -> list[Match]:
+    """At most `limit` features for which each word of `query` begins a word of title, explanation or details, in any case.
+
+    Those that need the title alone come first, then those that need the explanation too, then the details; among equals the
+    most trusted, then the lowest latent. An empty query finds every explained feature; one without a letter or digit none.
+    Failed explanations are never found.
+    """
+    wanted = _words(query)
+    if query.strip() and not wanted:
+        return []
+    found = []
+    for latent, explanation in explanations.items():
+        if explanation.state == "valid":
+            field = _field_needed(explanation, wanted)
+            if field is not None:
+                found.append((field, -trust(explanation), latent))
+    return [Match(latent, FIELDS[field], -distrust) for field, distrust, latent in sorted(found)[:limit]]
+
+
+def _field_needed(explanation: Explanation, wanted: Collection[str]) -> int | None:
+    """Index in FIELDS of the last field that must be read to find all words; None where even all fields lack one."""
+    missing = set(wanted)
+    for field, texts in enumerate(([explanation.title], [explanation.explanation], _texts(explanation.details))):
+        words = {word for text in texts for word in _words(text)}
+        missing = {word for word in missing if not any(known.startswith(word) for known in words)}
+        if not missing:
+            return field
+    return None
+
+
+def _words(text: str) -> list[str]:
+    """Runs of letters and digits, compatible characters (full width, ligatures) made equal, without case."""
+    return re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All text in the values of a JSON tree; keys are the backend's words, not the feature's."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        yield from chain.from_iterable(map(_texts, value))
+    elif isinstance(value, str):
+        yield value
+
+
+def search_prompts(
+    sae: SAE,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    site: str,
+    max_values: Tensor,
+    positive: Sequence[str],
+    negative: Sequence[str] = (),
+    method: Method = "mean",
+) -> list[Ranked]:
+    """Features that fire on the prompts of `positive` and not on those of `negative`, best first, ties by latent.
+
+    The share of a latent in a prompt is the largest of its values over the prompt's tokens, divided by `max_values` [n], its
+    largest value on the corpus, and cut off at 1. The largest and not the mean: a word that names a concept counts the same in
+    a long prompt as in a short one.
+
+    mean: the mean share over `positive` minus that over `negative`. rank: each prompt ranks its latents by share, and a latent
+    counts in how many prompts of `positive` it is among the first RANK_TOP, minus the same for `negative`; so one prompt on
+    which it is very strong weighs no more than another. Equal counts are ordered by the mean.
+
+    Each prompt is read behind BOS, and position 0 is left out: whatever stands there becomes the attention sink, a row of huge
+    norm that says nothing of the text, and with BOS there no word of the prompt is lost to it. Latents that never fired on the
+    corpus (maximum 0) have no range and never rank; of the others, those that count in at least one prompt are returned.
+
+    ValueError without a prompt for, and for a prompt that is empty or too long for the model's context.
+    """
+    if not positive:
+        raise ValueError("no prompt to search for; give at least one, --positive TEXT")
+    if len(max_values) != sae.cfg.n_latents:
+        raise ValueError(f"expected a maximum for each of {sae.cfg.n_latents} latents, found {len(max_values)}")
+    maxima = max_values.detach().float().cpu()
+    totals = []
+    for prompts in (positive, negative):
+        mean, count = torch.zeros(2, len(maxima), dtype=torch.float64)
+        for prompt in prompts:
+            share = _shares(sae, model, site, maxima, _prompt_ids(model, tokenizer, prompt))
+            mean += share.double() / len(prompts)
+            first = share.sort(descending=True, stable=True).indices[:RANK_TOP]
+            count[first[share[first] > 0]] += 1
+        totals.append((mean, count))
+    (mean_for, count_for), (mean_against, count_against) = totals
+    means = mean_for - mean_against
+    plus, minus = (count_for, count_against) if method == "rank" else (mean_for, mean_against)
+    scores = plus - minus
+    found = torch.nonzero((plus > 0) | (minus > 0))[:, 0].tolist()
+    found.sort(key=lambda latent: (-float(scores[latent]), -float(means[latent]), latent))
+    return [Ranked(latent, float(scores[latent]), float(plus[latent]), float(minus[latent])) for latent in found]
+
+
+def _prompt_ids(model: Transformer, tokenizer: Tokenizer, prompt: str) -> list[int]:
+    ids = tokenizer.encode(prompt, bos=True)
+    if not prompt.strip():
+        raise ValueError("a prompt is empty; write the text that the feature should, or should not, fire on")
+    if len(ids) > model.params.max_seq_len:
+        raise ValueError(
+            f"a prompt has {len(ids):,} tokens, but the context holds {model.params.max_seq_len:,}; shorten it: {prompt:.40}"
+        )
+    return ids
+
+
+@torch.no_grad()
+def _shares(sae: SAE, model: Transformer, site: str, maxima: Tensor, ids: Sequence[int]) -> Tensor:
+    """[n] largest value of each latent over the tokens after the first, in units of its maximum, 0 to 1; 0 where dead."""
+    x = model.capture(torch.tensor([list(ids)], device=model.device), sites=[site])[site][0, 1:]  # (T, d)
+    latents = sae.encode(x.float())
+    values, indices = latents.values.float().cpu().flatten(), latents.indices.cpu().flatten()  # (T * K)
+    share = torch.where(maxima[indices] > 0, values / maxima[indices], 0).clamp(max=1)
+    return torch.zeros(len(maxima)).scatter_reduce(0, indices, share, "amax")
+
+
+def neighbours(W_dec: Tensor, latent: int, n: int) -> list[Neighbour]:
+    """The `n` latents whose rows of `W_dec` [n_latents, d] have the largest cosine with that of `latent`, itself left out.
+
+    Largest first, equal ones by latent. ValueError where there is no such latent.
+    """
+    if not 0 <= latent < len(W_dec):
+        raise ValueError(f"latent {latent}: expected one of 0 to {len(W_dec) - 1}")
+    indices, cosines = nearest(W_dec, torch.tensor([latent]), n)
+    return [Neighbour(*pair) for pair in zip(indices[0].tolist(), cosines[0].tolist(), strict=True)]
+
+
+@torch.no_grad()
+def nearest(W_dec: Tensor, latents: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Neighbours of several `latents` (M,) at once: indices (M, n) int64 and cosines (M, n) float32, each row in that order.
+
+    `n` is cut off at n_latents - 1. Beyond `W_dec` and the result, memory is about 5 * BLOCK_ELEMENTS float32, whatever M and
+    n_latents are, so that all 65,536 latents of an SAE can be asked for. A row of zeros has cosine 0 with every other.
+    """
+    n_latents, d = W_dec.shape
+    n = max(0, min(n, n_latents - 1))
+    if n == 0 or len(latents) == 0:
+        return latents.new_empty(len(latents), n), torch.empty(len(latents), n)
+    found: list[tuple[Tensor, Tensor]] = []
+    for block in torch.split(latents.to(W_dec.device), max(1, BLOCK_ELEMENTS // max(n_latents, d))):
+        asked = _unit(W_dec[block])
+        cosines = torch.cat([asked @ _unit(rows).T for rows in torch.split(W_dec, max(1, BLOCK_ELEMENTS // d))], dim=1)
+        cosines[torch.arange(len(block), device=block.device), block] = -torch.inf
+        indices = _first_largest(cosines, n)
+        values, order = cosines.gather(1, indices).sort(dim=1, descending=True, stable=True)
+        found.append((indices.gather(1, order), values))
+    return torch.cat([indices for indices, _ in found]), torch.cat([values for _, values in found])
+
+
+def _first_largest(x: Tensor, n: int) -> Tensor:
+    """Ascending indices (M, n) of the `n` largest of each row of `x`; of equals the first, which `topk` does not promise."""
+    least = x.topk(n, dim=1).values[:, -1:]
+    above, level = x > least, x == least
+    wanted = n - above.sum(1, keepdim=True)
+    chosen = above | (level & (level.cumsum(1, dtype=torch.int32) <= wanted))
+    return torch.nonzero(chosen)[:, 1].view(len(x), n)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(rows.float(), dim=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig(StageConfig):
+    """Flags of `python -m interpretability.search`: one of --positive, --text and --latent says what to look for."""
+
+    sae: Path
+    """Folder of the SAE (`run/sae`)."""
+    model: str = ""
+    """The model that it was trained on: a folder, a Hub id or `demo`. Needed with --positive."""
+    top: Path | None = None
+    """Its top sentences, where the maxima of its latents are read. Needed with --positive."""
+    explanations: Path | None = None
+    """Explanations of its latents. Needed with --text; elsewhere None leaves features without titles."""
+    positive: tuple[str, ...] = ()
+    """Prompts that the features should fire on."""
+    negative: tuple[str, ...] = ()
+    """Prompts that they should not fire on."""
+    method: Method = "mean"
+    """How prompts are weighed up: mean of range-normalised activations, or rank (in how many prompts' top 20)."""
+    text: str = ""
+    """Words to look for in the explanations."""
+    latent: int | None = None
+    """Latent whose neighbours by decoder cosine to show."""
+    n: int = 20
+    """Features shown, at most."""
+    json: bool = False
+    """Print one JSON object a line instead of a table."""
+
+    def __post_init__(self) -> None:
+        if [bool(self.positive), bool(self.text.strip()), self.latent is not None].count(True) != 1:
+            raise ValueError("give one of --positive PROMPTS, --text WORDS and --latent NUMBER to say what to look for")
+        if self.negative and not self.positive:
+            raise ValueError("--negative: only takes away from --positive; give --positive too")
+        if self.positive and not self.model:
+            raise ValueError("--model is missing: the prompts are read by the model that the SAE was trained on")
+        if self.positive and self.top is None:
+            raise ValueError(
+                "--top is missing: activations are measured in units of each latent's maximum, which is read there"
+            )
+        if self.text and self.explanations is None:
+            raise ValueError("--explanations is missing: --text searches in them")
+        if self.n < 1:
+            raise ValueError(f"--n must be at least 1; found {self.n}")
+
+
+def run(config: SearchConfig, runtime: Runtime) -> None:
+    """Print the features that `config` asks for, on rank 0."""
+    if not runtime.is_main:
+        return
+    sae = load(config.sae, runtime.device)
+    explanations = {} if config.explanations is None else open_explanations_of(sae, config.explanations)
+    top = None if config.top is None else open_top_of(sae, config.top)
+    hits: Sequence[Ranked | Match | Neighbour]
+    if config.positive:
+        assert top is not None
+        model, tokenizer = load_model(config.model, device=runtime.device), load_tokenizer(config.model)
+        site = check_sae(sae, config.sae, model.eval(), tokenizer)
+        maxima = torch.tensor(top.max_values)
+        hits = search_prompts(sae, model, tokenizer, site, maxima, config.positive, config.negative, config.method)
+    elif config.latent is not None:
+        hits = neighbours(sae.W_dec, config.latent, config.n)
+    else:
+        hits = search_text(explanations, config.text, config.n)
+    shown = [hit._asdict() | {"title": _title(explanations.get(hit.latent))} for hit in hits[: config.n]]
+    for line in map(json.dumps, shown) if config.json else _table(shown):
+        print(line)
+    log.info("%d features found in %s with %d latents, %d shown", len(hits), config.sae, sae.cfg.n_latents, len(shown))
+
+
+def _title(explanation: Explanation | None) -> str:
+    return explanation.title if explanation is not None and explanation.state == "valid" else ""
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Lines of a table with a column for each key; none without rows."""
+    if not rows:
+        return
+    cells = [list(rows[0]), *([f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        padded = (
+            cell.ljust(w) if isinstance(v, str) else cell.rjust(w)
+            for cell, w, v in zip(line, widths, rows[0].values(), strict=True)
+        )
+        yield "  ".join(padded).rstrip()
+
+
+if __name__ == "__main__":
+    run_stage(SearchConfig, run, __doc__)

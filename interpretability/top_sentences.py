@@ -1,0 +1,174 @@
+"""The sentences in which each latent is largest, its statistics, and the tokens it promotes: one pass over stored activations.
+
+    python -m interpretability.top_sentences --sae run/sae --activations acts/ --model demo --corpus corpus/ --out top/
+    torchrun --nproc_per_node=8 -m interpretability.top_sentences --sae run/sae --activations acts/ --model M --corpus ...
+
+Every latent gets its own list, for each aggregation, however rarely it fires. Chunks are dealt to the ranks; the result does
+not depend on how many there are.
+"""
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from torch import Tensor
+from tyro.conf import arg
+
+from capture.store import Activations, Chunk, Corpus, open_activations, open_corpus
+from core.artifact import building, check_provenance, open_artifact
+from core.cli import Progress, StageConfig, machine, run_stage
+from core.runtime import Runtime
+from interpretability.promoted import promoted_tokens
+from interpretability.records import AGGREGATIONS, LATENT_SCHEMA, LATENTS_FILE, TOP_FILE, TOP_SCHEMA, parquet_bytes
+from interpretability.selection import Hits, LatentTotals, Ragged, Sentences, TopTable, pairs_of
+from interpretability.tables import TextLookup, rows_of, statistics_of
+from llama3 import Tokenizer, load_tokenizer
+from sae.model import SAE, load
+
+BATCH_TOKENS = 1 << 14
+
+log = logging.getLogger("interpretability.top_sentences")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopSentencesConfig(StageConfig):
+    """Flags of `python -m interpretability.top_sentences`."""
+
+    sae: Path
+    """Folder of the SAE (`run/sae`)."""
+    activations: Path
+    """Folder of stored activations, of the site that the SAE was trained on."""
+    model: str = machine()
+    """The model that the activations come from: a folder, a Hub id or `demo`. Gives tokens and promoted tokens."""
+    corpus: Path
+    """Folder of the corpus that the activations come from. Gives texts and names of documents."""
+    out: Path
+    """Folder to write."""
+    site: str = ""
+    """Site to read. Empty: the one that the SAE was trained on."""
+    n: Annotated[int, arg(name="n-sentences", aliases=("--n",))] = 50
+    """Sentences kept for each latent and aggregation. (torchrun takes --n for its own; --n-sentences reaches us.)"""
+    aggregations: tuple[str, ...] = AGGREGATIONS
+    """How a sentence's activations become one value: max, mean (over all its tokens), last (token)."""
+    n_promoted: int = 10
+    """Promoted and suppressed tokens kept for each latent; 0 for none."""
+
+    def __post_init__(self) -> None:
+        names = tuple(name for item in self.aggregations for name in item.split(",") if name)
+        object.__setattr__(self, "aggregations", names)
+        unknown = [name for name in names if name not in AGGREGATIONS]
+        if unknown or not names or len(set(names)) < len(names):
+            raise ValueError(f"--aggregations {','.join(names)!r}: expected some of {', '.join(AGGREGATIONS)}, each once")
+        if self.n < 1 or self.n_promoted < 0:
+            raise ValueError(
+                f"--n-sentences must be at least 1 and --n-promoted at least 0; found {self.n} and {self.n_promoted}"
+            )
+
+
+def run(config: TopSentencesConfig, runtime: Runtime) -> None:
+    """Write the folder `config.out` of kind `top_sentences`."""
+    sae = load(config.sae)
+    activations = open_activations(config.activations, config.site or sae.cfg.provenance.get("site"))
+    corpus = open_corpus(config.corpus)
+    tokenizer = load_tokenizer(config.model)
+    _check_inputs(sae, activations, corpus, tokenizer)
+    provenance = activations.provenance | {"sae_hash": sae.weights_hash, "n_latents": sae.cfg.n_latents}
+    inputs = [open_artifact(config.sae, "sae"), activations.artifact, corpus.artifact]
+    with building(config.out, "top_sentences", config, runtime, inputs, provenance) as builder:
+        if builder.complete:
+            log.info("%s: already complete", config.out)
+            return
+        # Only the rank that writes needs the model; the others are at work meanwhile.
+        promoted = promoted_tokens(config.model, sae, tokenizer, config.n_promoted) if runtime.is_main else None
+        table, totals = _pass(config, runtime, sae.to(runtime.device), activations)
+        tables = rows_of(table, sae.cfg.n_latents, runtime, TextLookup(corpus, tokenizer))
+        if runtime.is_main:
+            assert promoted is not None
+            builder.publish(TOP_FILE, parquet_bytes(TOP_SCHEMA, tables))
+            builder.publish(LATENTS_FILE, parquet_bytes(LATENT_SCHEMA, [statistics_of(totals, promoted)]))
+        else:
+            for _ in tables:  # answers rank 0, which asks every rank for its part of each block
+                pass
+        dead = int((totals.firing == 0).sum())
+        counts = {
+            "latents": sae.cfg.n_latents,
+            "dead_latents": dead,
+            "tokens": int(totals.tokens),
+            "left_out_tokens": activations.n_tokens - int(totals.tokens),
+            "sentences": activations.n_sentences,
+        }
+        builder.finish([TOP_FILE, LATENTS_FILE] if runtime.is_main else [], counts)
+    log.info(
+        "%s: top %d sentences of %s latents by %s, from %s tokens in %s sentences; %s latents never fired, %s tokens left out",
+        config.out, config.n, f"{sae.cfg.n_latents:,}", ", ".join(config.aggregations), f"{counts['tokens']:,}",
+        f"{activations.n_sentences:,}", f"{dead:,}", f"{counts['left_out_tokens']:,}",
+    )  # fmt: skip
+
+
+def _check_inputs(sae: SAE, activations: Activations, corpus: Corpus, tokenizer: Tokenizer) -> None:
+    """ValueError naming both values where SAE, activations, corpus and tokenizer do not belong together."""
+    where = f"activations {activations.artifact.path}"
+    wanted, found = sae.cfg.provenance | {"d_model": sae.cfg.d_model}, activations.provenance | {"d_model": activations.d_model}
+    check_provenance(where, wanted, found, ("model_hash", "tokenizer_hash", "site", "bos", "d_model"))
+    check_provenance(f"corpus {corpus.artifact.path}", found, {"corpus_hash": corpus.manifest_hash}, ("corpus_hash",))
+    check_provenance("the tokenizer of --model", found, {"tokenizer_hash": tokenizer.hash}, ("tokenizer_hash",))
+
+
+def _pass(config: TopSentencesConfig, runtime: Runtime, sae: SAE, activations: Activations) -> tuple[TopTable, LatentTotals]:
+    """The table of this rank's chunks, and the totals of all ranks."""
+    table = TopTable(sae.cfg.n_latents, config.n, config.aggregations, runtime.device)
+    totals = LatentTotals(sae.cfg.n_latents, runtime.device)
+    # Without BOS the first token is an attention sink: training left out rows of such norm, so what fires there means nothing.
+    max_norm = sae.cfg.provenance.get("max_norm") or math.inf
+    with Progress("top sentences", activations.n_tokens // runtime.world_size, "tokens", runtime) as bar:
+        for index in runtime.share(len(activations)):
+            chunk = activations.chunk(index)
+            keep = usable_tokens(chunk, max_norm)
+            sentences = Sentences(chunk.sentence_ids, chunk.document_ids, Ragged(chunk.token_ids.int(), chunk.offsets))
+            hits = encode_chunk(sae, chunk, keep, runtime.device)
+            pairs = pairs_of(hits, sentences.to(runtime.device), config.aggregations)
+            totals.add(hits, pairs, int(keep.sum()))
+            table.add(pairs, sentences)
+            bar.update(len(chunk.token_ids))
+    table.merge()
+    totals.combine(runtime)
+    return table, totals
+
+
+def usable_tokens(chunk: Chunk, max_norm: float) -> Tensor:
+    """(n_tokens,) bool: whether the norm of the activation is at most `max_norm`.
+
+    Raises ValueError naming the first sentence with an activation that is not finite: top-k would rank NaN first.
+    """
+    norms = torch.linalg.vector_norm(chunk.activations, dim=1, dtype=torch.float32)
+    if len(bad := (~norms.isfinite()).nonzero()):
+        row = int(torch.searchsorted(chunk.offsets, bad[0, 0], right=True)) - 1
+        raise ValueError(
+            f"activations: NaN or infinity in sentence {int(chunk.sentence_ids[row])} "
+            f"(chunk {chunk.index}, token {int(bad[0, 0] - chunk.offsets[row])} of the sentence); capture them again"
+        )
+    usable: Tensor = norms <= max_norm
+    return usable
+
+
+def encode_chunk(sae: SAE, chunk: Chunk, keep: Tensor, device: torch.device) -> Hits:
+    """Activations above zero of the tokens where `keep` is True, on `device`, in order of token."""
+    tokens = keep.nonzero().squeeze(1)
+    rows = torch.searchsorted(chunk.offsets, tokens, right=True) - 1
+    positions = tokens - chunk.offsets[rows]
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for first in range(0, max(1, len(tokens)), BATCH_TOKENS):
+        x = chunk.activations[tokens[first : first + BATCH_TOKENS]].to(device)
+        with torch.inference_mode():
+            values, indices = sae.encode(x)
+        token, slot = (values > 0).nonzero(as_tuple=True)
+        parts.append((indices[token, slot], values[token, slot].float(), token + first))
+    latents, values, token = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Hits(latents, values, positions.to(device)[token], rows.to(device)[token])
+
+
+if __name__ == "__main__":
+    run_stage(TopSentencesConfig, run, __doc__ or "")

@@ -1,0 +1,173 @@
+"""Load a model and its tokenizer from Meta's or Hugging Face's layout: checked first, then copied once, to the device."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from llama3.hub import TOKENIZER_FILES, locate
+from llama3.layouts import Layout, find_layout, interleave_
+from llama3.model import Transformer
+from llama3.tokenizer import N_SPECIAL_TOKENS, Tokenizer
+from llama3.tokenizer_json import read_tokenizer_json
+from llama3.weights import WeightFile, open_weights
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Transformer:
+    """The model of a folder, a Hub id or `demo` (see `llama3.hub.locate`), for inference: no parameter asks for gradients.
+
+    `dtype` None is float32 on the CPU and the checkpoint's own on a GPU. `weights_hash` of the result is the xxh3-64, in 16
+    hexadecimal digits, of the bytes of the weight files in order of name. Raises ValueError, before any weight is read, for a
+    layout, shape, name or vocabulary that does not fit.
+    """
+    folder = locate(path)
+    layout = find_layout(folder)
+    _check_vocabulary(folder, layout)
+    files = [open_weights(file) for file in layout.files]
+    with torch.device("meta"):
+        model = Transformer(layout.args)
+    places = _places(layout, files, model)
+    device = torch.device(device)
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else files[0].entries[next(iter(places[0]))].dtype
+    _allocate(model, device, dtype)
+    with torch.no_grad():
+        model.weights_hash = _fill(layout, files, places, model)
+    _check_finite(model, layout)
+    return model.eval()
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a folder, a Hub id or `demo`. ValueError where there is none that can be read."""
+    folder = locate(path, TOKENIZER_FILES)
+    names = ["tokenizer.json", "original/tokenizer.model", "tokenizer.model"]
+    if (folder / "params.json").is_file():
+        names.reverse()
+    for name in names:
+        file = folder / name
+        if file.is_file():
+            return Tokenizer(*read_tokenizer_json(file)) if file.suffix == ".json" else Tokenizer.from_file(file)
+    raise ValueError(f"{folder}: holds no tokenizer: expected tokenizer.model (Meta) or tokenizer.json (Hugging Face)")
+
+
+class Place(NamedTuple):
+    """Where a tensor of a file belongs: from `start` on along dimension `dim` of a parameter."""
+
+    parameter: str
+    dim: int
+    start: int
+
+
+def _places(layout: Layout, files: list[WeightFile], model: Transformer) -> list[dict[str, Place]]:
+    """For each file, the place of each of its tensors. ValueError where names or shapes are not those of the model."""
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    found: dict[str, list[tuple[int, str]]] = {}  # parameter: (file, name in that file) of each part
+    for index, file in enumerate(files):
+        for name in file.entries:
+            parameter = layout.parameter(name)
+            if parameter is None or (parameter == "output.weight" and layout.args.tie_word_embeddings):
+                continue
+            if parameter not in wanted:
+                raise ValueError(f"{file.path}: holds {name}, which a Llama of {layout.args.n_layers} layers does not have")
+            found.setdefault(parameter, []).append((index, name))
+    if missing := [name for name in wanted if name not in found]:
+        raise ValueError(
+            f"{files[0].path.parent}: {len(missing)} of {len(wanted)} tensors missing from {len(files)} file(s), the first is "
+            f"{missing[0]}{_tie_hint(missing)}"
+        )
+    places: list[dict[str, Place]] = [{} for _ in files]
+    for parameter, parts in found.items():
+        shapes = [files[index].entries[name].shape for index, name in parts]
+        dim = _split_dimension(wanted[parameter], shapes)
+        if dim is None or (layout.hugging_face and len(parts) > 1):
+            raise ValueError(
+                f"{files[parts[0][0]].path}: {parts[0][1]} is {' + '.join(str(list(shape)) for shape in shapes)}, expected "
+                f"{list(wanted[parameter])} by the configuration beside it; wrong params.json or config.json, or shards missing"
+            )
+        start = 0
+        for (index, name), shape in zip(parts, shapes, strict=True):
+            places[index][name] = Place(parameter, dim, start % wanted[parameter][dim])
+            start += shape[dim]
+    return places
+
+
+def _tie_hint(missing: list[str]) -> str:
+    return '; if the head is tied, add "tie_word_embeddings": true' if missing == ["output.weight"] else ""
+
+
+def _split_dimension(full: tuple[int, ...], parts: list[tuple[int, ...]]) -> int | None:
+    """The dimension along which `parts`, one per model-parallel rank, make up `full`; 0 where each is the whole. None: neither.
+
+    Which one it is depends on the matrix: Meta splits `wq wk wv w1 w3 output` by output and `wo w2` by input, and holds norms
+    on every rank.
+    """
+    if all(part == full for part in parts):
+        return 0
+    for dim in range(len(full)):
+        rest = full[:dim] + full[dim + 1 :]
+        fits = all(len(part) == len(full) and part[:dim] + part[dim + 1 :] == rest for part in parts)
+        if fits and sum(part[dim] for part in parts) == full[dim]:
+            return dim
+    return None
+
+
+def _allocate(model: Transformer, device: torch.device, dtype: torch.dtype) -> None:
+    """Give the model, which is on the meta device, memory for its parameters."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    try:
+        state = {name: nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) for name, shape in shapes.items()}
+    except torch.OutOfMemoryError:
+        size = sum(map(math.prod, shapes.values())) * dtype.itemsize
+        raise ValueError(
+            f"the model needs {size / 2**30:.1f} GiB in {dtype}, more than is free on {device}; "
+            "choose a smaller dtype or the CPU"
+        ) from None
+    if model.params.tie_word_embeddings:
+        state["output.weight"] = state["tok_embeddings.weight"]
+    model.load_state_dict(state, assign=True)
+    model.requires_grad_(False)
+    model.freqs_cis = model.rope_table().to(device)
+
+
+def _fill(layout: Layout, files: list[WeightFile], places: list[dict[str, Place]], model: Transformer) -> str:
+    """Copy every file into the model; returns the hash of their bytes."""
+    parameters: Mapping[str, Tensor] = dict(model.named_parameters())
+    digest = xxhash.xxh3_64()
+    for file, part in zip(files, places, strict=True):
+        targets = {
+            name: parameters[place.parameter].narrow(place.dim, place.start, file.entries[name].shape[place.dim])
+            for name, place in part.items()
+        }
+        file.copy_to(targets, digest)
+    if layout.hugging_face:
+        for name, parameter in parameters.items():
+            if name.endswith(("wq.weight", "wk.weight")):
+                interleave_(parameter, layout.args.head_dim)
+    return digest.hexdigest()
+
+
+def _check_finite(model: Transformer, layout: Layout) -> None:
+    """ValueError for NaN and infinity, as a flipped bit or too narrow a dtype makes; other flips change `weights_hash`."""
+    for name, parameter in model.named_parameters():
+        if not math.isfinite(parameter.sum(dtype=torch.float32).item()):
+            raise ValueError(
+                f"{layout.files[0].parent}: {name} holds NaN or infinity in {parameter.dtype}; the file is damaged, "
+                "or the dtype too narrow for it"
+            )
+
+
+def _check_vocabulary(folder: Path, layout: Layout) -> None:
+    """ValueError where Meta's tokenizer.model, which is quick to count, has more tokens than the model."""
+    file = folder / "tokenizer.model"
+    if layout.hugging_face or not file.is_file():
+        return
+    n_tokens = len(file.read_bytes().splitlines()) + N_SPECIAL_TOKENS
+    if n_tokens > layout.args.vocab_size:
+        raise ValueError(
+            f"{folder}: tokenizer.model has {n_tokens:,} tokens with the special ones, params.json says vocab_size "
+            f"{layout.args.vocab_size:,}; they do not belong together"
+        )

@@ -1,0 +1,171 @@
+"""Weight files opened without reading them: names, dtypes and shapes first, bytes only once everything fits.
+
+Safetensors are parsed here, because the copy to the device, the hash of the bytes and the release of the mapped pages happen in
+one pass; Meta's `.pth` go through `torch.load(weights_only=True, mmap=True)`, which refuses a pickle that runs code.
+"""
+
+import json
+import math
+import mmap
+import operator
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import xxhash
+from torch import Tensor
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+BLOCK = 64 * 2**20  # bytes copied, hashed and released at a time
+
+
+class Entry(NamedTuple):
+    """One tensor of a file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class WeightFile(Protocol):
+    """An opened file of weights."""
+
+    path: Path
+    entries: dict[str, Entry]
+
+    def copy_to(self, targets: Mapping[str, Tensor], digest: xxhash.xxh3_64) -> None:
+        """Copy each tensor named in `targets` there, converted to its device and dtype; feed the file's bytes to `digest`."""
+
+
+def open_weights(path: Path) -> WeightFile:
+    """Open one `.safetensors` or `.pth` file. ValueError where it is damaged or holds something other than float tensors."""
+    return Safetensors(path) if path.suffix == ".safetensors" else TorchFile(path)
+
+
+class Safetensors:
+    """One file in the safetensors format: 8 bytes of header length, a JSON header, then the bytes of the tensors."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(MAX_HEADER, size - 8):
+                raise _damaged(path, f"its header should be {length:,} bytes long, the file has {size:,}")
+            header = file.read(length)
+        self._start = 8 + length
+        self._spans: dict[str, tuple[int, int]] = {}
+        self.entries: dict[str, Entry] = {}
+        try:
+            described = json.loads(header, object_pairs_hook=_unique)
+            described.pop("__metadata__", None)
+            for name, item in described.items():
+                begin, end = map(operator.index, item["data_offsets"])
+                self._spans[name] = (begin, end)
+                self.entries[name] = Entry(_dtype(item["dtype"]), tuple(map(operator.index, item["shape"])))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _damaged(path, f"its header is not valid ({error})") from None
+        self._check_spans(size - self._start)
+
+    def _check_spans(self, available: int) -> None:
+        """The tensors must fill the rest of the file exactly, without holes or overlaps."""
+        self._spans = dict(sorted(self._spans.items(), key=lambda item: item[1]))
+        at = 0
+        for name, (begin, end) in self._spans.items():
+            dtype, shape = self.entries[name]
+            if begin != at or end - begin != math.prod(shape) * dtype.itemsize or min(shape, default=0) < 0:
+                where = f"{name} {list(shape)} should begin at byte {at:,}; its header says {begin:,} to {end:,}"
+                raise _damaged(self.path, where)
+            at = end
+        if at != available:
+            raise _damaged(self.path, f"its tensors take {at:,} bytes, {available:,} are there")
+
+    def copy_to(self, targets: Mapping[str, Tensor], digest: xxhash.xxh3_64) -> None:
+        with self.path.open("rb") as file:
+            # A private mapping, never written to: torch warns about buffers that are read-only.
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        _hash_block(mapped, 0, self._start, digest)
+        for name, (begin, end) in self._spans.items():
+            entry, target = self.entries[name], targets.get(name)
+            row = max(1, math.prod(entry.shape[1:])) * entry.dtype.itemsize
+            step = max(1, BLOCK // row) * row
+            for at in range(begin, end, step):
+                here, there = self._start + at, self._start + min(at + step, end)
+                _hash_block(mapped, here, there, digest)
+                if target is not None:
+                    source = torch.frombuffer(mapped, dtype=torch.uint8, count=there - here, offset=here)
+                    if here % entry.dtype.itemsize:
+                        source = source.clone()  # a view as numbers must be aligned
+                    rows = slice((at - begin) // row, (at - begin) // row + (there - here) // row)
+                    part = target[rows] if entry.shape else target
+                    part.copy_(source.view(entry.dtype).view(part.shape))
+                _release(mapped, here, there)
+
+
+class TorchFile:
+    """One `.pth` file of Meta's: a dict of tensors in torch's zip format."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries = {}
+        for name, tensor in self._open().items():
+            if not isinstance(name, str) or not isinstance(tensor, Tensor):
+                raise ValueError(f"{path}: expected a dict of tensors by name; {name!r} is a {type(tensor).__name__}")
+            if tensor.is_floating_point():  # old files also hold integer buffers
+                self.entries[name] = Entry(tensor.dtype, tuple(tensor.shape))
+
+    def _open(self) -> dict[str, Tensor]:
+        """The tensors, mapped and not read."""
+        try:
+            loaded = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError:
+            raise ValueError(
+                f"{self.path}: refused: its pickle is damaged or asks for more than tensors, and could then run code. "
+                "Get the checkpoint from a source you trust, as safetensors if there is one"
+            ) from None
+        except Exception as error:  # a damaged zip or pickle fails in as many ways as there are bytes
+            reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+            raise ValueError(f"{self.path}: truncated, damaged or no torch file ({reason}); download it again") from None
+        if not isinstance(loaded, dict):
+            raise ValueError(f"{self.path}: expected a dict of tensors by name, found a {type(loaded).__name__}")
+        return loaded
+
+    def copy_to(self, targets: Mapping[str, Tensor], digest: xxhash.xxh3_64) -> None:
+        # The largest first, and the file opened anew for each: closing the mapping takes its pages out of memory, so that
+        # never more than one tensor lies there twice.
+        for name in sorted(set(targets) & set(self.entries), key=lambda name: -math.prod(self.entries[name].shape)):
+            targets[name].copy_(self._open()[name])
+        with self.path.open("rb") as file:
+            while block := file.read(BLOCK):
+                digest.update(block)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name that is there twice")
+    return found
+
+
+def _dtype(code: str) -> torch.dtype:
+    if code not in DTYPES:
+        raise ValueError(f"dtype {code!r}, expected one of {', '.join(DTYPES)} and no quantised weights")
+    return DTYPES[code]
+
+
+def _damaged(path: Path, why: str) -> ValueError:
+    return ValueError(f"{path}: truncated or damaged: {why}; copy or download it again")
+
+
+def _hash_block(mapped: mmap.mmap, begin: int, end: int, digest: xxhash.xxh3_64) -> None:
+    with memoryview(mapped) as view, view[begin:end] as block:
+        digest.update(block)
+
+
+def _release(mapped: mmap.mmap, begin: int, end: int) -> None:
+    """Take the pages of a block that has been copied out of this process's memory (they stay in the system's file cache)."""
+    begin = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+    if hasattr(mmap, "MADV_DONTNEED") and end > begin:
+        mapped.madvise(mmap.MADV_DONTNEED, begin, end - begin)

@@ -1,0 +1,253 @@
+"""The sparse autoencoder: its equations, its parameters, and its folder on disk.
+
+Shapes: N rows (any leading shape), d model width, n latents, K entries per row (k for TopK), M chosen latents.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from core.artifact import Builder, building, open_artifact
+from core.runtime import Runtime, Solo
+from sae.sparse import decode, encode_at
+from sae.topk import top_k
+
+PARAMETERS = ("W_dec", "W_enc", "b_enc", "b_pre")
+BLOCK_ELEMENTS = 2**24  # pre-activations held at once where no gradient is asked for
+
+
+class Latents(NamedTuple):
+    """Active latents: `values` [..., K] >= 0 and `indices` [..., K] int64; value 0 where fewer than K fire."""
+
+    values: Tensor
+    indices: Tensor
+
+
+class Normalised(NamedTuple):
+    """Normalised rows `z` [..., d] with what undoes it, [..., 1] each: `x = z / scale + mean`."""
+
+    z: Tensor
+    mean: Tensor
+    scale: Tensor
+
+
+def layer_normalised(x: Tensor, eps: float) -> Normalised:
+    """`(x - mean(x)) / (std(x) + eps)` of each row of `x` [..., d], unbiased std."""
+    mean = x.mean(-1, keepdim=True)
+    centred = x - mean
+    std = (centred.square().sum(-1, keepdim=True) / (x.shape[-1] - 1)).sqrt()
+    scale = 1 / (std + eps)
+    return Normalised(centred * scale, mean, scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAEConfig:
+    """What decides, besides the weights, what an SAE computes, and where it came from; lies beside them as `cfg.json`."""
+
+    d_model: int
+    n_latents: int
+    k: int
+    """Latents kept per row, at most."""
+    architecture: str = "topk"
+    norm: str = "dataset"
+    """dataset: z = x * scale; layer: z = (x - mean(x)) / (std(x) + norm_eps) per row, unbiased std; none: z = x."""
+    scale: float = 1.0
+    """sqrt(d) / E||x|| over the training rows for `dataset`; 1 otherwise."""
+    norm_eps: float = 1e-6
+    """Added to the standard deviation by `layer`, in units of x."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Model, tokenizer, site, corpus, BOS policy and dtype of the activations, statistics, and the training's length."""
+
+    def __post_init__(self) -> None:
+        if self.architecture != "topk":
+            raise ValueError(f"architecture {self.architecture!r} is not known; expected 'topk'")
+        if self.norm not in ("dataset", "layer", "none"):
+            raise ValueError(f"norm {self.norm!r} is not known; expected dataset, layer or none")
+        if not 1 <= self.k <= self.n_latents:
+            raise ValueError(f"k must be between 1 and the number of latents, {self.n_latents}; found {self.k}; lower --k")
+        if not self.scale > 0:
+            raise ValueError(f"scale must be positive; found {self.scale}")
+
+
+class SAE(nn.Module):
+    """A TopK sparse autoencoder (Gao et al. 2024, arXiv:2406.04093).
+
+        z = normalise(x)
+        h = W_enc (z - b_pre) + b_enc              values, indices = topk(h, k), then ReLU
+        z_hat = values @ W_dec[indices] + b_pre    x_hat = z_hat / scale + mean
+
+    `W_enc` and `W_dec` are [n_latents, d_model], `b_enc` [n_latents], `b_pre` [d_model]. Rows of `W_dec` have unit norm.
+    """
+
+    def __init__(self, cfg: SAEConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.W_enc = nn.Parameter(torch.empty(cfg.n_latents, cfg.d_model))
+        self.W_dec = nn.Parameter(torch.empty(cfg.n_latents, cfg.d_model))
+        self.b_enc = nn.Parameter(torch.zeros(cfg.n_latents))
+        self.b_pre = nn.Parameter(torch.zeros(cfg.d_model))
+        self._stored_hash: str | None = None
+        self.initialise_()
+
+    @torch.no_grad()
+    def initialise_(self, how: str = "tied", generator: torch.Generator | None = None) -> None:
+        """Random unit rows in `W_dec`, the same in `W_enc` (Gao et al. 2024, A.1); `orthogonal`: d at a time orthogonal."""
+        n, d = self.W_dec.shape
+        if how == "tied":
+            self.W_dec.normal_(generator=generator)
+        elif how == "orthogonal":
+            for start in range(0, n, d):
+                basis = torch.linalg.qr(torch.randn(d, d, generator=generator)).Q
+                self.W_dec[start : start + d] = basis[: n - start]
+        else:
+            raise ValueError(f"initialisation {how!r} is not known; expected tied or orthogonal")
+        self.normalise_decoder_()
+        self.W_enc.copy_(self.W_dec)
+
+    @torch.no_grad()
+    def normalise_decoder_(self) -> None:
+        """Give each latent's row of `W_dec` unit norm."""
+        self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True))
+
+    @torch.no_grad()
+    def remove_parallel_gradient_(self) -> None:
+        """Take from each row's gradient in `W_dec` the part along the row, which normalisation would undo."""
+        assert self.W_dec.grad is not None
+        along = torch.linalg.vecdot(self.W_dec.grad, self.W_dec, dim=1)
+        self.W_dec.grad.addcmul_(self.W_dec, along[:, None], value=-1)
+
+    def normalise(self, x: Tensor) -> Normalised:
+        """Rows as the SAE sees them, in its own dtype, with what undoes the normalisation."""
+        x = x.to(self.W_enc.dtype)
+        if self.cfg.norm == "layer":
+            return layer_normalised(x, self.cfg.norm_eps)
+        like = x[..., :1]
+        z = x * self.cfg.scale if self.cfg.norm == "dataset" else x
+        return Normalised(z, torch.zeros_like(like), torch.full_like(like, self.cfg.scale))
+
+    def pre_activations(self, z: Tensor) -> Tensor:
+        """`h` [N, n_latents] of normalised rows `z` [N, d]: dense, for those who need all of it."""
+        return torch.addmm(self.b_enc, z - self.b_pre, self.W_enc.T)
+
+    def encode_at(self, z: Tensor, indices: Tensor, h: Tensor) -> Tensor:
+        """ReLU of `h` [N, n_latents] at `indices` [N, K], with gradients that touch those latents alone."""
+        return encode_at((self.b_pre, self.W_enc, self.b_enc), z, indices, h).relu()
+
+    def encode(self, x: Tensor) -> Latents:
+        """The active latents of raw rows `x` [..., d]. ValueError where `x` holds NaN or infinity, or has another width."""
+        if x.shape[-1] != self.cfg.d_model:
+            raise ValueError(f"expected rows of width {self.cfg.d_model}, found {x.shape[-1]}")
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError("activations hold NaN or infinite values, which no top-k can rank; find where they come from")
+        rows = self.normalise(x).z.reshape(-1, self.cfg.d_model)
+        step = len(rows) if torch.is_grad_enabled() else max(1, BLOCK_ELEMENTS // self.cfg.n_latents)
+        blocks = [self._encode_block(block) for block in torch.split(rows, max(1, step))]
+        values, indices = (torch.cat(parts).view(*x.shape[:-1], self.cfg.k) for parts in zip(*blocks, strict=True))
+        return Latents(values, indices)
+
+    def _encode_block(self, z: Tensor) -> Latents:
+        with torch.no_grad():
+            h = self.pre_activations(z)
+            indices = top_k(h, self.cfg.k)[1]
+        values = self.encode_at(z, indices, h)
+        return Latents(values, indices.masked_fill(values == 0, 0))
+
+    def decode(self, latents: Latents, norm: Normalised | None = None) -> Tensor:
+        """`x_hat` [..., d]. `layer` undoes each row's own mean and scale and so needs `norm`; ValueError without it."""
+        K = latents.values.shape[-1]
+        flat = decode(latents.values.reshape(-1, K), latents.indices.reshape(-1, K), self.W_dec) + self.b_pre
+        z_hat = flat.view(*latents.values.shape[:-1], self.cfg.d_model)
+        if self.cfg.norm != "layer":
+            return z_hat / self.cfg.scale
+        norm = self._needed(norm)
+        return z_hat / norm.scale + norm.mean
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x_hat` [..., d] for raw rows `x` [..., d]."""
+        return self.decode(self.encode(x), self.normalise(x))
+
+    def directions(self, latents_idx: Tensor, norm: Normalised | None = None) -> Tensor:
+        """What one unit of each latent adds to `x`: [M, d]. `layer` depends on the row: it needs `norm` and gives [N, M, d]."""
+        rows = self.W_dec[latents_idx]
+        if self.cfg.norm != "layer":
+            return rows / self.cfg.scale
+        return rows / self._needed(norm).scale[..., None]
+
+    def _needed(self, norm: Normalised | None) -> Normalised:
+        if norm is None:
+            raise ValueError("this SAE normalises each row by its own mean and std: give norm=sae.normalise(x)")
+        return norm
+
+    @property
+    def weights_hash(self) -> str:
+        """Identity of the SAE: xxh3-128 of its tensors' bytes in order of name; of the file it was read from, where it was."""
+        return self._stored_hash or _hash_tensors(self._tensors(None))
+
+    def _tensors(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        return {name: getattr(self, name).detach().to("cpu", dtype).contiguous() for name in PARAMETERS}
+
+    def publish(self, builder: Builder, dtype: torch.dtype | None = None) -> tuple[list[str], str]:
+        """Write `sae.safetensors` and `cfg.json` into an unfinished artifact; returns their names and the weights' hash."""
+        tensors = self._tensors(dtype)
+        builder.publish("sae.safetensors", safetensors.torch.save(tensors), rows=self.cfg.n_latents)
+        builder.publish("cfg.json", (json.dumps(asdict(self.cfg), indent=1, sort_keys=True) + "\n").encode())
+        return ["sae.safetensors", "cfg.json"], _hash_tensors(tensors)
+
+    def save(self, path: Path | str, dtype: torch.dtype | None = None) -> None:
+        """Write the SAE as a complete folder of kind "sae", its tensors in `dtype` (None: as they are).
+
+        ValueError where the folder holds another SAE or something else.
+        """
+        alone = Runtime(0, 1, torch.device("cpu"), Solo())
+        wanted = _hash_tensors(self._tensors(dtype))
+        with building(Path(path), "sae", self.cfg, alone, provenance=self.cfg.provenance | {"sae_hash": wanted}) as builder:
+            if not builder.complete:
+                builder.finish(self.publish(builder, dtype)[0], {"n_latents": self.cfg.n_latents})
+
+
+def _hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    digest = xxhash.xxh3_128()
+    for name in sorted(tensors):
+        digest.update(tensors[name].view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def load(path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> SAE:
+    """The SAE in `path`, ready to use (no gradients), its weights in `dtype` on `device`.
+
+    ValueError where the folder is incomplete or damaged, or where weights and `cfg.json` disagree.
+    """
+    artifact = open_artifact(Path(path), "sae")
+    cfg = _read_config(artifact.file("cfg.json"))
+    tensors = safetensors.torch.load_file(artifact.file("sae.safetensors"))
+    n, d = cfg.n_latents, cfg.d_model
+    shapes = {"W_dec": (n, d), "W_enc": (n, d), "b_enc": (n,), "b_pre": (d,)}
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != shapes:
+        raise ValueError(f"{path}: cfg.json asks for tensors {shapes}, found {found}; the folder was put together wrongly")
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{path}: {name} holds NaN or infinite values; train again with a lower --lr")
+    with torch.device("meta"):
+        sae = SAE(cfg)
+    sae.load_state_dict({name: tensor.to(device, dtype) for name, tensor in tensors.items()}, assign=True)
+    sae._stored_hash = _hash_tensors(tensors)
+    return sae.requires_grad_(False).eval()
+
+
+def _read_config(path: Path) -> SAEConfig:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        known = {item.name for item in fields(SAEConfig)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown key {unknown[0]!r}")
+        return SAEConfig(**values)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not the configuration of an SAE ({error})") from None

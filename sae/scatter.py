@@ -1,0 +1,164 @@
+"""Pass 1 of preprocessing: every row to a random bucket; one scratch file per chunk holds its rows sorted by bucket.
+
+Shapes: R rows of a chunk, d model width, B buckets of both splits together.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+import xxhash
+from safetensors import safe_open
+from torch import Tensor
+
+from capture.store import Activations, Chunk
+from core.artifact import Builder
+from core.cli import progress
+from core.runtime import Runtime
+from sae.split import held_out
+
+SCRATCH = ".scratch"
+NORM_SHIFT = 11  # a float32 norm without its 11 lowest bits: 12 bits of mantissa remain, so the median is exact to 1 in 4,096
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What both passes and all ranks agree on. Buckets of the training split come first, those of validation follow."""
+
+    folder: Path
+    n_chunks: int
+    buckets: dict[str, int]
+    batch_rows: int
+    validation_fraction: float
+    seed: int
+
+    @property
+    def n_buckets(self) -> int:
+        return sum(self.buckets.values())
+
+    def place(self, bucket: int) -> tuple[str, int]:
+        """The split of a bucket and its number there."""
+        n_train = self.buckets["train"]
+        return ("train", bucket) if bucket < n_train else ("validation", bucket - n_train)
+
+    def numbers(self, split: str) -> range:
+        """The buckets of a split."""
+        n_train = self.buckets["train"]
+        return range(n_train) if split == "train" else range(n_train, self.n_buckets)
+
+    def generator(self, purpose: str, number: int) -> torch.Generator:
+        """Randomness for one unit of work, the same on whichever rank does it."""
+        digest = xxhash.xxh3_64_intdigest(f"{purpose} {number}".encode(), seed=self.seed)
+        return torch.Generator().manual_seed(digest >> 1)
+
+    def counts(self, limit: float) -> dict[str, Any]:
+        """Rows by split, whole and partial batches, and rows dropped, from the scratch files of pass 2."""
+        counts: dict[str, Any] = {"abnormal_rows": 0}
+        for split in ("train", "validation"):
+            found = [bucket_rows(self.folder, bucket) for bucket in self.numbers(split)]
+            rows = sum(bucket.in_file + bucket.rest for bucket in found)
+            counts["abnormal_rows"] += sum(bucket.dropped for bucket in found)
+            counts[f"{split}_rows"] = rows
+            counts[f"{split}_batches"] = -(-rows // self.batch_rows)
+            counts[f"{split}_partial_batch_rows"] = rows % self.batch_rows
+        return counts
+
+
+def chunk_name(index: int) -> str:
+    return f"{SCRATCH}/.chunk-{index:06d}.safetensors"
+
+
+def bucket_name(bucket: int) -> str:
+    return f"{SCRATCH}/.bucket-{bucket:06d}.safetensors"
+
+
+def read_scratch(folder: Path, name: str) -> dict[str, Tensor]:
+    return safetensors.torch.load_file(folder / name)
+
+
+class BucketRows(NamedTuple):
+    """What became of a bucket's rows: written in whole batches, left over, and dropped for their norm."""
+
+    in_file: int
+    rest: int
+    dropped: int
+
+
+def bucket_rows(folder: Path, bucket: int) -> BucketRows:
+    """Read the counts of a finished bucket, not its rows."""
+    with safe_open(folder / bucket_name(bucket), framework="pt") as file:
+        rest = file.get_slice("rest").get_shape()[0]
+        return BucketRows(int(file.get_tensor("file_rows")), rest, int(file.get_tensor("dropped")))
+
+
+def remove_scratch(folder: Path) -> None:
+    """Both passes are done, or the folder was complete all along: their files are no longer needed."""
+    shutil.rmtree(folder / SCRATCH, ignore_errors=True)
+
+
+def scatter(plan: Plan, activations: Activations, builder: Builder, runtime: Runtime) -> None:
+    """Write the scratch file of each chunk of this rank that an earlier run did not finish."""
+    todo = [i for i in runtime.share(plan.n_chunks) if not builder.has(chunk_name(i))]
+    for index in progress(todo, "scattering", len(todo), "chunks", runtime):
+        sorted_rows = scatter_chunk(plan, activations.chunk(index))
+        builder.publish(chunk_name(index), safetensors.torch.save(sorted_rows))
+
+
+def scatter_chunk(plan: Plan, chunk: Chunk) -> dict[str, Tensor]:
+    """`x` [R, d] sorted by bucket, `offsets` [B + 1] of the buckets in it, and its norms' histogram as `bins` and `bin_counts`.
+
+    ValueError where a row is not finite.
+    """
+    rows = chunk.activations
+    norms = row_norms(rows)
+    if not bool(torch.isfinite(norms).all()):
+        row = int((~torch.isfinite(norms)).nonzero()[0])
+        sentence = int(torch.searchsorted(chunk.offsets, row, right=True)) - 1
+        raise ValueError(
+            f"chunk {chunk.index}, row {row} (sentence {int(chunk.sentence_ids[sentence])}, document "
+            f"{int(chunk.document_ids[sentence])}): holds NaN or infinite values; capture it again in bfloat16 or float32"
+        )
+    generator = plan.generator("chunk", chunk.index)
+    draws = {
+        split: torch.randint(max(1, n), (len(rows),), generator=generator) + plan.numbers(split).start
+        for split, n in plan.buckets.items()
+    }
+    validation = held_out(chunk.document_ids, plan.validation_fraction, plan.seed)
+    of_row = validation.repeat_interleave(chunk.offsets.diff())
+    bucket = torch.where(of_row, draws["validation"], draws["train"])
+    order = bucket.argsort(stable=True)
+    offsets = torch.zeros(plan.n_buckets + 1, dtype=torch.long)
+    offsets[1:] = torch.bincount(bucket, minlength=plan.n_buckets).cumsum(0)
+    bins, bin_counts = torch.unique(norms.view(torch.int32) >> NORM_SHIFT, return_counts=True)
+    return {"x": rows[order], "offsets": offsets, "bins": bins, "bin_counts": bin_counts}
+
+
+def row_norms(rows: Tensor) -> Tensor:
+    """Euclidean norm of each row, float32 [R]."""
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+    return norms
+
+
+def read_bucket(plan: Plan, bucket: int) -> Tensor:
+    """All rows of a bucket, in the order of the chunks."""
+    parts = list[Tensor]()
+    for index in range(plan.n_chunks):
+        with safe_open(plan.folder / chunk_name(index), framework="pt") as file:
+            start, end = file.get_slice("offsets")[bucket : bucket + 2].tolist()
+            parts.append(file.get_slice("x")[start:end])
+    return torch.cat(parts)
+
+
+def norm_limit(folder: Path, n_chunks: int, ratio: float) -> tuple[float, float]:
+    """The median norm of all rows, and the largest norm kept: `ratio` times that; infinite where either is 0."""
+    counts = torch.zeros(2 ** (32 - NORM_SHIFT), dtype=torch.long)
+    for index in range(n_chunks):
+        with safe_open(folder / chunk_name(index), framework="pt") as file:
+            counts.index_add_(0, file.get_tensor("bins").long(), file.get_tensor("bin_counts"))
+    below = counts.cumsum(0)
+    middle = int(torch.searchsorted(below, (int(below[-1]) + 1) // 2))
+    median = float(torch.tensor(middle << NORM_SHIFT, dtype=torch.int32).view(torch.float32))
+    return median, ratio * median if ratio and median else float("inf")

@@ -1,0 +1,121 @@
+"""Pass 2 of preprocessing: shuffle each bucket, write its whole batches, and take the statistics of its rows.
+
+What does not fill a batch waits in the bucket's scratch file; the rests of all buckets form the last file of each split.
+Shapes: R rows of a bucket, d model width.
+"""
+
+import math
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from core.artifact import Builder
+from core.cli import progress
+from core.runtime import Runtime
+from sae.model import SAEConfig, layer_normalised
+from sae.moments import BLOCK_ROWS, Moments
+from sae.scatter import Plan, bucket_name, bucket_rows, read_bucket, read_scratch, row_norms
+
+
+def gather(plan: Plan, limit: float, builder: Builder, runtime: Runtime) -> list[str]:
+    """Finish each bucket of this rank; returns the names of the files that came out."""
+    names = []
+    mine = runtime.share(plan.n_buckets)
+    for bucket in progress(mine, "shuffling", len(mine), "buckets", runtime):
+        split, number = plan.place(bucket)
+        name = f"{split}-{number:05d}.safetensors"
+        if not builder.has(bucket_name(bucket)):
+            _finish_bucket(plan, bucket, name, limit, builder)
+        if builder.has(name):
+            names.append(name)
+    return names
+
+
+def _finish_bucket(plan: Plan, bucket: int, name: str, limit: float, builder: Builder) -> None:
+    """Publish the bucket's whole batches as `name`, then its scratch file, which marks it as done."""
+    rows = read_bucket(plan, bucket)
+    norms = row_norms(rows)
+    kept = (norms <= limit).nonzero()[:, 0]
+    order = kept[torch.randperm(len(kept), generator=plan.generator("bucket", bucket))]
+    dropped = len(rows) - len(kept)
+    rows = rows[order]
+    whole = len(rows) // plan.batch_rows * plan.batch_rows
+    if whole:
+        builder.publish(name, safetensors.torch.save({"x": rows[:whole]}), rows=whole)
+    record = {"rest": rows[whole:], "file_rows": torch.tensor(whole), "dropped": torch.tensor(dropped)}
+    if plan.place(bucket)[0] == "train":
+        record |= _statistics(rows, norms[order])
+    builder.publish(bucket_name(bucket), safetensors.torch.save(record))
+
+
+def _statistics(rows: Tensor, norms: Tensor) -> dict[str, Tensor]:
+    raw, layer = Moments.none(rows.shape[1]), Moments.none(rows.shape[1])
+    for block in torch.split(rows, BLOCK_ROWS):
+        raw.merge(Moments.of(block))
+        layer.merge(Moments.of(layer_normalised(block.float(), SAEConfig.norm_eps).z))
+    return {
+        "norm_sum": norms.double().sum(),
+        "mean": raw.mean,
+        "m2": raw.m2,
+        "layer_mean": layer.mean,
+        "layer_m2": layer.m2,
+    }
+
+
+def write_rest(plan: Plan, builder: Builder) -> list[str]:
+    """The rests of all buckets, one after the other, in files no larger than the largest bucket's; only the last may end in a
+    partial batch. Their rows need no further shuffle: which rows a bucket leaves over is random already."""
+    names = []
+    for split, n_buckets in plan.buckets.items():
+        number, parts = n_buckets, list[Tensor]()
+        buckets = plan.numbers(split)
+        most = max((bucket_rows(plan.folder, bucket).in_file for bucket in buckets), default=0) or math.inf
+        for bucket in buckets:
+            parts.append(read_scratch(plan.folder, bucket_name(bucket))["rest"])
+            rows = sum(map(len, parts))
+            last = bucket == buckets[-1]
+            if rows < most and not last:
+                continue
+            joined = torch.cat(parts)
+            whole = rows if last else rows // plan.batch_rows * plan.batch_rows
+            if whole:
+                names.append(f"{split}-{number:05d}.safetensors")
+                builder.publish(names[-1], safetensors.torch.save({"x": joined[:whole].contiguous()}), rows=whole)
+            number, parts = number + 1, [joined[whole:]]
+    return names
+
+
+def write_statistics(plan: Plan, builder: Builder) -> list[str]:
+    """Merge the buckets' statistics in order, so that the result does not depend on who computed them.
+
+    `statistics.safetensors` holds, of the training rows: `count`, `mean_norm` (E||x||); float64 [d] `mean` and `variance` of
+    x, `dataset_mean` and `dataset_variance` of z = x sqrt(d) / E||x||, `layer_mean` and `layer_variance` of z under `layer`.
+    """
+    raw, layer, norm_sum = None, None, 0.0
+    for bucket in plan.numbers("train"):
+        record = read_scratch(plan.folder, bucket_name(bucket))
+        count = int(record["file_rows"]) + len(record["rest"])
+        parts = Moments(count, record["mean"], record["m2"]), Moments(count, record["layer_mean"], record["layer_m2"])
+        if raw is None or layer is None:
+            raw, layer = parts
+        else:
+            raw.merge(parts[0])
+            layer.merge(parts[1])
+        norm_sum += float(record["norm_sum"])
+    assert raw is not None
+    assert layer is not None
+    mean_norm = norm_sum / raw.count
+    scale = math.sqrt(len(raw.mean)) / mean_norm if mean_norm else 1.0
+    statistics = {
+        "count": torch.tensor(raw.count),
+        "mean_norm": torch.tensor(mean_norm, dtype=torch.float64),
+        "mean": raw.mean,
+        "variance": raw.variance,
+        "dataset_mean": raw.mean * scale,
+        "dataset_variance": raw.variance * scale**2,
+        "layer_mean": layer.mean,
+        "layer_variance": layer.variance,
+    }
+    builder.publish("statistics.safetensors", safetensors.torch.save(statistics))
+    return ["statistics.safetensors"]

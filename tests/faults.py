@@ -1,0 +1,104 @@
+"""Faults at the n-th file operation, as an error or as the end of the process.
+
+The end of a process is tried in children of a fork server: the imports are paid once, and pytest's own process, which has
+threads, is never forked.
+"""
+
+import errno
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from core import files
+
+Hook = Callable[[str, Path], None]
+
+
+def fail_at(n: int, seen: list[str] | None = None, for_good: bool = False) -> Hook:
+    """A `files.before_operation` that raises OSError at the n-th operation from now (1 is the next; 0 never), and `for_good` at
+    all later ones too. `seen` collects the names of all operations asked for.
+    """
+    seen = [] if seen is None else seen
+
+    def hook(operation: str, path: Path) -> None:
+        seen.append(operation)
+        if n and (len(seen) == n or (for_good and len(seen) > n)):
+            raise OSError(errno.EIO, "injected", str(path))
+
+    return hook
+
+
+def exit_at(n: int) -> Hook:
+    """A `files.before_operation` that ends the process with status 9 at the n-th operation, as a kill would; 0 never."""
+    count = 0
+
+    def hook(operation: str, path: Path) -> None:
+        nonlocal count
+        count += 1
+        if count == n:
+            os._exit(9)
+
+    return hook
+
+
+class ForkServer:
+    """`run(function, ...)` calls a module-level function in a process of its own, and returns its exit status."""
+
+    def __init__(self, root: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "tests.faults"],
+            cwd=root,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> "ForkServer":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._process.communicate()
+
+    def run(self, function: Callable[..., Any], *arguments: Any, exit_at: int = 0, kill_after: float | None = None) -> int:
+        """0: came to its end; 1: raised (or the code of SystemExit); 9: ended at file operation `exit_at`; -9: killed after
+        `kill_after` seconds.
+        """
+        assert self._process.stdin
+        assert self._process.stdout
+        texts = [str(argument) for argument in arguments]
+        self._process.stdin.write(json.dumps([function.__module__, function.__name__, texts, exit_at, kill_after]) + "\n")
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+
+def serve() -> None:
+    for line in sys.stdin:
+        module, name, arguments, n, kill_after = json.loads(line)
+        function = getattr(importlib.import_module(module), name)
+        child = os.fork()
+        if child == 0:
+            files.before_operation = exit_at(n)
+            try:
+                function(*arguments)
+                os._exit(0)
+            except SystemExit as exit_:
+                os._exit(exit_.code if isinstance(exit_.code, int) else 1)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        if kill_after is not None:
+            time.sleep(kill_after)
+            os.kill(child, signal.SIGKILL)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    serve()

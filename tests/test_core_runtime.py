@@ -1,0 +1,210 @@
+"""core/runtime.py: two ranks over gloo agree, none is left waiting, and one process takes the same path."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from core.files import locked
+from core.runtime import Comm, Runtime, Solo, environment_rank, open_runtime, pick_device, seed_everything
+from tests.conftest import Launch
+
+SCRIPT = '''
+import json, os, sys, time
+from pathlib import Path
+import torch
+from core.artifact import building
+from core.cli import StageConfig
+from core.files import locked
+from core.runtime import open_runtime
+
+def collectives(runtime, folder):
+    r = runtime.rank
+    t = torch.tensor([1.0 + r, 10.0])
+    answers = {
+        "sum": runtime.comm.sum_(t).tolist(), "in_place": t.tolist(),
+        "max": runtime.comm.max_(torch.tensor([r, 5 - r])).tolist(),
+        "broadcast": runtime.comm.broadcast_(torch.full((2,), float(r + 7))).tolist(),
+        "gather": runtime.gather_objects({"rank": r}),
+        "share": list(runtime.share(5)),
+        "on_main": runtime.on_main(lambda: f"rank {r} did it"),
+        "main": runtime.is_main, "world": runtime.world_size, "seed": torch.initial_seed(), "threads": torch.get_num_threads(),
+    }
+    runtime.barrier()
+    try:
+        runtime.on_main(lambda: open("/nowhere/x"))
+    except FileNotFoundError as error:
+        answers["error"] = str(error)
+    (folder / f"answers-{r}.json").write_text(json.dumps(answers))
+
+def build(runtime, folder):
+    with building(folder / "out", "things", StageConfig(), runtime) as builder:
+        for i in runtime.share(5):
+            builder.publish(f"chunk-{i}", bytes([i]) * 1000, rows=i)
+        builder.finish([f"chunk-{i}" for i in runtime.share(5)], {"chunks": 5})
+        assert builder.complete
+    with building(folder / "out", "things", StageConfig(), runtime) as builder:
+        assert builder.complete
+
+def in_use(runtime, folder):
+    """Rank 0 finds the folder locked; a rank that waited for it would hang."""
+    try:
+        with building(folder / "busy", "things", StageConfig(), runtime):
+            text = "built"
+    except ValueError as error:
+        text = str(error)
+    (folder / f"busy-{runtime.rank}.txt").write_text(text)
+
+def late(runtime, folder):
+    if runtime.rank == 1:
+        time.sleep(600)
+    runtime.barrier()
+
+def gone(runtime, folder):
+    if runtime.rank == 1:
+        os._exit(7)
+    runtime.gather_objects(1)
+
+folder, timeout_s = Path(sys.argv[1]), float(sys.argv[2])
+with open_runtime("cpu", threads=1, seed=11, timeout_s=timeout_s) as runtime:
+    for name in sys.argv[3:]:
+        try:
+            globals()[name](runtime, folder)
+        except OSError as error:
+            print(f"<{type(error).__name__} on rank {runtime.rank}: {error}>", file=sys.stderr, flush=True)
+            raise SystemExit(2)
+'''
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    return tmp_path / "script.py"
+
+
+def answers(rank: int, world: int) -> dict[str, object]:
+    """What `collectives` must say on `rank` of `world`."""
+    ranks = range(world)
+    return {
+        "sum": [sum(1.0 + r for r in ranks), 10.0 * world], "in_place": [sum(1.0 + r for r in ranks), 10.0 * world],
+        "max": [world - 1, 5], "broadcast": [7.0, 7.0], "gather": [{"rank": r} for r in ranks],
+        "share": list(range(5))[rank::world], "on_main": "rank 0 did it", "main": rank == 0, "world": world, "seed": 11,
+        "threads": 1, "error": "[Errno 2] No such file or directory: '/nowhere/x'",
+    }  # fmt: skip
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_two_ranks_do_what_one_does(tmp_path: Path, script: Path, launch: Launch) -> None:
+    """Collectives, an artifact whose bytes do not tell the number of ranks, and the refusal of a lock that reaches both.
+
+    The time-out is far longer than that of this test, so that a rank left waiting fails it.
+    """
+    one, two = tmp_path / "1", tmp_path / "2"
+    for ranks, folder in ((1, one), (2, two)):
+        with locked(folder / "busy"):
+            done = launch(script, folder, 3600, "collectives", "build", "in_use", ranks=ranks, limit=300)
+        assert done.returncode == 0, done.stderr
+        for rank in range(ranks):
+            assert json.loads((folder / f"answers-{rank}.json").read_text()) == answers(rank, ranks)
+            assert "another job is writing here (host" in (folder / f"busy-{rank}.txt").read_text()
+    assert contents(one / "out") == contents(two / "out")
+    assert len(contents(one / "out")) == 6
+
+
+def test_a_barrier_names_the_rank_that_does_not_come(tmp_path: Path, script: Path, launch: Launch) -> None:
+    done = launch(script, tmp_path, 5, "late", ranks=2, limit=300)
+    assert done.returncode != 0
+    assert "<ConnectionError on rank 0: a barrier between the processes of this job failed: " in done.stderr
+    assert "Ranks 1 failed" in done.stderr
+    assert "did not answer within --timeout-s 5" in done.stderr
+
+
+def test_a_rank_that_ends_does_not_leave_the_other_waiting(tmp_path: Path, script: Path, launch: Launch) -> None:
+    done = launch(script, tmp_path, 3600, "gone", ranks=2, limit=300)
+    assert done.returncode != 0
+    assert "<ConnectionError on rank 0: gathering between the processes of this job failed: " in done.stderr
+
+
+def test_one_process_has_the_answers_of_a_group_of_one() -> None:
+    comm: Comm = Solo()
+    tensor = torch.tensor([1.0, 2.0])
+    assert comm.sum_(tensor) is comm.max_(tensor) is comm.broadcast_(tensor) is tensor
+    runtime = Runtime(0, 1, torch.device("cpu"), comm)
+    runtime.barrier()
+    assert runtime.gather_objects("x") == ["x"]
+    assert runtime.on_main(lambda: "done") == "done"
+    with pytest.raises(ValueError, match="wrong"):
+        runtime.on_main(lambda: int("wrong"))
+    assert list(runtime.share(3)) == [0, 1, 2]
+    assert list(runtime.share(0)) == []
+
+
+def test_shares_of_all_ranks_are_all_items_once() -> None:
+    for world in (1, 2, 3, 8):
+        shares = [Runtime(rank, world, torch.device("cpu"), Solo()).share(7) for rank in range(world)]
+        assert sorted(i for share in shares for i in share) == list(range(7))
+
+
+def test_rank_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert environment_rank() == (0, 0, 1)
+    for name, value in (("RANK", "9"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "16")):
+        monkeypatch.setenv(name, value)
+    assert environment_rank() == (9, 1, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "local_rank", "world", "found"),
+    [
+        ("auto", 0, 0, 1, "cpu"),
+        ("auto", 2, 1, 2, "cuda:1"),
+        ("cpu", 2, 1, 2, "cpu"),
+        ("cuda", 2, 0, 2, "cuda:0"),
+        ("cuda:1", 2, 0, 1, "cuda:1"),
+        ("cuda", 0, 0, 1, "no GPU is visible to PyTorch; use --device cpu"),
+        ("auto", 1, 1, 2, "GPU 1 is needed, but only 1 are visible; lower --nproc_per_node"),
+        ("cuda:2", 2, 0, 1, "GPU 2 is needed, but only 2 are visible; choose a lower number"),
+        ("cuda:0", 2, 1, 2, "all 2 ranks would share one GPU"),
+        ("cuda:x", 2, 0, 1, "expected auto, cpu, cuda or cuda:N"),
+        ("mps", 0, 0, 1, "expected auto, cpu, cuda or cuda:N"),
+    ],
+)
+def test_the_device_is_that_of_the_local_rank(
+    monkeypatch: pytest.MonkeyPatch, name: str, gpus: int, local_rank: int, world: int, found: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    if found.split(":")[0] in ("cpu", "cuda"):
+        assert pick_device(name, local_rank, world) == torch.device(found)
+    else:
+        with pytest.raises(ValueError, match=found):
+            pick_device(name, local_rank, world)
+
+
+def test_seeds_reach_all_three_generators() -> None:
+    def draw(seed: int) -> tuple[float, float, float]:
+        seed_everything(seed)
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    first = draw(-3)
+    assert draw(-3) == first
+    assert all(a != b for a, b in zip(first, draw(4), strict=True))
+
+
+def test_threads_and_seed_are_set_and_nothing_else_is_touched() -> None:
+    before = torch.get_num_threads()
+    try:
+        with open_runtime("cpu", threads=1, seed=3) as runtime:
+            assert torch.get_num_threads() == 1
+            assert torch.initial_seed() == 3
+            assert (runtime.rank, runtime.world_size, runtime.device.type) == (0, 1, "cpu")
+    finally:
+        torch.set_num_threads(before)
+    assert torch.get_default_dtype() == torch.float32

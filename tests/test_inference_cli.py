@@ -1,0 +1,221 @@
+"""The terminal commands: text, pipes, JSON, recipes, watching, and what they say when something is wrong."""
+
+import io
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import inference.chat
+import inference.complete
+import inference.steering_eval
+from core.artifact import open_artifact
+from core.cli import parse
+from inference.chat import ChatConfig
+from inference.complete import CompleteConfig
+from inference.dialogue import prepare, style_of
+from inference.session import InferenceConfig, Session, open_session
+from inference.steering import Edit, Recipe
+from inference.steering_eval import EvalConfig, add_vector, prompts_of, write
+from inference.workbench import default_strength
+from llama3.chat_format import Message, encode_dialog
+from sae.model import load
+from tests.tiny import tiny_llama
+from tests.tiny_features import Features, alone, tiny_sae, write_features
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> Features:
+    folder = tmp_path_factory.mktemp("cli")
+    model = tiny_llama(folder / "model")
+    return write_features(folder, model, tiny_sae(model, "layers.1.resid_post"))
+
+
+@pytest.fixture
+def recipe_file(paths: Features, tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.json"
+    path.write_text(Recipe((Edit(latent=3, strength=12.0),), load(paths.sae).weights_hash).to_json())
+    return path
+
+
+def complete(flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    inference.complete.run(parse(CompleteConfig, "", [*flags, "--max-new-tokens", "6", "--temperature", "0"]), alone())
+    return capsys.readouterr().out
+
+
+def stdin(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+    text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=text.buffer, isatty=lambda: False, readline=text.readline))
+
+
+def test_complete_streams_one_prompt(paths: Features, capsys: pytest.CaptureFixture[str]) -> None:
+    out = complete([*paths.flags, "--prompt", "the storm"], capsys)
+    assert out.startswith("the storm")
+    assert len(out) > len("the storm\n")
+    assert out == complete(["--model", str(paths.model), "--prompt", "the storm"], capsys), (
+        "an SAE nobody uses changes the text"
+    )
+
+
+def test_complete_reads_a_prompt_a_line(
+    paths: Features, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stdin(monkeypatch, "the storm\n\nshe read é\n".encode())
+    records = [json.loads(line) for line in complete([*paths.flags, "--json"], capsys).splitlines()]
+    assert [record["prompt"] for record in records] == ["the storm", "she read é"]
+    assert all(record["finished"] in ("length", "stop") and not record["steered"] for record in records)
+    stdin(monkeypatch, b"the storm\n\nshe read\n")
+    whole = json.loads(complete([*paths.flags, "--json", "--whole"], capsys))
+    assert whole["prompt"] == "the storm\n\nshe read"
+
+
+def test_complete_compares(paths: Features, recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [*paths.flags, "--prompt", "the storm", "--steer", str(recipe_file), "--json"]
+    baseline, steered = (json.loads(line) for line in complete([*flags, "--compare"], capsys).splitlines())
+    assert (baseline["steered"], steered["steered"]) == (False, True)
+    assert baseline["completion"] != steered["completion"]
+    assert json.loads(complete(flags, capsys)) == steered
+    out = complete([*flags[:-1], "--compare"], capsys)
+    assert out.startswith("[baseline] the storm")
+    assert "\n[steered] the storm" in out
+
+
+def test_complete_watches(paths: Features, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+    flags = [*paths.flags, "--prompt", "the storm", "--watch", "3,5"]
+    with caplog.at_level(logging.WARNING):
+        record = json.loads(complete([*flags, "--alarm", "0.1", "--json"], capsys))
+    assert len(record["tokens"]) == len(record["watch"]["3"]) == len(record["watch"]["5"])
+    assert record["watch"]["3"][0] is None
+    loud = sum(bool(value) for values in record["watch"].values() for value in values)
+    assert 0 < len(caplog.records) <= loud
+    assert "ALARM prompt 0" in caplog.records[0].getMessage()
+    table = complete(flags, capsys).splitlines()
+    header = next(i for i, line in enumerate(table) if line.startswith("token"))
+    assert len(table) - header - 1 == len(record["tokens"])
+
+
+def test_chat_answers_each_line(
+    paths: Features, recipe_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def talk(*flags: str) -> list[dict[str, str]]:
+        stdin(monkeypatch, b"hello\n\nonce more\n/reset\nhello\n/quit\nnot read\n")
+        config = parse(ChatConfig, "", [*paths.flags, "--max-new-tokens", "5", "--temperature", "0", "--json", *flags])
+        inference.chat.run(config, alone())
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    first, second, third = talk()
+    assert [first["message"], second["message"], third["message"]] == ["hello", "once more", "hello"]
+    assert first == third, "/reset did not start anew"
+    assert talk("--steer", str(recipe_file))[0]["answer"] != first["answer"]
+    assert talk("--system", "Be brief.")[0]["answer"] != first["answer"]
+
+
+def test_dialogues_fit_into_the_context(paths: Features) -> None:
+    session = open_session(InferenceConfig(model=str(paths.model)), torch.device("cpu"))
+    messages = [Message("system", "Be kind.")]
+    for i in range(6):
+        messages += [Message("user", f"question number {i}"), Message("assistant", f"answer number {i}")]
+    messages.append(Message("user", "the last one"))
+    turn = prepare(session, messages, "llama3", 30)
+    assert turn.dropped > 0
+    assert len(turn.ids) + 30 <= session.context
+    kept = [messages[0], *messages[1:][turn.dropped :]]
+    assert kept[1].role == "user"
+    assert turn.ids == encode_dialog(session.tokenizer, kept)
+    plain = session.tokenizer.decode(prepare(session, messages[:2], "plain", 30).ids, skip_special=True)
+    assert plain == "Be kind.\nQuestion: question number 0\nAnswer:"
+    with pytest.raises(ValueError, match="the context holds 128"):
+        prepare(session, [Message("user", "word " * 60)], "llama3", 30)
+    assert (style_of("auto", "demo"), style_of("auto", "x")) == ("plain", "llama3")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--watch", "3;4"], "separated by commas"),
+        (["--alarm", "0.5"], "--watch too"),
+        (["--compare"], "--steer recipe.json too"),
+        (["--alarm", "-1", "--watch", "3"], "0 or more"),
+        (["--model", "m", "--top", "t"], "--sae too"),
+        (["--model", "m", "--sae", "s", "--explanations", "e"], "--top too"),
+        (["--style", "x"], "Unrecognized"),
+    ],
+)
+def test_flags_that_contradict_are_refused(flags: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse(CompleteConfig, "", flags)
+
+
+def test_wrong_input_is_named(paths: Features, recipe_file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cases: list[tuple[list[str], bytes, str]] = [
+        ([], b"\n  \n", "the prompt is empty"),
+        ([], b"\xff\xfe", "not UTF-8"),
+        (["--prompt", "word " * 200], b"", "the context holds 128"),
+        (["--prompt", "x", "--watch", "99"], b"", "latents 0 to 47"),
+        (["--prompt", "x", "--temperature", "nan"], b"", "temperature"),
+        (["--prompt", "x", "--steer", str(tmp_path)], b"", "directory"),
+    ]
+    for flags, data, message in cases:
+        stdin(monkeypatch, data)
+        with pytest.raises((ValueError, OSError), match=message):
+            inference.complete.run(parse(CompleteConfig, "", [*paths.flags, *flags]), alone())
+    bare = parse(CompleteConfig, "", ["--model", str(paths.model), "--prompt", "x", "--steer", str(recipe_file)])
+    with pytest.raises(ValueError, match="need --sae and --top"):
+        inference.complete.run(bare, alone())
+
+
+def test_a_closed_pipe_ends_quietly(paths: Features) -> None:
+    """The real command in a real pipe, read by something that goes away."""
+    command = [sys.executable, "-m", "inference.complete", "--model", str(paths.model), "--device", "cpu", "--threads", "1"]
+    command += ["--max-new-tokens", "80"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:  # type: ignore[call-overload]
+        process.stdin.write(b"the storm\n")
+        process.stdin.close()
+        assert process.stdout.read(9) == b"the storm"
+        process.stdout.close()
+        said = process.stderr.read().decode()
+    assert process.returncode == 0, said
+    assert "Traceback" not in said
+
+
+def test_session_without_features(paths: Features) -> None:
+    session: Session = open_session(InferenceConfig(model=str(paths.model)), torch.device("cpu"))
+    assert session.features is None
+    with pytest.raises(ValueError, match="no SAE is loaded"):
+        session.needs_features()
+
+
+def test_steering_eval_measures_what_it_says(paths: Features, tmp_path: Path) -> None:
+    """Records, table and best strengths agree with one another, and one record with a run by hand."""
+    flags = [*paths.flags, "--out", str(tmp_path / "steering"), "--features", "3", "--relative-strengths", "1", "6"]
+    config = parse(EvalConfig, "", [*flags, "--max-new-tokens", "6", "--resamples", "50"])
+    inference.steering_eval.run(config, alone())
+    artifact = open_artifact(tmp_path / "steering", "steering")
+    rows = [json.loads(line) for line in artifact.file("steering.jsonl").read_text().splitlines()]
+    assert [(row["latent"], row["relative"]) for row in rows] == [(i, s) for i in range(3) for s in (1.0, 6.0)]
+    session = open_session(config, torch.device("cpu"))
+    features = session.needs_features()
+    edit = Edit(latent=2, strength=rows[5]["strength"])
+    hooks = features.steering.hooks_for([Recipe((edit,), features.sae.weights_hash)] * 8, [len(p) for p in prompts_of(session)])
+    assert rows[5]["steered"]["firing"] == pytest.approx(float(write(session, config, hooks).fired[2]))
+    assert rows[5]["steered"] != rows[5]["baseline"]
+    size = edit.strength * float(features.max_values[2])
+    control = add_vector(features, torch.full((32,), size / 32**0.5))
+    x, positions = torch.randn(1, 4, 32), torch.arange(4)[None]
+    assert hooks is not None
+    moved = [source(positions.expand(8, 4))[features.site](x.expand(8, 4, 32)) - x for source in (hooks, control)]
+    torch.testing.assert_close(moved[0].norm(dim=-1), moved[1].norm(dim=-1))  # the control is as long as the edit
+    assert rows[5]["strength"] == pytest.approx(6 * default_strength(features, 2))
+    best = json.loads(artifact.file("best_strengths.json").read_text())
+    assert set(best) <= {"0", "1", "2"}
+    assert artifact.file("steering.md").read_text().count("\n| ") == 3
+    assert artifact.file("steering.png").read_bytes().startswith(b"\x89PNG")
+    inference.steering_eval.run(config, alone())

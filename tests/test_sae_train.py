@@ -1,0 +1,426 @@
+"""Training: it learns, it is the same on any number of ranks, and it continues to the bit after a kill at any moment."""
+
+import json
+import math
+import os
+import signal
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import torch._dynamo  # an optimizer would import it: here once, and not in every child of the fork server
+import wandb
+from torch import Tensor
+
+from core.artifact import verify
+from core.cli import parse
+from sae.batches import Batches, Schedule
+from sae.checkpoint import STATE, newest_checkpoint, remove_old_checkpoints, write_checkpoint
+from sae.model import load
+from sae.train import TrainConfig, run
+from sae.trainer import Hyperparameters, Trainer
+from tests.conftest import Launch
+from tests.faults import ForkServer
+from tests.sae_folders import ALONE, SITE, make_batches, sparse_rows
+from tests.sae_ranks import SMALL
+
+
+@pytest.fixture(scope="module")
+def batches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """About 670 training rows of width 10: eleven whole steps of 60, and one that is not."""
+    rows, _ = sparse_rows(750, 10, 30, active=3)
+    return make_batches(tmp_path_factory.mktemp("rows"), rows + 0.5, batch_rows=32)
+
+
+def config(batches: Path, out: Path, **overrides: Any) -> TrainConfig:
+    values = {"batches": batches, "out": out, "wandb": "off", "log_every": 1, "checkpoint_every": 3} | SMALL | overrides
+    return TrainConfig(**values)
+
+
+def read_metrics(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return dict(load(folder / "sae").named_parameters())
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    return all(torch.equal(tensor, weights(b)[name]) for name, tensor in weights(a).items())
+
+
+def finish_run(batches: str, out: str) -> None:
+    """For the fork server."""
+    run(config(Path(batches), Path(out)), ALONE)
+
+
+# a step --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["dataset", "layer", "none"])
+def test_decoder_rows_stay_units_and_their_gradients_orthogonal(batches: Path, norm: str, monkeypatch: Any) -> None:
+    trainer = Trainer(Hyperparameters(**SMALL, norm=norm), ALONE, Batches(batches))  # type: ignore[arg-type]
+    cosines = []
+    step = torch.optim.Adam.step
+
+    def watched(optimizer: Any) -> Any:
+        W_dec, gradient = trainer.sae.W_dec.detach(), trainer.sae.W_dec.grad
+        assert gradient is not None
+        cosines.append((gradient * W_dec).sum(1).abs().max() / gradient.norm(dim=1).max())
+        return step(optimizer)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", watched)
+    start = trainer.sae.W_dec.detach().clone()
+    for _ in range(6):
+        trainer.train_step()
+        torch.testing.assert_close(trainer.sae.W_dec.norm(dim=1), torch.ones(96))
+    assert max(cosines) < 1e-6
+    assert not torch.equal(trainer.sae.W_dec, start)
+
+
+def test_a_step_equals_dense_autograd_and_torch_adam(batches: Path) -> None:
+    """Three steps written out with dense matrices, in float64, with dead latents from the second step on."""
+    settings = Hyperparameters(**SMALL | {"dead_after_tokens": 60, "dtype": "float64", "clip_norm": 0.05, "warmup_steps": 2})
+    trainer, data = Trainer(settings, ALONE, Batches(batches)), Batches(batches)
+    W_dec, W_enc, b_enc, b_pre = (getattr(trainer.sae, n).detach().clone() for n in ("W_dec", "W_enc", "b_enc", "b_pre"))
+    twin = [t.requires_grad_() for t in (W_dec, W_enc, b_enc, b_pre)]
+    adam = torch.optim.Adam(twin, lr=1.0, betas=settings.betas, eps=settings.eps)
+    last_fired, n_dead = torch.zeros(96), []
+    scale = math.sqrt(10) / data.statistics.mean_norm
+    for step in range(3):
+        z = data.train.read(60 * step, 60 * step + 60).double() * scale
+        h = (z - b_pre) @ W_enc.T + b_enc
+        latents = h.relu() * torch.zeros_like(h).scatter(1, h.topk(3).indices, 1.0)
+        error = z - (latents @ W_dec + b_pre)
+        dead = 60 * step - last_fired >= 60
+        n_dead.append(int(dead.sum()))
+        loss = error.square().mean()
+        if dead.any():
+            only_dead = h.masked_fill(~dead, -math.inf)
+            chosen = torch.zeros_like(h).scatter(1, only_dead.topk(min(8, n_dead[-1])).indices, 1.0)
+            loss = loss + min(1, n_dead[-1] / 8) / 32 * (error.detach() - (h.relu() * chosen) @ W_dec).square().mean()
+        adam.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            assert W_dec.grad is not None
+            W_dec.grad -= (W_dec.grad * W_dec).sum(1, keepdim=True) * W_dec
+            torch.nn.utils.clip_grad_norm_(twin, 0.05)
+            adam.param_groups[0]["lr"] = settings.lr_at(step, trainer.total_steps)
+            adam.step()
+            W_dec /= W_dec.norm(dim=1, keepdim=True)
+        last_fired[(latents > 0).any(0)] = 60 * step + 60
+        result = trainer.train_step()
+        assert result.loss == pytest.approx(error.square().mean().item())
+        assert result.dead_fraction == n_dead[-1] / 96
+    assert n_dead[0] == 0 < n_dead[1]
+    assert torch.equal(trainer.last_fired, last_fired.long())
+    for ours, theirs in zip((trainer.sae.W_dec, trainer.sae.W_enc, trainer.sae.b_enc, trainer.sae.b_pre), twin, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
+
+
+def test_learning_rate_warms_up_and_follows_a_cosine() -> None:
+    settings = Hyperparameters(lr=1.0, lr_end=0.1, warmup_steps=4)
+    rates = [settings.lr_at(step, 105) for step in range(105)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates[54] == pytest.approx(0.55)
+    assert rates[-1] == pytest.approx(0.1)
+    assert Hyperparameters(n_latents=4096).peak_lr == pytest.approx(4e-4)
+
+
+# which rows ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n_rows", "batch_rows", "batch_size"), [(1000, 64, 96), (640, 64, 64), (5, 64, 96), (129, 64, 256)])
+def test_every_row_is_read_once_an_epoch_by_any_number_of_ranks(n_rows: int, batch_rows: int, batch_size: int) -> None:
+    def order(world_size: int, epoch: int) -> list[list[int]]:
+        schedule = Schedule(n_rows, batch_rows, batch_size, seed=1)
+        steps = range(epoch * schedule.steps_per_epoch, (epoch + 1) * schedule.steps_per_epoch)
+        out = []
+        for step in steps:
+            ranks = [schedule.segments(step, rank, world_size) for rank in range(world_size)]
+            out.append([row for segments in ranks for start, stop in segments for row in range(start, stop)])
+            assert len(out[-1]) == schedule.rows_in(step)
+        return out
+
+    for epoch in (0, 1, 2):
+        alone = order(1, epoch)
+        assert sorted(chain.from_iterable(alone)) == list(range(n_rows))
+        assert alone == order(2, epoch) == order(3, epoch) == order(7, epoch)
+    assert list(chain.from_iterable(order(1, 0))) == list(range(n_rows))
+    if n_rows == 1000:
+        assert order(1, 1) != order(1, 2) != order(1, 0)
+
+
+# whole runs ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_known_dictionary_is_found(tmp_path: Path) -> None:
+    """Rows made of 3 of 40 directions: a TopK SAE explains nearly all of them, and most directions are among its own."""
+    rows, directions = sparse_rows(6000, 24, 40, active=3)
+    batches = make_batches(tmp_path, rows, batch_rows=256)
+    settings = {"n_latents": 64, "k": 3, "batch_size": 256, "epochs": 8, "lr": 1e-2, "dead_after_tokens": 5000, "aux_k": 0}
+    run(config(batches, tmp_path / "run", **settings, checkpoint_every=0, log_every=100), ALONE)
+    last = read_metrics(tmp_path / "run")[-1]
+    assert last["val_fvu"] < 0.1
+    assert abs(last["val_fvu"] - last["fvu"]) < 0.05
+    sae = load(tmp_path / "run" / "sae")
+    best = (directions @ sae.W_dec.T).amax(1)
+    assert (best > 0.9).float().mean() > 0.9
+    x = Batches(batches).validation.read(0, 200)
+    fvu = (x - sae(x)).square().sum() / (x - x.mean(0)).square().sum()
+    assert float(fvu) == pytest.approx(last["val_fvu"], rel=0.2)
+
+
+def test_a_run_leaves_what_later_stages_need(batches: Path, tmp_path: Path) -> None:
+    run(config(batches, tmp_path / "run", validate_every=4, keep=2), ALONE)
+    manifest = verify(tmp_path / "run" / "sae")
+    data = Batches(batches)
+    steps = math.ceil(len(data.train) / 60)
+    assert manifest.counts == {"n_latents": 96, "steps": steps, "tokens": len(data.train)}
+    sae = load(tmp_path / "run" / "sae")
+    assert manifest.provenance["sae_hash"] == sae.weights_hash
+    assert manifest.inputs == [data.artifact.as_input()]
+    for name, value in {"site": SITE, "model_hash": "m", "tokenizer_hash": "t", "bos": "none", "training_steps": steps}.items():
+        assert sae.cfg.provenance[name] == manifest.provenance[name] == value
+    assert sae.cfg.scale == pytest.approx(math.sqrt(10) / data.statistics.mean_norm)
+    lines = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == list(range(1, steps + 1))
+    names = {"step", "tokens", "loss", "aux_loss", "fvu", "l0", "dead_fraction", "lr", "activations_per_s"}
+    assert all(names <= line.keys() for line in lines)
+    validated = [line["step"] for line in lines if {"val_loss", "val_aux_loss", "val_fvu"} <= line.keys()]
+    assert validated == [*range(4, steps, 4), steps]
+    assert lines[-1]["tokens"] == len(data.train)
+    assert lines[-1]["fvu"] == pytest.approx(lines[-1]["loss"] * 10 / data.statistics.total_variance("dataset"))
+    kept = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == [f"step-{step:08d}" for step in range(3, steps, 3)[-2:]]
+
+
+def test_a_finished_run_is_left_alone_and_other_flags_are_refused(batches: Path, tmp_path: Path) -> None:
+    run(config(batches, tmp_path / "run"), ALONE)
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    run(config(batches, tmp_path / "run", checkpoint_every=5), ALONE)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    with pytest.raises(ValueError, match=r"--lr 0\.003, now 0\.1"):
+        run(config(batches, tmp_path / "run", lr=0.1), ALONE)
+
+
+def test_continues_to_the_bit_after_an_interruption_at_any_step(batches: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    torch.manual_seed(0)
+    run(config(batches, tmp_path / "clean"), ALONE)
+    clean = read_metrics(tmp_path / "clean")
+    step = Trainer.train_step
+    for moment in (0, 2, 3, 7, 10):
+        out = tmp_path / f"cut-{moment}"
+        torch.manual_seed(0)
+
+        def cut(trainer: Trainer, wish: int = 0, moment: int = moment) -> Any:
+            if trainer.step == moment:
+                raise RuntimeError("cut")
+            return step(trainer, wish)
+
+        monkeypatch.setattr(Trainer, "train_step", cut)
+        with pytest.raises(RuntimeError, match="cut"):
+            run(config(batches, out), ALONE)
+        monkeypatch.setattr(Trainer, "train_step", step)
+        torch.manual_seed(99 if moment >= 3 else 0)  # a checkpoint brings its own; without one, the runtime seeds
+        run(config(batches, out), ALONE)
+        assert same_weights(out, tmp_path / "clean")
+        newest = sorted((out / "checkpoints").iterdir())[-1].name
+        assert (out / "checkpoints" / newest / STATE).read_bytes() == (
+            tmp_path / "clean" / "checkpoints" / newest / STATE
+        ).read_bytes()
+        untimed = [{k: v for k, v in line.items() if k != "activations_per_s"} for line in read_metrics(out)]
+        assert untimed == [{k: v for k, v in line.items() if k != "activations_per_s"} for line in clean]
+
+
+def test_killed_at_file_operations_it_ends_with_the_same_bytes(
+    batches: Path, memory_path: Path, fork_server: ForkServer
+) -> None:
+    assert fork_server.run(finish_run, batches, memory_path / "clean") == 0
+    operations: list[str] = []
+    for n in range(1, 400, 29):
+        out = memory_path / str(n)
+        status = fork_server.run(finish_run, batches, out, exit_at=n)
+        operations.append(str(status))
+        if status == 0:
+            break
+        assert status == 9
+        assert fork_server.run(finish_run, batches, out) == 0
+        for name in ("sae.safetensors", "cfg.json", "manifest.json"):
+            assert (out / "sae" / name).read_bytes() == (memory_path / "clean" / "sae" / name).read_bytes()
+        assert [line["step"] for line in read_metrics(out)] == [line["step"] for line in read_metrics(memory_path / "clean")]
+    assert len(operations) > 5
+
+
+def test_sigterm_saves_the_current_step_and_exits(batches: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    run(config(batches, tmp_path / "clean"), ALONE)
+    step, previous = Trainer.train_step, signal.getsignal(signal.SIGTERM)
+
+    def interrupted(trainer: Trainer, wish: int = 0) -> Any:
+        if trainer.step == 4:
+            for _ in range(2):  # as a process group and its launcher do
+                os.kill(os.getpid(), signal.SIGTERM)  # during step 5, after the wish was read: step 6 is the last
+        return step(trainer, wish)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as end:
+        run(config(batches, out, checkpoint_every=0), ALONE)
+    assert end.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) is previous
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000006"]
+    monkeypatch.setattr(Trainer, "train_step", step)
+    run(config(batches, out, checkpoint_every=0), ALONE)
+    assert same_weights(out, tmp_path / "clean")
+    assert [line["step"] for line in read_metrics(out)] == [line["step"] for line in read_metrics(tmp_path / "clean")]
+
+
+def test_two_ranks_give_what_one_gives(launch: Launch, batches: Path, tmp_path: Path) -> None:
+    done = launch("-m", "tests.sae_ranks", batches, tmp_path / "two", ranks=2, limit=300)
+    assert done.returncode == 0, done.stderr
+    run(config(batches, tmp_path / "one", checkpoint_every=1000), ALONE)
+    alone, together = weights(tmp_path / "one"), weights(tmp_path / "two" / "float32")
+    for name, tensor in alone.items():
+        assert (tensor - together[name]).norm() / tensor.norm() < 1e-5
+    for mine, theirs in zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two" / "float32"), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert (mine["dead_fraction"], mine["tokens"]) == (theirs["dead_fraction"], theirs["tokens"])
+
+    # What two ranks began, one continues: in float64 nothing but the order of sums differs.
+    stopped = tmp_path / "two" / "stopped"
+    assert [path.name for path in (stopped / "checkpoints").iterdir()] == ["step-00000005"]
+    for out in (stopped, tmp_path / "whole"):
+        run(config(batches, out, dtype="float64", checkpoint_every=0), ALONE)
+    begun, whole = (load(folder / "sae", dtype=torch.float64) for folder in (stopped, tmp_path / "whole"))
+    for name, parameter in begun.named_parameters():
+        torch.testing.assert_close(parameter, getattr(whole, name), rtol=1e-9, atol=1e-11)
+    assert [line["step"] for line in read_metrics(stopped)] == [line["step"] for line in read_metrics(tmp_path / "whole")]
+
+
+def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(batches: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"step \d+: loss and gradient must be finite.*lower --lr"):
+        run(config(batches, tmp_path / "run", lr=1e30, checkpoint_every=1), ALONE)
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        state = torch.cat([t.double().flatten() for t in _state(path).values()])
+        assert torch.isfinite(state).all()
+    with pytest.raises(ValueError, match="has not finished"):
+        load(tmp_path / "run" / "sae")
+
+
+def test_less_than_one_batch_is_refused_and_one_row_is_enough_for_a_batch_of_one(tmp_path: Path) -> None:
+    batches = make_batches(tmp_path, torch.ones(1, 4), validation_fraction=0)
+    with pytest.raises(ValueError, match="1 training rows, fewer than one batch of --batch-size 60"):
+        run(config(batches, tmp_path / "run"), ALONE)
+    run(config(batches, tmp_path / "run", n_latents=8, k=2, batch_size=1), ALONE)
+    assert read_metrics(tmp_path / "run")[-1]["fvu"] is None
+    assert load(tmp_path / "run" / "sae").cfg.n_latents == 8
+
+
+# checkpoints ---------------------------------------------------------------------------------------------------------
+
+
+def _state(path: Path) -> dict[str, Tensor]:
+    return safetensors.torch.load_file(path / STATE)
+
+
+def test_old_checkpoints_go_and_a_damaged_one_is_passed_over(batches: Path, tmp_path: Path, caplog: Any) -> None:
+    out, settings = tmp_path / "run", config(batches, tmp_path / "run")
+    trainer = Trainer(settings, ALONE, Batches(batches))
+    folder = out / "checkpoints"
+    for step in (1, 2, 3, 4):
+        trainer.train_step()
+        write_checkpoint(folder, step, trainer.state(), settings, ALONE)
+    (folder / "step-00000001" / "manifest.json").unlink()  # cut short, and older than what is kept
+    remove_old_checkpoints(folder, keep=2)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000003", "step-00000004"]
+    content = bytearray((folder / "step-00000004" / STATE).read_bytes())
+    content[-1] ^= 1
+    (folder / "step-00000004" / STATE).write_bytes(content)
+    state = newest_checkpoint(folder, ALONE)
+    assert state is not None
+    assert int(state["step"]) == 3
+    assert "damaged" in caplog.text
+    assert newest_checkpoint(tmp_path / "nowhere", ALONE) is None
+
+
+def test_a_checkpoint_holds_everything_the_next_step_depends_on(batches: Path) -> None:
+    """A copy continues alike; with any one tensor changed it does not."""
+    settings = Hyperparameters(**SMALL | {"dead_after_tokens": 60})
+
+    def after(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        trainer = Trainer(settings, ALONE, Batches(batches))
+        trainer.load_state({name: tensor.clone() for name, tensor in state.items()})
+        trainer.train_step()
+        return {name: tensor.clone() for name, tensor in trainer.state().items()}
+
+    trainer = Trainer(settings, ALONE, Batches(batches))
+    for _ in range(4):
+        trainer.train_step()
+    state = {name: tensor.clone() for name, tensor in trainer.state().items()}
+    reference = after(state)
+    trainer.train_step()
+    assert all(torch.equal(tensor, reference[name]) for name, tensor in trainer.state().items())
+    rng = state.pop("rng")
+    for name, tensor in state.items():
+        changed = after(state | {"rng": rng, name: tensor + 1})
+        assert any(not torch.equal(tensor, reference[key]) for key, tensor in changed.items()), name
+
+
+# command line --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--k", "65", "--n-latents", "64"], "--k must be between 1 and --n-latents 64; found 65"),
+        (["--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--lr", "-1"], "--lr must not be negative"),
+        (["--betas", "0.9", "1"], "--betas"),
+        (["--keep", "0"], "--keep"),
+        (["--norm", "batch"], "norm"),
+    ],
+)
+def test_flags_out_of_range_are_refused(flags: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse(TrainConfig, "", ["--batches", "b", "--out", "o", *flags])
+
+
+def test_a_folder_of_another_kind_is_refused(batches: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected a folder of kind batches, found activations"):
+        run(config(batches.parent / "activations", tmp_path / "run"), ALONE)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_reference_preset_is_valid() -> None:
+    preset = Path(__file__).parent.parent / "configs" / "reference.toml"
+    found = parse(TrainConfig, "", ["--config", str(preset), "--batches", "b", "--out", "o"])
+    assert (found.n_latents, found.k, found.aux_k, found.norm, found.batch_size) == (65_536, 64, 2048, "layer", 8192)
+    assert (found.lr, found.lr_end, found.betas, found.eps, found.epochs) == (5e-5, 1e-5, (0.85, 0.9999), 6.25e-10, 10)
+
+
+def test_weights_and_biases_gets_a_copy(batches: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    logged: list[int] = []
+
+    class Run:
+        def log(self, line: dict[str, Any], step: int) -> None:
+            logged.append(step)
+
+        def finish(self) -> None:
+            logged.append(-1)
+
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    modes = []
+    monkeypatch.setattr(wandb, "init", lambda **settings: modes.append(settings["mode"]) or Run())
+    run(config(batches, tmp_path / "run", wandb="auto", max_steps=2), ALONE)
+    assert modes == ["offline"]
+    assert logged == [1, 2, -1]
+
+
+def test_initial_bias_is_the_mean_of_z(batches: Path) -> None:
+    data = Batches(batches)
+    trainer = Trainer(Hyperparameters(**SMALL), ALONE, data)
+    z = trainer.sae.normalise(data.train.read(0, len(data.train))).z
+    torch.testing.assert_close(trainer.sae.b_pre.detach(), z.mean(0), rtol=1e-4, atol=1e-5)

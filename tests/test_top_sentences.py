@@ -1,0 +1,273 @@
+"""Top sentences of every latent: against brute force, across ranks, and what is refused."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import safetensors.torch
+import torch
+
+from capture.store import open_activations, open_corpus
+from core import files
+from core.artifact import building, open_artifact, verify
+from core.cli import parse
+from interpretability.promoted import promoted_by
+from interpretability.records import HISTOGRAM_BINS, open_top
+from interpretability.top_sentences import TopSentencesConfig, run
+from llama3 import load_model, load_tokenizer
+from sae.model import load
+from tests.interp_folders import SITE, ChunkConfig, Folders, make_folders, random_texts, solo
+
+
+def config(folders: Folders, out: Path, *flags: str) -> TopSentencesConfig:
+    argv = [*folders.flags(), "--out", str(out), "--device", "cpu", "--threads", "1", *flags]
+    return parse(TopSentencesConfig, "", argv)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    return make_folders(tmp_path_factory.mktemp("inputs"), random_texts(150))
+
+
+@pytest.fixture(scope="module")
+def top(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("top") / "top"
+    run(config(folders, out, "--n-sentences", "5"), solo())
+    return out
+
+
+def dense_activations(folders: Folders) -> tuple[list[torch.Tensor], int]:
+    """(T, n_latents) of every sentence, and the number of latents: the slow, obvious way."""
+    sae, activations = load(folders.sae), open_activations(folders.activations)
+    sentences = []
+    for chunk in activations:
+        latents = sae.encode(chunk.activations)
+        dense = torch.zeros(len(chunk.activations), sae.cfg.n_latents).scatter_add_(1, latents.indices, latents.values)
+        sentences += [dense[a:b] for a, b in zip(chunk.offsets[:-1].tolist(), chunk.offsets[1:].tolist(), strict=True)]
+    return sentences, sae.cfg.n_latents
+
+
+def reference_top(values: torch.Tensor, n: int) -> list[tuple[float, int]]:
+    """(value, sentence id) by value down and id up, of the sentences whose value is above 0."""
+    return [(-v, i) for v, i in sorted((-v, i) for i, v in enumerate(values.tolist()) if v > 0)[:n]]
+
+
+AGGREGATE = {
+    "max": lambda dense: dense.amax(0),
+    "mean": lambda dense: dense.double().mean(0).float(),
+    "last": lambda dense: dense[-1],
+}
+
+
+@pytest.mark.parametrize("n_sentences", [150, 10_000])
+def test_equal_to_brute_force(tmp_path: Path, n_sentences: int) -> None:
+    texts = random_texts(n_sentences, longest=12 if n_sentences == 150 else 2)
+    folders = make_folders(tmp_path, texts, n_latents=48, k=4, chunk_sentences=16 if n_sentences == 150 else 2048)
+    run(config(folders, tmp_path / "top", "--n-sentences", "7"), solo())
+    top = open_top(tmp_path / "top")
+    sentences, n_latents = dense_activations(folders)
+    assert n_latents == top.n_latents == 48
+    ties = 0
+    for aggregation, aggregate in AGGREGATE.items():
+        values = torch.stack([aggregate(dense) for dense in sentences], 1)  # (n_latents, n_sentences)
+        for latent in range(n_latents):
+            expected = reference_top(values[latent], 7)
+            found = top.sentences(latent, aggregation)
+            assert [(s.value, s.sentence_id) for s in found] == expected
+            assert [s.rank for s in found] == list(range(len(expected)))
+            ties += len(expected) - len({value for value, _ in expected})
+            for sentence in found:
+                assert sentence.activations == sentences[sentence.sentence_id][:, latent].tolist()
+                assert sentence.text == texts[sentence.sentence_id] == "".join(sentence.tokens)
+    assert ties > 100  # the order among equals was put to the test
+
+
+def test_texts_names_and_labels_are_those_of_the_sentence(folders: Folders, top: Path) -> None:
+    corpus, tokenizer = open_corpus(folders.corpus), load_tokenizer(folders.model)
+    opened = open_top(top)
+    seen = [s for latent in range(opened.n_latents) for s in opened.sentences(latent, "mean")]
+    assert any("日本" in s.text for s in seen)  # tokens that are parts of a character
+    for sentence in seen:
+        i = sentence.sentence_id
+        assert sentence.text == corpus.texts([i])[0]
+        assert sentence.label == corpus.labels([i])[0]
+        assert sentence.document == f"book.{i // 7}"
+        assert sentence.tokens == tokenizer.pieces(tokenizer.encode(sentence.text))
+        assert len(sentence.activations) == len(sentence.tokens)
+
+
+def test_statistics_equal_the_plain_ones(folders: Folders, top: Path) -> None:
+    dense = torch.cat(dense_activations(folders)[0]).double()
+    opened = open_top(top)
+    assert opened.n_tokens == len(dense)
+    edges = [0.0, *(2.0**e for e in range(-9, 10)), np.inf]
+    for latent in range(opened.n_latents):
+        found, column = opened.statistics(latent), dense[:, latent]
+        firing = column[column > 0].numpy()
+        assert found.firing_count == len(firing)
+        assert found.max == opened.max_values[latent] == (firing.max() if len(firing) else 0)
+        assert found.density == len(firing) / len(dense)
+        assert found.mean == pytest.approx(firing.mean() if len(firing) else 0, rel=1e-6)
+        assert len(found.histogram) == HISTOGRAM_BINS
+        assert found.histogram == np.histogram(firing, edges)[0].tolist()
+    sentences = [any(s[:, 5] > 0) for s in dense_activations(folders)[0]]
+    assert opened.statistics(5).sentence_count == sum(sentences)
+    assert opened.statistics(opened.n_latents - 1).firing_count == 0
+    assert opened.sentences(opened.n_latents - 1) == []
+    assert open_artifact(top).manifest.counts["dead_latents"] >= 2
+
+
+def test_promoted_tokens_against_a_written_out_product(folders: Folders, top: Path) -> None:
+    model, tokenizer, sae = load_model(folders.model), load_tokenizer(folders.model), load(folders.sae)
+    logits = (sae.W_dec[3] * model.norm.weight) @ model.output.weight.T
+    n_plain = tokenizer.n_vocab - len(tokenizer.special_tokens)
+    order = logits[:n_plain].argsort(descending=True).tolist()
+    found = open_top(top).statistics(3)
+    assert found.promoted == [tokenizer.decode([i]) for i in order[:10]]
+    assert found.suppressed == [tokenizer.decode([i]) for i in order[::-1][:10]]
+    with torch.no_grad():
+        model.norm.weight.mul_(torch.linspace(-1, 1, 32))
+    other = promoted_by(model, SITE, sae.W_dec[3:4], tokenizer, 3).promoted[0]
+    plain = promoted_by(model, "final_norm", sae.W_dec[3:4], tokenizer, 3).promoted[0]
+    assert plain == found.promoted[:3] != other  # at final_norm the norm's weight is behind us already
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.is_file()}
+
+
+def test_two_ranks_write_the_same_bytes_as_one(folders: Folders, top: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "interpretability.top_sentences", *folders.flags(), "--out", str(tmp_path / "two"), "--n-sentences", "5"]
+    command += ["--device", "cpu", "--threads", "1"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert digest(tmp_path / "two") == digest(top)
+    verify(tmp_path / "two")
+
+
+def test_run_again_is_left_alone_and_other_flags_are_refused(folders: Folders, top: Path) -> None:
+    before = digest(top)
+    run(config(folders, top, "--n-sentences", "5"), solo())
+    assert digest(top) == before
+    with pytest.raises(ValueError, match="--n 5, now 6"):
+        run(config(folders, top, "--n-sentences", "6"), solo())
+
+
+def test_continues_after_a_kill(folders: Folders, top: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(operation: str, path: Path) -> None:
+        if (operation, path.name) == ("rename", "latents.parquet"):
+            raise KeyboardInterrupt
+
+    half = tmp_path / "half"
+    monkeypatch.setattr(files, "before_operation", die)
+    with pytest.raises(KeyboardInterrupt):
+        run(config(folders, half, "--n-sentences", "5"), solo())
+    monkeypatch.undo()
+    assert (half / "top_sentences.parquet").exists()
+    with pytest.raises(ValueError, match="has not finished"):
+        open_top(half)
+    run(config(folders, half, "--n-sentences", "5"), solo())
+    assert digest(half) == digest(top)
+
+
+def rewrite_chunk(source_path: Path, out: Path, index: int, **changed: torch.Tensor) -> Path:
+    """A copy of an activations folder with tensors of one chunk replaced, manifest and checksums in order."""
+    source = open_artifact(source_path, "activations")
+    manifest = source.manifest
+    step = ChunkConfig(chunk_sentences=manifest.config["chunk_sentences"])
+    with building(out, "activations", step, solo(), provenance=manifest.provenance) as builder:
+        for i, name in enumerate(source.names):
+            tensors = safetensors.torch.load_file(source.file(name)) | (changed if i == index else {})
+            builder.publish(name, safetensors.torch.save(tensors), rows=source.rows(name))
+        builder.finish(source.names, manifest.counts)
+    return out
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_is_refused_naming_the_sentence(folders: Folders, tmp_path: Path, bad: float) -> None:
+    rows = open_activations(folders.activations).chunk(2).activations.clone()
+    start = int(open_activations(folders.activations).chunk(2).offsets[3])
+    rows[start + 1, 7] = bad
+    damaged = rewrite_chunk(folders.activations, tmp_path / "acts", 2, activations=rows)
+    with pytest.raises(ValueError, match=r"sentence 35 \(chunk 2, token 1 of the sentence\)"):
+        run(config(folders._replace(activations=damaged), tmp_path / "top"), solo())
+
+
+def test_rows_beyond_the_norm_of_training_are_left_out(folders: Folders, tmp_path: Path) -> None:
+    chunk = open_activations(folders.activations).chunk(0)
+    rows = chunk.activations.clone()
+    rows[0] = rows[0] * 1000
+    sunk = rewrite_chunk(folders.activations, tmp_path / "acts", 0, activations=rows)
+    sae = load(folders.sae)
+    for name, limit in (("limited", 500.0), ("free", None)):
+        sae.cfg.provenance["max_norm"] = limit
+        sae.save(tmp_path / name)
+        run(
+            config(folders._replace(activations=sunk, sae=tmp_path / name), tmp_path / f"top-{name}", "--n-sentences", "3"),
+            solo(),
+        )
+    limited, free = open_top(tmp_path / "top-limited"), open_top(tmp_path / "top-free")
+    assert free.max_values.max() > 100 > limited.max_values.max()
+    assert limited.n_tokens == free.n_tokens - 1
+    assert open_artifact(tmp_path / "top-limited").manifest.counts["left_out_tokens"] == 1
+
+
+@pytest.mark.parametrize("key", ["model_hash", "tokenizer_hash", "site", "bos"])
+def test_an_sae_of_other_activations_is_refused_with_both_values(folders: Folders, tmp_path: Path, key: str) -> None:
+    sae = load(folders.sae)
+    right, sae.cfg.provenance[key] = sae.cfg.provenance[key], "other"
+    sae.save(tmp_path / "sae")
+    with pytest.raises(ValueError, match="other") as refused:
+        run(config(folders._replace(sae=tmp_path / "sae"), tmp_path / "top"), solo())
+    assert right in str(refused.value)
+    assert not (tmp_path / "top").exists()
+
+
+def test_another_corpus_and_another_model_are_refused(folders: Folders, tmp_path: Path) -> None:
+    other = make_folders(tmp_path, random_texts(20, seed=5))
+    with pytest.raises(ValueError, match="corpus_hash is"):
+        run(config(folders._replace(corpus=other.corpus), tmp_path / "top"), solo())
+    tokenizer = folders.model / "tokenizer.model"
+    (other.model / "tokenizer.model").write_bytes(b"\n".join(tokenizer.read_bytes().splitlines()[:-1]))
+    with pytest.raises(ValueError, match="tokenizer_hash is"):
+        run(config(folders._replace(model=other.model), tmp_path / "top"), solo())
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--aggregations", "max,median"], "expected some of max, mean, last"),
+    (["--aggregations", "max", "max"], "each once"),
+    (["--n-sentences", "0"], "--n-sentences must be at least 1"),
+])  # fmt: skip
+def test_bad_flags(folders: Folders, tmp_path: Path, flags: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(folders, tmp_path / "top", *flags)
+
+
+def test_aggregations_by_comma_or_space(folders: Folders, tmp_path: Path) -> None:
+    assert config(folders, tmp_path, "--n", "7").n == config(folders, tmp_path, "--n-sentences", "7").n == 7
+    for flags in (["--aggregations", "last,max"], ["--aggregations", "last", "max"]):
+        assert config(folders, tmp_path, *flags).aggregations == ("last", "max")
+
+
+def test_readers_refuse_what_is_not_there(top: Path) -> None:
+    opened = open_top(top)
+    with pytest.raises(ValueError, match="0 to 63"):
+        opened.sentences(64)
+    with pytest.raises(ValueError, match="holds max, mean, last"):
+        opened.sentences(0, "median")
+    assert len(opened.sentences(0, "max", 2)) == 2
+    assert pq.ParquetFile(top / "top_sentences.parquet").num_row_groups == 1
+
+
+def test_the_pool_holds_each_sentence_once(top: Path) -> None:
+    opened = open_top(top)
+    ids = [s.sentence_id for latent in range(64) for a in ("max", "mean", "last") for s in opened.sentences(latent, a)]
+    pool = opened.pool()
+    assert [s.sentence_id for s in pool] == sorted(set(ids))
