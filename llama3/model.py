@@ -66,6 +66,8 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> T
     """
     B, T, H, K = q.shape
     G = k.shape[1]
+    if T == 1:  # the same without moving dimensions of size 1 about
+        return F.scaled_dot_product_attention(q.view(B, G, H // G, K), k, v, attn_mask=mask).view(B, 1, H, K)
     folded = q.view(B, T, G, H // G, K).permute(0, 2, 3, 1, 4).reshape(B, G, H // G * T, K)
     out = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask)
     return out.view(B, G, H // G, T, K).permute(0, 3, 1, 2, 4).reshape(B, T, H, K)
@@ -129,7 +131,7 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.params = params
-        self.tok_embeddings = nn.Embedding.from_pretrained(torch.zeros(params.vocab_size, params.dim), freeze=False)
+        self.tok_embeddings = nn.Embedding(params.vocab_size, params.dim, _weight=torch.zeros(params.vocab_size, params.dim))
         self.layers = nn.ModuleList(TransformerBlock(params) for _ in range(params.n_layers))
         self.norm = RMSNorm(params.dim, params.norm_eps)
         self.output = Linear(params.dim, params.vocab_size)

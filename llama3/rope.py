@@ -44,7 +44,7 @@ def as_factors(freqs_cis: Tensor) -> Tensor:
 
 def apply_rotary_emb(x: Tensor, factors: Tensor) -> Tensor:
     """Turn each pair of `x` (B, T, H, K) by the angles of `as_factors`."""
-    pairs = x.float().unflatten(-1, (-1, 2))  # (B, T, H, K/2, 2)
+    pairs = x.float().reshape(*x.shape[:-1], -1, 2)  # (B, T, H, K/2, 2)
     if factors.is_complex():
         turned = torch.view_as_real(torch.view_as_complex(pairs) * factors)
     else:

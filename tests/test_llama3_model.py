@@ -20,7 +20,7 @@ from llama3.cache import attention_mask
 from llama3.linear import linear
 from llama3.model import Transformer, fold_mask, grouped_attention
 from llama3.rope import apply_rotary_emb, as_factors, frequencies, precompute_freqs_cis
-from llama3.sites import LAYER_SITES
+from llama3.sites import LAYER_SITES, NO_HOOKS
 from tests.tiny import tiny_args
 
 V = 61
@@ -520,6 +520,21 @@ def test_compiled_layer_stack_is_one_graph() -> None:
     steps = torch.cat([compiled(part, cache=cache) for part in tokens.split([2, 1, 1], dim=1)], dim=1)
     torch.testing.assert_close(steps, model(tokens), rtol=0, atol=1e-4)
     assert set(graphs) == {2}
+    torch._dynamo.reset()
+
+
+def test_layer_stack_compiles_without_a_graph_break() -> None:
+    """`fullgraph` raises at the first break. The model itself has one before its layers: it reads the active hooks."""
+    model = make_model()
+
+    def stack(x: Tensor) -> Tensor:
+        rope = as_factors(model.freqs_cis[: x.shape[1]])
+        for layer in model.layers:
+            x = layer(x, rope, None, None, NO_HOOKS)
+        return x
+
+    x = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(torch.compile(stack, backend="eager", fullgraph=True)(x), stack(x), rtol=0, atol=1e-4)
     torch._dynamo.reset()
 
 
