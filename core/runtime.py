@@ -3,6 +3,7 @@
 One process and many take the same path: a single process talks to `Solo`, which has the answers of a group of one.
 """
 
+import itertools
 import os
 import random
 import re
@@ -31,6 +32,7 @@ class Comm(Protocol):
     def max_(self, tensor: Tensor) -> Tensor: ...
     def broadcast_(self, tensor: Tensor) -> Tensor: ...
     def gather_objects(self, value: Any) -> list[Any]: ...
+    def counter(self) -> Callable[[], int]: ...
 
 
 class Solo:
@@ -51,6 +53,9 @@ class Solo:
     def gather_objects(self, value: Any) -> list[Any]:
         return [value]
 
+    def counter(self) -> Callable[[], int]:
+        return itertools.count().__next__
+
 
 class Group:
     """All processes of the job: NCCL for tensors on GPUs, gloo for tensors on CPU and for objects.
@@ -60,6 +65,7 @@ class Group:
 
     def __init__(self, timeout: timedelta) -> None:
         self._timeout = timeout
+        self._counters = itertools.count()
         self._cpu = dist.new_group(backend="gloo", timeout=timeout)
 
     def barrier(self) -> None:
@@ -87,6 +93,17 @@ class Group:
         with _lost_peer("gathering", self._timeout):
             dist.all_gather_object(values, value, group=self._cpu)
         return values
+
+    def counter(self) -> Callable[[], int]:
+        # The store behind the first meeting, of which PyTorch has no public name. Ranks open counters in the same order.
+        store = dist.distributed_c10d._get_default_store()  # type: ignore[no-untyped-call]
+        key = f"counter-{next(self._counters)}"
+
+        def take() -> int:
+            with _lost_peer("handing out work", self._timeout):
+                return int(store.add(key, 1)) - 1
+
+        return take
 
 
 @contextmanager
@@ -143,6 +160,14 @@ class Runtime:
     def share(self, n_items: int) -> range:
         """The items, of `n_items`, that fall to this rank: i belongs to rank i mod world size."""
         return range(self.rank, n_items, self.world_size)
+
+    def hand_out(self, n_items: int) -> Iterator[int]:
+        """The items, of `n_items`, that this rank takes: each goes to the rank that asks next, so a fast rank takes more.
+
+        Every rank calls this at the same place; together they take every item once, each rank in rising order.
+        """
+        take = self.comm.counter()
+        return itertools.takewhile(lambda item: item < n_items, iter(take, None))
 
 
 def environment_rank() -> tuple[int, int, int]:
