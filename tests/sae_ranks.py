@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from core.runtime import Runtime, open_runtime
 from sae import train
@@ -34,16 +35,21 @@ def trained_alike(runtime: Runtime, batches: Path) -> None:
         trainer.train_step()
         n_dead.append(len(trainer.dead()))
     assert max(n_dead) > 0
-    states = runtime.gather_objects({name: t for name, t in trainer.state().items() if name != "rng"})
+    states = runtime.gather_objects(flat(trainer))
     for other in states[1:]:
         assert all(torch.equal(tensor, other[name]) for name, tensor in states[0].items())
+
+
+def flat(trainer: Trainer) -> dict[str, Tensor]:
+    state = trainer.state()
+    return {name: tensor for name, tensor in (state.shared | state.latents).items() if name != "rng"}
 
 
 def refused_by_all(runtime: Runtime, batches: Path) -> None:
     """NaN in the rows of the last rank alone stops every rank within the step, with nothing changed."""
     trainer = Trainer(Hyperparameters(**SMALL), runtime, Batches(batches))
     trainer.train_step()
-    before = {name: tensor.clone() for name, tensor in trainer.state().items()}
+    before = flat(trainer)
     normalise = SAE.normalise
     if runtime.rank == runtime.world_size - 1:
         SAE.normalise = lambda sae, x: normalise(sae, x * float("nan"))  # type: ignore[method-assign]
@@ -54,7 +60,7 @@ def refused_by_all(runtime: Runtime, batches: Path) -> None:
         message = str(error)
     SAE.normalise = normalise  # type: ignore[method-assign]
     assert all("must be finite" in text for text in runtime.gather_objects(message))
-    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.state().items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in flat(trainer).items())
 
 
 def stopped_together(runtime: Runtime, batches: Path, out: Path) -> None:

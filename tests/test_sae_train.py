@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 import torch._dynamo  # an optimizer would import it: here once, and not in every child of the fork server
 import wandb
@@ -18,10 +17,10 @@ from torch import Tensor
 from core.artifact import verify
 from core.cli import parse
 from sae.batches import Batches, Schedule
-from sae.checkpoint import STATE, newest_checkpoint, remove_old_checkpoints, write_checkpoint
+from sae.checkpoint import Checkpoints, complete, latents_name, read_state, remove_old_checkpoints
 from sae.model import load
 from sae.train import TrainConfig, run
-from sae.trainer import Hyperparameters, Trainer
+from sae.trainer import Hyperparameters, State, Trainer
 from tests.conftest import Launch
 from tests.faults import ForkServer
 from tests.sae_folders import ALONE, SITE, make_batches, sparse_rows
@@ -42,6 +41,10 @@ def config(batches: Path, out: Path, **overrides: Any) -> TrainConfig:
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: v for name, v in line.items() if name not in ("activations_per_s", "floor_share")} for line in lines]
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -216,24 +219,22 @@ def test_continues_to_the_bit_after_an_interruption_at_any_step(batches: Path, t
         out = tmp_path / f"cut-{moment}"
         torch.manual_seed(0)
 
-        def cut(trainer: Trainer, wish: int = 0, moment: int = moment) -> Any:
+        def cut(trainer: Trainer, *wishes: Any, moment: int = moment) -> Any:
             if trainer.step == moment:
                 raise RuntimeError("cut")
-            return step(trainer, wish)
+            return step(trainer, *wishes)
 
         monkeypatch.setattr(Trainer, "train_step", cut)
         with pytest.raises(RuntimeError, match="cut"):
             run(config(batches, out), ALONE)
         monkeypatch.setattr(Trainer, "train_step", step)
-        torch.manual_seed(99 if moment >= 3 else 0)  # a checkpoint brings its own; without one, the runtime seeds
+        begun = any(complete(out / "checkpoints", verify=False))
+        torch.manual_seed(99 if begun else 0)  # a checkpoint brings its own; without one, the runtime seeds
         run(config(batches, out), ALONE)
         assert same_weights(out, tmp_path / "clean")
-        newest = sorted((out / "checkpoints").iterdir())[-1].name
-        assert (out / "checkpoints" / newest / STATE).read_bytes() == (
-            tmp_path / "clean" / "checkpoints" / newest / STATE
-        ).read_bytes()
-        untimed = [{k: v for k, v in line.items() if k != "activations_per_s"} for line in read_metrics(out)]
-        assert untimed == [{k: v for k, v in line.items() if k != "activations_per_s"} for line in clean]
+        for path in sorted((out / "checkpoints").iterdir())[-1].iterdir():
+            assert path.read_bytes() == (tmp_path / "clean" / path.relative_to(out)).read_bytes()
+        assert untimed(read_metrics(out)) == untimed(clean)
 
 
 def test_killed_at_file_operations_it_ends_with_the_same_bytes(
@@ -259,11 +260,11 @@ def test_sigterm_saves_the_current_step_and_exits(batches: Path, tmp_path: Path,
     run(config(batches, tmp_path / "clean"), ALONE)
     step, previous = Trainer.train_step, signal.getsignal(signal.SIGTERM)
 
-    def interrupted(trainer: Trainer, wish: int = 0) -> Any:
+    def interrupted(trainer: Trainer, *wishes: Any) -> Any:
         if trainer.step == 4:
             for _ in range(2):  # as a process group and its launcher do
                 os.kill(os.getpid(), signal.SIGTERM)  # during step 5, after the wish was read: step 6 is the last
-        return step(trainer, wish)
+        return step(trainer, *wishes)
 
     monkeypatch.setattr(Trainer, "train_step", interrupted)
     out = tmp_path / "run"
@@ -304,8 +305,8 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(batches: Path,
     with pytest.raises(ValueError, match=r"step \d+: loss and gradient must be finite.*lower --lr"):
         run(config(batches, tmp_path / "run", lr=1e30, checkpoint_every=1), ALONE)
     for path in (tmp_path / "run" / "checkpoints").iterdir():
-        state = torch.cat([t.double().flatten() for t in _state(path).values()])
-        assert torch.isfinite(state).all()
+        state = read_state(path, 0, 96)
+        assert all(torch.isfinite(tensor).all() for name, tensor in flat(state).items() if name != "lowest_val_loss")
     with pytest.raises(ValueError, match="has not finished"):
         load(tmp_path / "run" / "sae")
 
@@ -322,51 +323,64 @@ def test_less_than_one_batch_is_refused_and_one_row_is_enough_for_a_batch_of_one
 # checkpoints ---------------------------------------------------------------------------------------------------------
 
 
-def _state(path: Path) -> dict[str, Tensor]:
-    return safetensors.torch.load_file(path / STATE)
+def flat(state: State) -> dict[str, Tensor]:
+    return state.shared | state.latents
 
 
 def test_old_checkpoints_go_and_a_damaged_one_is_passed_over(batches: Path, tmp_path: Path, caplog: Any) -> None:
     out, settings = tmp_path / "run", config(batches, tmp_path / "run")
     trainer = Trainer(settings, ALONE, Batches(batches))
     folder = out / "checkpoints"
+    checkpoints = Checkpoints(folder, 9, settings, ALONE, trainer.mesh)
     for step in (1, 2, 3, 4):
         trainer.train_step()
-        write_checkpoint(folder, step, trainer.state(), settings, ALONE)
+        checkpoints.begin(step, trainer.state())
+        checkpoints.finish()
     (folder / "step-00000001" / "manifest.json").unlink()  # cut short, and older than what is kept
     remove_old_checkpoints(folder, keep=2)
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000003", "step-00000004"]
-    content = bytearray((folder / "step-00000004" / STATE).read_bytes())
+    damaged = folder / "step-00000004" / latents_name(0)
+    content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
-    (folder / "step-00000004" / STATE).write_bytes(content)
-    state = newest_checkpoint(folder, ALONE)
+    damaged.write_bytes(content)
+    state = checkpoints.newest(0, 96)
     assert state is not None
-    assert int(state["step"]) == 3
+    assert int(state.shared["step"]) == 3
     assert "damaged" in caplog.text
-    assert newest_checkpoint(tmp_path / "nowhere", ALONE) is None
+    checkpoints.begin(4, trainer.state())  # the damaged one gives way
+    checkpoints.finish()
+    state = checkpoints.newest(0, 96)
+    assert state is not None
+    assert int(state.shared["step"]) == 4
+    checkpoints.close()
+    assert Checkpoints(tmp_path / "nowhere", 1, settings, ALONE, trainer.mesh).newest(0, 96) is None
 
 
 def test_a_checkpoint_holds_everything_the_next_step_depends_on(batches: Path) -> None:
     """A copy continues alike; with any one tensor changed it does not."""
     settings = Hyperparameters(**SMALL | {"dead_after_tokens": 60})
 
-    def after(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def after(state: State, changed: str = "") -> dict[str, Tensor]:
         trainer = Trainer(settings, ALONE, Batches(batches))
-        trainer.load_state({name: tensor.clone() for name, tensor in state.items()})
+        parts = ({name: tensor + 1 if name == changed else tensor.clone() for name, tensor in p.items()} for p in state)
+        trainer.load_state(State(*parts))
         trainer.train_step()
-        return {name: tensor.clone() for name, tensor in trainer.state().items()}
+        trainer.out_of_patience(0.5)
+        return flat(trainer.state())
 
     trainer = Trainer(settings, ALONE, Batches(batches))
     for _ in range(4):
         trainer.train_step()
-    state = {name: tensor.clone() for name, tensor in trainer.state().items()}
+    trainer.out_of_patience(0.1)
+    state = trainer.state()
     reference = after(state)
     trainer.train_step()
-    assert all(torch.equal(tensor, reference[name]) for name, tensor in trainer.state().items())
-    rng = state.pop("rng")
-    for name, tensor in state.items():
-        changed = after(state | {"rng": rng, name: tensor + 1})
-        assert any(not torch.equal(tensor, reference[key]) for key, tensor in changed.items()), name
+    trainer.out_of_patience(0.5)
+    assert all(torch.equal(tensor, reference[name]) for name, tensor in flat(trainer.state()).items())
+    for name in flat(state):
+        if name != "rng":  # nothing draws from it so far
+            changed = after(state, name)
+            assert any(not torch.equal(tensor, reference[key]) for key, tensor in changed.items()), name
 
 
 # command line --------------------------------------------------------------------------------------------------------
