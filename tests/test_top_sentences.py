@@ -378,7 +378,13 @@ def test_many_blocks_of_cofiring_are_one(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_ngrams_against_the_formula() -> None:
-    rest = ["the old harbour master slept", "the harbour was calm", "bread and butter", "a calm sea", *["nothing of note"] * 4000]
+    rest = [
+        "the old harbour master slept",
+        "the harbour was calm",
+        "bread and butter",
+        "a calm sea",
+        *["nothing of note"] * 4000,
+    ]
     top = ["old harbour lights", "the old harbour burned", "an old harbour"]
     found = NgramCounter(rest).strongest([ngrams_of(text) for text in top], 3)
     assert found[0]["text"] == "old harbour"  # "old" alone is in the same sentences
