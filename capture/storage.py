@@ -53,7 +53,8 @@ class StoredRows(NamedTuple):
     def norms(self) -> Tensor:
         """(N,) float32; not finite where a value is not, or where squares overflow."""
         rows = self.activations if self.scales is None else dequantise(self.activations, self.scales)
-        return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+        return norms
 
     def finite(self, rows: Tensor) -> Tensor:
         """Whether each of `rows` holds finite values alone; bool, like `rows`."""

@@ -1,8 +1,7 @@
 """Activations straight from the model: what `capture.activations` would have stored, chunk by chunk, without the disk.
 
-It calls capture's own code with the settings that the SAE's training rows were captured with, so that batches, and with them
-the
-last bits, are the same.
+It calls capture's own code with the settings that the SAE's training rows were captured with, so that batches, and with
+them the last bits, are the same.
 """
 
 from typing import Any, Literal
@@ -10,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from capture.batches import tokenise
-from capture.chunks import ChunkCapture, capture_chunk
+from capture.chunks import ChunkCapture, start_chunk
 from capture.store import Chunk, Corpus
 from llama3 import Tokenizer, load_model
 from sae.model import SAE
@@ -59,10 +58,10 @@ class LiveActivations:
         first = index * CHUNK_SENTENCES
         table = self._corpus.rows(first, min(first + CHUNK_SENTENCES, self.n_sentences))
         tokens = tokenise(table, self._tokenizer, self._max_length)
-        captured = capture_chunk(self._how, tokens, lambda: None)
+        captured = start_chunk(self._how, tokens, lambda: None).result
         return Chunk(
             index,
-            captured.rows[self.site],
+            captured.rows[self.site].activations,
             captured.tokens.token_ids.int(),
             captured.tokens.sentence_ids,
             captured.tokens.document_ids,
