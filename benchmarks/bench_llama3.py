@@ -279,7 +279,7 @@ def compare_decoding(shape: str, pair: Pair, prompt: Tensor, config: BenchConfig
             (decode, lambda cache=cache: pair.theirs.generate(prompt, **options, cache_implementation=cache)),  # type: ignore[misc]
             n * len(prompt),
             1.5,
-            max(3, config.rounds // 3),
+            config.rounds,
         )
         for cache in (None, "static")
     ]
