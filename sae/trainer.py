@@ -19,7 +19,7 @@ from sae.model import SAE, SAEConfig
 
 VALIDATION_ROWS = 4096  # at a time
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam remembers of each entry
-THRESHOLD_DECAY = 0.99  # of the running mean of the smallest value that batchtopk keeps
+THRESHOLD_DECAY = 0.9  # of the running mean of the smallest value that batchtopk keeps
 FINGERPRINT_ROWS = 4096  # at a time
 SINCE_FIRED_EDGES = tuple(10**e for e in range(3, 11))
 DENSITY_EDGES = tuple(10.0**e for e in range(-7, 0))
