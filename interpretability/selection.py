@@ -17,7 +17,7 @@ from torch import Tensor
 from core.runtime import Runtime
 from interpretability.records import HISTOGRAM_BINS, HISTOGRAM_FIRST_EXPONENT
 
-MIN_PENDING = 1 << 18
+MIN_PENDING = 1 << 20
 BLOCKS = 32
 """Parts of the table that are merged one after the other: what a merge holds beside the table is one of them."""
 HASH_BITS = 31
@@ -185,36 +185,34 @@ def hashes(*keys: Tensor | int) -> Tensor:
     return mixed & ((1 << HASH_BITS) - 1)
 
 
-def level_keys(pairs: Pairs, seed: int) -> Tensor:
-    """(P,) int64: latent and level (bin of the largest activation) in the upper bits, the pair's hash below."""
-    group = pairs.latents.long() * HISTOGRAM_BINS + bins_of(pairs.peaks)
-    return (group << HASH_BITS) + hashes(pairs.latents, pairs.sentence_ids, seed)
+def level_keys(latents: Tensor, sentence_ids: Tensor, peaks: Tensor, seed: int) -> Tensor:
+    """(P,) int64 of pairs: latent and level (bin of the largest activation) in the upper bits, a hash of the pair below."""
+    group = latents.long() * HISTOGRAM_BINS + bins_of(peaks)
+    return (group << HASH_BITS) + hashes(latents, sentence_ids, seed)
 
 
-def level_ranks(pairs: Pairs, seed: int) -> Tensor:
+def level_ranks(keys: Tensor) -> Tensor:
     """(P,) int64: place of each pair among those of its latent and level, by (hash, sentence id) up.
 
-    `pairs` must be in ascending order of sentence id.
+    `keys` are those of `level_keys`, in ascending order of sentence id.
     """
-    keys = level_keys(pairs, seed)
     return _places(keys.argsort(stable=True), keys >> HASH_BITS)
 
 
-def ranks(pairs: Pairs, aggregation: int) -> Tensor:
+def ranks(latents: Tensor, values: Tensor) -> Tensor:
     """(P,) int64: 0 for the largest of its latent by (value down, sentence id up), and so on; P where the value is 0.
 
-    `pairs` must be in ascending order of sentence id.
+    `latents` and `values` are those of pairs in ascending order of sentence id.
     """
-    values = pairs.scores[aggregation]
     # The bits of a positive float32 rise with its value, so that one integer key sorts by latent and then by value, down.
-    key = (pairs.latents.long() << 32) + (0x7FFFFFFF - values.view(torch.int32).long())
-    return torch.where(values > 0, _places(key.argsort(stable=True), pairs.latents), len(key))
+    key = (latents.long() << 32) + (0x7FFFFFFF - values.view(torch.int32).long())
+    return torch.where(values > 0, _places(key.argsort(stable=True), latents), len(key))
 
 
 def _places(order: Tensor, groups: Tensor) -> Tensor:
     """The place of each element within its group, where `order` sorts all by group first."""
-    sorted_groups = groups[order]
-    starts = torch.searchsorted(sorted_groups, sorted_groups)  # first of the same group
+    _, counts = torch.unique_consecutive(groups[order], return_counts=True)
+    starts = torch.repeat_interleave(counts.cumsum(0) - counts, counts)  # first of the same group
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order), device=order.device) - starts
     return places
@@ -226,7 +224,7 @@ class TopTable:
     `n_level` sentences of least hash, of all that was added.
 
     Memory goes with latents x (aggregations x `n` + levels x `n_level`), and with the distinct sentences among them. What waits
-    to be merged is a quarter of that, or MIN_PENDING pairs; a merge holds one of BLOCKS parts twice.
+    to be merged is half of that, or MIN_PENDING pairs; a merge holds one of BLOCKS parts twice.
     """
 
     def __init__(
@@ -249,13 +247,13 @@ class TopTable:
         latents = pairs.latents.long()
         hopeful = ((pairs.scores > 0) & (pairs.scores >= self._least[:, latents])).any(0)
         if self.n_level:
-            keys = level_keys(pairs, self.seed)
+            keys = level_keys(pairs.latents, pairs.sentence_ids, pairs.peaks, self.seed)
             hopeful |= keys <= self._last_key[keys >> HASH_BITS]
         hopefuls = pairs.take(hopeful.nonzero().squeeze(1)).to("cpu")
         self._pending.append(hopefuls)
         self._pending_sentences.append(sentences.to("cpu").used_by(hopefuls))
         self._n_pending += hopefuls.n
-        if self._n_pending > max(sum(block.n for block in self.blocks) // 4, MIN_PENDING):
+        if self._n_pending > max(sum(block.n for block in self.blocks) // 2, MIN_PENDING):
             self.merge()
 
     def merge(self) -> None:
@@ -276,20 +274,23 @@ class TopTable:
 
     def _kept(self, pairs: Pairs) -> Pairs:
         """Those of `pairs` that are among the top N or the sample of some level; remembers what it takes to be so."""
-        pairs = pairs.take(pairs.sentence_ids.argsort(stable=True))
+        order = pairs.sentence_ids.argsort(stable=True)
+        latents = pairs.latents[order]
         keep = torch.zeros(pairs.n, dtype=torch.bool)
         device = self._least.device
-        for a in range(len(self.aggregations)):
-            rank = ranks(pairs, a)
+        for a, scores in enumerate(pairs.scores):
+            values = scores[order]
+            rank = ranks(latents, values)
             keep |= rank < self.n
             last = rank == self.n - 1
-            self._least[a, pairs.latents[last].long().to(device)] = pairs.scores[a, last].to(device)
+            self._least[a, latents[last].long().to(device)] = values[last].to(device)
         if self.n_level:
-            rank = level_ranks(pairs, self.seed)
+            keys = level_keys(latents, pairs.sentence_ids[order], pairs.peaks[order], self.seed)
+            rank = level_ranks(keys)
             keep |= rank < self.n_level
-            keys = level_keys(pairs, self.seed)[rank == self.n_level - 1].to(device)
-            self._last_key[keys >> HASH_BITS] = keys
-        return pairs.take(keep.nonzero().squeeze(1))
+            lasts = keys[rank == self.n_level - 1].to(device)
+            self._last_key[lasts >> HASH_BITS] = lasts
+        return pairs.take(order[keep])
 
     def between(self, first: int, last: int) -> tuple[Pairs, Sentences] | None:
         """The rows of latents `first` to `last - 1` with their sentences; None where there are none."""

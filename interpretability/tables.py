@@ -23,6 +23,7 @@ from interpretability.selection import (
     cat_pairs,
     cat_sentences,
     gathered,
+    level_keys,
     level_ranks,
     offsets_of,
     ranks,
@@ -79,7 +80,7 @@ def rows_of(table: TopTable, n_latents: int, runtime: Runtime, lookup: TextLooku
 
 def _block(pairs: Pairs, sentences: Sentences, table: TopTable, lookup: TextLookup) -> pa.Table:
     """Rows by latent, aggregation and rank. `pairs` and `sentences` are in ascending order of sentence id."""
-    by_aggregation = [ranks(pairs, a) for a in range(len(table.aggregations))]
+    by_aggregation = [ranks(pairs.latents, values) for values in pairs.scores]
     kept = [(rank < table.n).nonzero().squeeze(1) for rank in by_aggregation]
     if table.n_level:
         place, drawn = _level_order(pairs, table)
@@ -115,7 +116,7 @@ def _block(pairs: Pairs, sentences: Sentences, table: TopTable, lookup: TextLook
 
 def _level_order(pairs: Pairs, table: TopTable) -> tuple[torch.Tensor, torch.Tensor]:
     """The place (P,) of each pair in the sample of its latent, the highest level first, and which pairs are in the sample."""
-    place = level_ranks(pairs, table.seed)
+    place = level_ranks(level_keys(pairs.latents, pairs.sentence_ids, pairs.peaks, table.seed))
     drawn = (place < table.n_level).nonzero().squeeze(1)
     level = bins_of(pairs.peaks[drawn])
     order = torch.from_numpy(np.lexsort((place[drawn].numpy(), -level.numpy(), pairs.latents[drawn].numpy())))
