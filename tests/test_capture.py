@@ -323,8 +323,9 @@ def test_an_error_of_the_writer_reaches_the_caller() -> None:
         write_for_ever(FakeBuilder(full), 60)
     with pytest.raises(OSError, match="disk full"), Writer(FakeBuilder(full), timeout_s=60) as writer:
         writer.put(FileToWrite("only", lambda: (b"x", 0)))  # noticed on leaving
-    with pytest.raises(ZeroDivisionError), Writer(FakeBuilder(full), timeout_s=60) as writer:
+    with pytest.raises(ZeroDivisionError) as raised, Writer(FakeBuilder(full), timeout_s=60) as writer:
         writer.put(FileToWrite("only", lambda: (bytes(1 // 0), 0)))
+    assert raised.value.__notes__ == ["the writer ended at only"]
     assert time.monotonic() - began < 10
 
 
