@@ -48,7 +48,7 @@ def n_operations(tiny: Path, out: Path) -> int:
 
 def test_killed_at_some_file_operations(tiny: Path, memory_path: Path, fork_server: ForkServer) -> None:
     last = n_operations(tiny, memory_path / "whole")
-    for n in random.Random(0).sample(range(1, last + 1), 6):
+    for n in random.Random(0).sample(range(1, last + 1), 4):
         out = memory_path / f"at{n}"
         assert fork_server.run(capture, tiny / "model", tiny / "corpus", out, exit_at=n) == 9
         resume(tiny, out)
