@@ -97,7 +97,7 @@ def run(config: ActivationsConfig, runtime: Runtime) -> None:
     config = replace(config, sites=config.sites or (default_site(model.params.n_layers),))
     _check(config, model, tokenizer)
     how = _how(config, model, tokenizer)
-    needed = runtime.on_main(lambda: plan.need(corpus, tokenizer, how, config.max_length))
+    needed = runtime.on_main(lambda: plan.need(corpus, tokenizer, how, config.max_length)).part(config.part_of[1])
     if config.plan:
         rates = runtime.gather_objects(plan.probe(corpus, tokenizer, how, config.max_length, config.chunk_sentences))
         runtime.on_main(lambda: print(plan.describe(needed, plan.free(config.out), rates, corpus.n_sentences)))

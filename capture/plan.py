@@ -12,6 +12,7 @@ from capture.batches import tokenise
 from capture.chunks import ChunkCapture, start_chunk
 from capture.storage import DTYPES
 from capture.store import Corpus
+from core.artifact import MANIFEST, Manifest
 from llama3 import Tokenizer
 
 SAMPLE_BLOCKS = 16  # runs of sentences, spread over the corpus, whose tokens are counted
@@ -25,6 +26,10 @@ class Need(NamedTuple):
 
     tokens: int
     bytes: int
+
+    def part(self, of: int) -> "Need":
+        """That of one of `of` parts."""
+        return Need(self.tokens // of, self.bytes // of)
 
 
 def need(corpus: Corpus, tokenizer: Tokenizer, how: ChunkCapture, max_length: int) -> Need:
@@ -49,6 +54,8 @@ def free(out: Path) -> int:
 
 def check_room(needed: Need, out: Path) -> None:
     """ValueError where what `out` does not hold yet cannot fit."""
+    if (out / MANIFEST).is_file() and Manifest.read(out).complete:
+        return
     there = sum(file.stat().st_size for file in out.rglob("*.safetensors"))
     if needed.bytes - there > free(out):
         raise ValueError(
