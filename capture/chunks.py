@@ -99,7 +99,7 @@ def start_chunk(how: ChunkCapture, chunk: ChunkTokens, before_batch: Callable[[]
     if device.type == "cpu":
         return StartedChunk(how, chunk, rows, norms, counts, wait=lambda: None)
     copies = _HostCopies(device)
-    rows = {site: StoredRows(*(x if x is None else copies.start(x) for x in stored)) for site, stored in rows.items()}
+    rows = {site: stored.map(copies.start) for site, stored in rows.items()}
     norms = {site: copies.start(x) for site, x in norms.items()}
     return StartedChunk(how, chunk, rows, norms, counts, wait=copies.wait)
 
@@ -108,9 +108,9 @@ class _HostCopies:
     """Copies into pinned memory on a CUDA stream of their own, which run beside the next chunk's forward passes."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(device))
-        self._done = torch.cuda.Event()
+        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def start(self, x: Tensor) -> Tensor:
         """Where `x` will be once `wait` has returned."""

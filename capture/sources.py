@@ -119,9 +119,9 @@ def _files(spec: str) -> list[File]:
     if path.is_dir():
         source = path.resolve().name
         below = [(file, file.relative_to(path).as_posix()) for file in _text_files(path)]
-        return [File(str(file), name, source, partial(file.open, "rb"), None) for file, name in below]
+        return [File(str(file), name, source, partial(open, file, "rb"), None) for file, name in below]
     if path.is_file():
-        return [File(spec, path.name, path.name, partial(path.open, "rb"), None)]
+        return [File(spec, path.name, path.name, partial(open, path, "rb"), None)]
     raise ValueError(
         f"--source {spec}: no such file or folder; expected a text file, a folder of texts, .jsonl, .parquet, nltk:NAME, "
         f"an address such as hf://datasets/OWNER/NAME, or {', '.join(PRESETS)}"

@@ -245,7 +245,8 @@ class _OpenChunk(NamedTuple):
         """Some rows of the activations, float32 where they are int8 in the file."""
         if not self.quantised:
             whole = wanted == slice(None)
-            return self.file.get_tensor("activations") if whole else self.file.get_slice("activations")[wanted]
+            rows: Tensor = self.file.get_tensor("activations") if whole else self.file.get_slice("activations")[wanted]
+            return rows
         return dequantise(self.file.get_slice("activations")[wanted], self.file.get_slice("scales")[wanted])
 
 

@@ -96,7 +96,7 @@ class Group:
 
     def counter(self) -> Callable[[], int]:
         # The store behind the first meeting, of which PyTorch has no public name. Ranks open counters in the same order.
-        store = dist.distributed_c10d._get_default_store()  # type: ignore[no-untyped-call]
+        store = dist.distributed_c10d._get_default_store()
         key = f"counter-{next(self._counters)}"
 
         def take() -> int:
