@@ -119,13 +119,17 @@ def _files(spec: str) -> list[File]:
     if path.is_dir():
         source = path.resolve().name
         below = [(file, file.relative_to(path).as_posix()) for file in _text_files(path)]
-        return [File(str(file), name, source, partial(open, file, "rb"), None) for file, name in below]
+        return [File(str(file), name, source, partial(_bytes, file), None) for file, name in below]
     if path.is_file():
-        return [File(spec, path.name, path.name, partial(open, path, "rb"), None)]
+        return [File(spec, path.name, path.name, partial(_bytes, path), None)]
     raise ValueError(
         f"--source {spec}: no such file or folder; expected a text file, a folder of texts, .jsonl, .parquet, nltk:NAME, "
         f"an address such as hf://datasets/OWNER/NAME, or {', '.join(PRESETS)}"
     )
+
+
+def _bytes(path: Path) -> BinaryIO:
+    return path.open("rb")
 
 
 def _text_files(folder: Path) -> list[Path]:
