@@ -65,18 +65,19 @@ def test_killed_at_every_file_operation(tiny: Path, memory_path: Path, fork_serv
 
 @pytest.mark.faults
 def test_killed_at_fifty_moments(tiny: Path, memory_path: Path, fork_server: ForkServer) -> None:
-    began = time.monotonic()
-    assert fork_server.run(capture, tiny / "model", tiny / "corpus", memory_path / "whole") == 0
+    for attempt in range(2):  # the second is timed: the first pays for what is loaded late
+        began = time.monotonic()
+        assert fork_server.run(capture, tiny / "model", tiny / "corpus", memory_path / f"whole{attempt}") == 0
     whole = time.monotonic() - began
-    killed = 0
     chance = random.Random(0)
-    for n in range(50):
-        out = memory_path / f"moment{n}"
-        status = fork_server.run(capture, tiny / "model", tiny / "corpus", out, kill_after=chance.uniform(0, whole))
-        killed += status == -9
+    statuses: list[int] = []
+    while statuses.count(-9) < 50:
+        out = memory_path / f"moment{len(statuses)}"
+        moment = chance.uniform(0, whole)
+        statuses.append(fork_server.run(capture, tiny / "model", tiny / "corpus", out, kill_after=moment))
         resume(tiny, out)
         shutil.rmtree(out)
-    assert killed >= 25
+        assert len(statuses) < 250, "the runs end before they are killed"
 
 
 def test_two_ranks_then_one_then_three(tiny: Path, tmp_path: Path, fork_server: ForkServer, launch: Launch) -> None:
