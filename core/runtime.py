@@ -11,12 +11,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 T = TypeVar("T")
 
@@ -25,18 +27,30 @@ LOST_PEER = re.compile(r"timed? ?out|clos(ed|ing)|reset by peer|refused|monitore
 
 
 class Comm(Protocol):
-    """What a stage may ask of its group. A trailing underscore works in place."""
+    """What may be asked of any group of processes. A trailing underscore works in place; all tensors have one shape."""
 
-    def barrier(self) -> None: ...
+    rank: int
+    """Of this process within the group."""
+    size: int
+
     def sum_(self, tensor: Tensor) -> Tensor: ...
     def max_(self, tensor: Tensor) -> Tensor: ...
     def broadcast_(self, tensor: Tensor) -> Tensor: ...
+    def all_gather(self, tensor: Tensor) -> Tensor: ...
+
+
+class WorldComm(Comm, Protocol):
+    """What may be asked of all processes of the job together."""
+
+    def barrier(self) -> None: ...
     def gather_objects(self, value: Any) -> list[Any]: ...
     def counter(self) -> Callable[[], int]: ...
 
 
 class Solo:
     """A group of one."""
+
+    rank, size = 0, 1
 
     def barrier(self) -> None:
         pass
@@ -50,6 +64,9 @@ class Solo:
     def broadcast_(self, tensor: Tensor) -> Tensor:
         return tensor
 
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        return tensor[None]
+
     def gather_objects(self, value: Any) -> list[Any]:
         return [value]
 
@@ -58,39 +75,55 @@ class Solo:
 
 
 class Group:
-    """All processes of the job: NCCL for tensors on GPUs, gloo for tensors on CPU and for objects.
+    """Some processes of the job: NCCL for tensors on GPUs, gloo for tensors on CPU.
 
     A rank that ended or does not answer within the time-out is a ConnectionError on the others.
     """
 
+    def __init__(self, timeout: timedelta, group: dist.ProcessGroup | None = None) -> None:
+        self.timeout, self._group = timeout, group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        with _lost_peer("a sum", self.timeout):
+            dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self._group)
+        return tensor
+
+    def max_(self, tensor: Tensor) -> Tensor:
+        with _lost_peer("a maximum", self.timeout):
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
+        return tensor
+
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        """From the group's rank 0."""
+        with _lost_peer("a broadcast", self.timeout):
+            dist.broadcast(tensor, group_src=0, group=self._group)
+        return tensor
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """[size, ...]: the tensors of all ranks in order of rank."""
+        every = list(tensor.new_empty(self.size, *tensor.shape))
+        with _lost_peer("a gathering", self.timeout):
+            dist.all_gather(every, tensor.contiguous(), group=self._group)
+        return torch.stack(every)
+
+
+class World(Group):
+    """All processes of the job; objects and barriers go through gloo."""
+
     def __init__(self, timeout: timedelta) -> None:
-        self._timeout = timeout
+        super().__init__(timeout)
         self._counters = itertools.count()
         self._cpu = dist.new_group(backend="gloo", timeout=timeout)
 
     def barrier(self) -> None:
-        with _lost_peer("a barrier", self._timeout):
+        with _lost_peer("a barrier", self.timeout):
             # On rank 0 the error lists all ranks that did not come.
-            dist.monitored_barrier(self._cpu, timeout=self._timeout, wait_all_ranks=True)
-
-    def sum_(self, tensor: Tensor) -> Tensor:
-        with _lost_peer("a sum", self._timeout):
-            dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
-        return tensor
-
-    def max_(self, tensor: Tensor) -> Tensor:
-        with _lost_peer("a maximum", self._timeout):
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return tensor
-
-    def broadcast_(self, tensor: Tensor) -> Tensor:
-        with _lost_peer("a broadcast", self._timeout):
-            dist.broadcast(tensor, src=0)
-        return tensor
+            dist.monitored_barrier(self._cpu, timeout=self.timeout, wait_all_ranks=True)
 
     def gather_objects(self, value: Any) -> list[Any]:
-        values: list[Any] = [None] * dist.get_world_size()
-        with _lost_peer("gathering", self._timeout):
+        values: list[Any] = [None] * self.size
+        with _lost_peer("gathering", self.timeout):
             dist.all_gather_object(values, value, group=self._cpu)
         return values
 
@@ -100,7 +133,7 @@ class Group:
         key = f"counter-{next(self._counters)}"
 
         def take() -> int:
-            with _lost_peer("handing out work", self._timeout):
+            with _lost_peer("handing out work", self.timeout):
                 return int(store.add(key, 1)) - 1
 
         return take
@@ -122,6 +155,15 @@ def _lost_peer(what: str, timeout: timedelta) -> Iterator[None]:
         ) from error
 
 
+class Mesh(NamedTuple):
+    """The ranks as a grid. Those of a `data` group hold the same latents and read different rows; those of a `latent` group,
+    neighbours in rank, hold different latents and read the same rows.
+    """
+
+    data: Comm
+    latent: Comm
+
+
 @dataclass(frozen=True)
 class Runtime:
     """Where this process stands: its rank among `world_size`, its device, and the group it talks to."""
@@ -129,7 +171,20 @@ class Runtime:
     rank: int
     world_size: int
     device: torch.device
-    comm: Comm
+    comm: WorldComm
+
+    def mesh(self, latent_size: int) -> Mesh:
+        """The grid with `latent_size` ranks in a latent group; all ranks call it. ValueError where they do not fill it."""
+        if latent_size < 1 or self.world_size % latent_size:
+            raise ValueError(f"--latent-parallel must divide the number of processes, {self.world_size}; found {latent_size}")
+        if not isinstance(self.comm, World):
+            return Mesh(Solo(), Solo())
+        shape = (self.world_size // latent_size, latent_size)
+        grid = init_device_mesh(self.device.type, shape, mesh_dim_names=("data", "latent"))
+        groups = [grid.get_group(name) for name in ("data", "latent")]
+        for group in groups:
+            _set_pg_timeout(self.comm.timeout, group)
+        return Mesh(*(Group(self.comm.timeout, group) for group in groups))
 
     @property
     def is_main(self) -> bool:
@@ -224,7 +279,7 @@ def open_runtime(device: str = "auto", threads: int = 0, seed: int = 0, timeout_
     timeout = timedelta(seconds=timeout_s)
     with _lost_peer("the first meeting", timeout):
         dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=timeout)
-    yield Runtime(rank, world_size, place, Group(timeout))
+    yield Runtime(rank, world_size, place, World(timeout))
     # After an error this line is not reached: leaving politely would wait for peers that are inside a collective, whereas the
     # end of the process breaks their connection and ends them too.
     dist.destroy_process_group()

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 import xxhash
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from core.runtime import Runtime, Solo
 from sae.sparse import decode, encode_at
 from sae.topk import top_k
 
-PARAMETERS = ("W_dec", "W_enc", "b_enc", "b_pre")
+ARCHITECTURES = ("topk", "batchtopk", "relu", "jumprelu", "matryoshka")
 BLOCK_ELEMENTS = 2**24  # pre-activations held at once where no gradient is asked for
 
 
@@ -54,8 +55,11 @@ class SAEConfig:
     d_model: int
     n_latents: int
     k: int
-    """Latents kept per row, at most."""
+    """Active latents per row: at most for topk and matryoshka, on average for the others (relu, jumprelu: as trained)."""
     architecture: str = "topk"
+    """topk, batchtopk, relu, jumprelu or matryoshka: see SAE.select."""
+    prefixes: tuple[int, ...] = ()
+    """matryoshka: the numbers of latents that were trained to reconstruct on their own, the last of them all."""
     norm: str = "dataset"
     """dataset: z = x * scale; layer: z = (x - mean(x)) / (std(x) + norm_eps) per row, unbiased std; none: z = x."""
     scale: float = 1.0
@@ -66,8 +70,9 @@ class SAEConfig:
     """Model, tokenizer, site, corpus, BOS policy and dtype of the activations, statistics, and the training's length."""
 
     def __post_init__(self) -> None:
-        if self.architecture != "topk":
-            raise ValueError(f"architecture {self.architecture!r} is not known; expected 'topk'")
+        object.__setattr__(self, "prefixes", tuple(self.prefixes))  # a list where it comes from JSON
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(f"architecture {self.architecture!r} is not known; expected one of {', '.join(ARCHITECTURES)}")
         if self.norm not in ("dataset", "layer", "none"):
             raise ValueError(f"norm {self.norm!r} is not known; expected dataset, layer or none")
         if not 1 <= self.k <= self.n_latents:
@@ -77,14 +82,17 @@ class SAEConfig:
 
 
 class SAE(nn.Module):
-    """A TopK sparse autoencoder (Gao et al. 2024, arXiv:2406.04093).
+    """A sparse autoencoder; TopK (Gao et al. 2024, arXiv:2406.04093) unless its configuration names another architecture.
 
         z = normalise(x)
-        h = W_enc (z - b_pre) + b_enc              values, indices = topk(h, k), then ReLU
+        h = W_enc (z - b_pre) + b_enc              values, indices = select(h)
         z_hat = values @ W_dec[indices] + b_pre    x_hat = z_hat / scale + mean
 
     `W_enc` and `W_dec` are [n_latents, d_model], `b_enc` [n_latents], `b_pre` [d_model]. Rows of `W_dec` have unit norm.
+    `batchtopk` and `jumprelu` have a `threshold` [n_latents] besides, which a latent must exceed.
     """
+
+    threshold: Tensor | None
 
     def __init__(self, cfg: SAEConfig) -> None:
         super().__init__()
@@ -93,21 +101,28 @@ class SAE(nn.Module):
         self.W_dec = nn.Parameter(torch.empty(cfg.n_latents, cfg.d_model))
         self.b_enc = nn.Parameter(torch.zeros(cfg.n_latents))
         self.b_pre = nn.Parameter(torch.zeros(cfg.d_model))
+        if cfg.architecture == "jumprelu":
+            self.threshold = nn.Parameter(torch.zeros(cfg.n_latents))
+        else:  # what batchtopk keeps is measured while training, not learned
+            self.register_buffer("threshold", torch.zeros(cfg.n_latents) if cfg.architecture == "batchtopk" else None)
         self._stored_hash: str | None = None
         self.initialise_()
 
     @torch.no_grad()
-    def initialise_(self, how: str = "tied", generator: torch.Generator | None = None) -> None:
-        """Random unit rows in `W_dec`, the same in `W_enc` (Gao et al. 2024, A.1); `orthogonal`: d at a time orthogonal."""
-        n, d = self.W_dec.shape
-        if how == "tied":
-            self.W_dec.normal_(generator=generator)
-        elif how == "orthogonal":
-            for start in range(0, n, d):
-                basis = torch.linalg.qr(torch.randn(d, d, generator=generator)).Q
-                self.W_dec[start : start + d] = basis[: n - start]
-        else:
+    def initialise_(self, how: str = "tied", generator: torch.Generator | None = None, first: int = 0, total: int = 0) -> None:
+        """Random unit rows in `W_dec`, the same in `W_enc` (Gao et al. 2024, A.1); `orthogonal`: d at a time orthogonal.
+
+        Where this holds only some of `total` latents, from `first` on, they get the rows that they would have in the whole.
+        """
+        if how not in ("tied", "orthogonal"):
             raise ValueError(f"initialisation {how!r} is not known; expected tied or orthogonal")
+        n, d = self.W_dec.shape
+        for start in range(0, total or n, d):
+            block = torch.randn(d, d, generator=generator)  # drawn even if not ours: the next one depends on it
+            low, high = max(start, first), min(start + d, first + n)
+            if low < high:
+                basis = torch.linalg.qr(block).Q if how == "orthogonal" else block
+                self.W_dec[low - first : high - first] = basis[low - start : high - start]
         self.normalise_decoder_()
         self.W_enc.copy_(self.W_dec)
 
@@ -136,28 +151,48 @@ class SAE(nn.Module):
         """`h` [N, n_latents] of normalised rows `z` [N, d]: dense, for those who need all of it."""
         return torch.addmm(self.b_enc, z - self.b_pre, self.W_enc.T)
 
-    def encode_at(self, z: Tensor, indices: Tensor, h: Tensor) -> Tensor:
-        """ReLU of `h` [N, n_latents] at `indices` [N, K], with gradients that touch those latents alone."""
-        return encode_at((self.b_pre, self.W_enc, self.b_enc), z, indices, h).relu()
+    def select(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """The active latents of pre-activations `h` [N, n_latents]: values [N, K] >= 0 in falling order, and indices [N, K].
 
-    def encode(self, x: Tensor) -> Latents:
-        """The active latents of raw rows `x` [..., d]. ValueError where `x` holds NaN or infinity, or has another width."""
+        topk, matryoshka: the k largest, if positive. relu: all positive. jumprelu, batchtopk: those above `threshold`, which
+        for the latter stands for the budget of the batches that it was trained on, so that no row depends on its neighbours.
+        """
+        k = self.cfg.k
+        if self.cfg.architecture not in ("topk", "matryoshka"):
+            floor = h.new_zeros(()) if self.threshold is None else self.threshold.clamp_min(0)
+            h = h.where(h > floor, 0)
+            k = max(1, int((h > 0).sum(1).max())) if len(h) else 1
+        values, indices = top_k(h, k)
+        return values.relu(), indices
+
+    def encode(self, x: Tensor, h_bias: Tensor | None = None) -> Latents:
+        """The active latents of raw rows `x` [..., d]; `h_bias` [n_latents] is added to `h` first, as steering may want.
+
+        ValueError where `x` holds NaN or infinity, or has another width.
+        """
         if x.shape[-1] != self.cfg.d_model:
             raise ValueError(f"expected rows of width {self.cfg.d_model}, found {x.shape[-1]}")
         if not bool(torch.isfinite(x).all()):
             raise ValueError("activations hold NaN or infinite values, which no top-k can rank; find where they come from")
         rows = self.normalise(x).z.reshape(-1, self.cfg.d_model)
         step = len(rows) if torch.is_grad_enabled() else max(1, BLOCK_ELEMENTS // self.cfg.n_latents)
-        blocks = [self._encode_block(block) for block in torch.split(rows, max(1, step))]
-        values, indices = (torch.cat(parts).view(*x.shape[:-1], self.cfg.k) for parts in zip(*blocks, strict=True))
+        blocks = [self._encode_block(block, h_bias) for block in torch.split(rows, max(1, step))]
+        K = max(values.shape[1] for values, _ in blocks)
+        values, indices = (
+            torch.cat([F.pad(part, (0, K - part.shape[1])) for part in parts]).view(*x.shape[:-1], K)
+            for parts in zip(*blocks, strict=True)
+        )
         return Latents(values, indices)
 
-    def _encode_block(self, z: Tensor) -> Latents:
+    def _encode_block(self, z: Tensor, h_bias: Tensor | None) -> Latents:
         with torch.no_grad():
             h = self.pre_activations(z)
-            indices = top_k(h, self.cfg.k)[1]
-        values = self.encode_at(z, indices, h)
-        return Latents(values, indices.masked_fill(values == 0, 0))
+            if h_bias is not None:
+                h += h_bias
+            selected, indices = self.select(h)
+        values = encode_at((self.b_pre, self.W_enc, self.b_enc), z, indices, h).relu()
+        silent = selected == 0
+        return Latents(values.masked_fill(silent, 0), indices.masked_fill(silent, 0))
 
     def decode(self, latents: Latents, norm: Normalised | None = None) -> Tensor:
         """`x_hat` [..., d]. `layer` undoes each row's own mean and scale and so needs `norm`; ValueError without it."""
@@ -169,9 +204,9 @@ class SAE(nn.Module):
         norm = self._needed(norm)
         return z_hat / norm.scale + norm.mean
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x_hat` [..., d] for raw rows `x` [..., d]."""
-        return self.decode(self.encode(x), self.normalise(x))
+    def forward(self, x: Tensor, h_bias: Tensor | None = None) -> Tensor:
+        """`x_hat` [..., d] for raw rows `x` [..., d]; `h_bias` as in `encode`."""
+        return self.decode(self.encode(x, h_bias), self.normalise(x))
 
     def directions(self, latents_idx: Tensor, norm: Normalised | None = None) -> Tensor:
         """What one unit of each latent adds to `x`: [M, d]. `layer` depends on the row: it needs `norm` and gives [N, M, d]."""
@@ -191,7 +226,7 @@ class SAE(nn.Module):
         return self._stored_hash or _hash_tensors(self._tensors(None))
 
     def _tensors(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
-        return {name: getattr(self, name).detach().to("cpu", dtype).contiguous() for name in PARAMETERS}
+        return {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
 
     def publish(self, builder: Builder, dtype: torch.dtype | None = None) -> tuple[list[str], str]:
         """Write `sae.safetensors` and `cfg.json` into an unfinished artifact; returns their names and the weights' hash."""
@@ -227,16 +262,15 @@ def load(path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtyp
     artifact = open_artifact(Path(path), "sae")
     cfg = _read_config(artifact.file("cfg.json"))
     tensors = safetensors.torch.load_file(artifact.file("sae.safetensors"))
-    n, d = cfg.n_latents, cfg.d_model
-    shapes = {"W_dec": (n, d), "W_enc": (n, d), "b_enc": (n,), "b_pre": (d,)}
+    with torch.device("meta"):
+        sae = SAE(cfg)
+    shapes = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != shapes:
         raise ValueError(f"{path}: cfg.json asks for tensors {shapes}, found {found}; the folder was put together wrongly")
     for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{path}: {name} holds NaN or infinite values; train again with a lower --lr")
-    with torch.device("meta"):
-        sae = SAE(cfg)
     sae.load_state_dict({name: tensor.to(device, dtype) for name, tensor in tensors.items()}, assign=True)
     sae._stored_hash = _hash_tensors(tensors)
     return sae.requires_grad_(False).eval()

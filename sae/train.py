@@ -3,10 +3,13 @@
     python -m sae.train --batches batches/ --out run/ --n-latents 4096 --k 32
     torchrun --nproc_per_node=8 -m sae.train --batches batches/ --out run/ --n-latents 65536 --k 64
 
-Data parallel: each rank takes its share of every batch, and gradients are summed over ranks explicitly. SIGTERM or Ctrl-C: one
+    torchrun --nproc_per_node=8 -m sae.train --batches batches/ --out run/ --n-latents 1048576 --k 32 --latent-parallel 8
+
+Ranks share out the rows of every batch (data parallel), the latents (--latent-parallel), or both. SIGTERM or Ctrl-C: one
 checkpoint of the current step, then exit; the same command continues from the newest complete checkpoint, bit for bit.
-`metrics.jsonl` holds, per line: `loss` = mean (z - z_hat)^2, `aux_loss` = mean (e - e_hat)^2 (unweighted), `fvu` = loss over
-the variance of z in all training rows, `l0`, `dead_fraction`, `lr`, `activations_per_s` of all ranks, and `val_...`.
+`metrics.jsonl` holds, per line: `loss` = mean (z - z_hat)^2, `aux_loss` = mean (e - e_hat)^2 and `penalty`, both unweighted,
+`fvu` = loss over the variance of z in all training rows, `l0`, `dead_fraction`, `lr`, `gradient_norm`, `since_fired_histogram`
+and `density_histogram` (see Trainer.firing_histograms), `activations_per_s` of all ranks, `floor_share`, and `val_...`.
 """
 
 import logging
@@ -16,14 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from core import files
-from core.artifact import building, config_record
+from core.artifact import building, config_record, open_artifact
 from core.cli import Progress, StageConfig, machine, run_stage
 from core.runtime import Runtime
 from sae.batches import Batches
-from sae.checkpoint import StopWish, newest_checkpoint, remove_old_checkpoints, stop_signals, write_checkpoint
+from sae.checkpoint import Checkpoints, StopWish, stop_signals
+from sae.hyperparameters import Hyperparameters
 from sae.metrics import Metrics, NoMetrics, NoWandb, Wandb, WandbMode
-from sae.trainer import Hyperparameters, StepResult, Trainer
+from sae.model import load
+from sae.plan import plan
+from sae.trainer import NotFinite, StepResult, Trainer
 
 log = logging.getLogger("sae.train")
 
@@ -46,6 +54,14 @@ class TrainConfig(StageConfig, Hyperparameters):
     """Steps between checkpoints; 0: only when asked to stop."""
     keep: int = machine(2)
     """Complete checkpoints kept."""
+    check_every: int = machine(1000)
+    """Steps between checks that ranks which should hold equal parameters do; 0: at the start and the end alone."""
+    latent_parallel: int = machine(1)
+    """Ranks that share out the latents; as many groups of them as there are share out the rows. See docs/scaling.md."""
+    init_from: Path | None = None
+    """Folder of an SAE (run/sae) whose weights to begin with."""
+    plan: bool = machine(False)
+    """Only say what the run would need: memory, disk, time."""
     wandb: WandbMode = machine("auto")
     """Weights & Biases: auto (online where WANDB_API_KEY is set, else offline), off, offline, online."""
 
@@ -53,8 +69,10 @@ class TrainConfig(StageConfig, Hyperparameters):
         Hyperparameters.__post_init__(self)
         if self.keep < 1 or self.log_every < 1:
             raise ValueError(f"--keep and --log-every must be at least 1; found {self.keep} and {self.log_every}")
-        if min(self.validate_every, self.validate_rows, self.checkpoint_every) < 0:
-            raise ValueError("--validate-every, --validate-rows and --checkpoint-every must not be negative; 0 has a meaning")
+        if min(self.validate_every, self.validate_rows, self.checkpoint_every, self.check_every) < 0:
+            raise ValueError("--validate-every, --validate-rows, --checkpoint-every and --check-every must not be negative")
+        if self.patience and not self.validate_every:
+            raise ValueError(f"--patience {self.patience} needs --validate-every, which is 0")
 
 
 def run(config: TrainConfig, runtime: Runtime) -> None:
@@ -65,23 +83,34 @@ def run(config: TrainConfig, runtime: Runtime) -> None:
             f"{config.batches}: holds {len(batches.train):,} training rows, fewer than one batch of --batch-size "
             f"{config.batch_size:,}; capture more text, or lower --batch-size"
         )
-    inputs, provenance = [batches.artifact], batches.provenance
-    with building(config.out / "sae", "sae", config, runtime, inputs, provenance) as builder:
+    if config.plan:
+        needs = plan(config, batches, runtime, config.latent_parallel, config.out, config.keep)
+        if runtime.is_main:
+            print(needs.text())
+        return
+    inputs, begin_with = [batches.artifact], None
+    if config.init_from:
+        inputs.append(open_artifact(config.init_from, "sae"))
+        begin_with = load(config.init_from, dtype=getattr(torch, config.dtype))
+    with building(config.out / "sae", "sae", config, runtime, inputs, batches.provenance) as builder:
         if builder.complete:
             log.info("%s: already complete", config.out)
             return
-        trainer = Trainer(config, runtime, batches)
-        state = newest_checkpoint(config.out / "checkpoints", runtime)
+        trainer = Trainer(config, runtime, batches, config.seed, config.latent_parallel, begin_with)
+        checkpoints = Checkpoints(config.out / "checkpoints", config.keep, config, runtime, trainer.mesh)
+        state = checkpoints.newest(trainer.first, trainer.n_local)
         if state is not None:
             trainer.load_state(state)
             log.info("continuing behind step %s of %s", f"{trainer.step:,}", f"{trainer.total_steps:,}")
+        trainer.check_replicas()
         metrics = _open_metrics(config, runtime, trainer.step)
         try:
             with stop_signals() as wish:
-                line = _fit(config, runtime, trainer, metrics, wish)
+                line = _fit(config, runtime, trainer, checkpoints, metrics, wish)
         finally:
+            checkpoints.close()
             metrics.close()
-        sae = trainer.finished()
+        sae = trainer.whole(line["l0"])
         names, sae_hash = sae.publish(builder) if runtime.is_main else ([], "")
         counts = {"n_latents": config.n_latents, "steps": trainer.step, "tokens": trainer.tokens}
         builder.finish(names, counts, sae.cfg.provenance | {"sae_hash": sae_hash})
@@ -101,32 +130,44 @@ def _open_metrics(config: TrainConfig, runtime: Runtime, step: int) -> Metrics |
 
 
 def _fit(
-    config: TrainConfig, runtime: Runtime, trainer: Trainer, metrics: Metrics | NoMetrics, wish: StopWish
+    config: TrainConfig,
+    runtime: Runtime,
+    trainer: Trainer,
+    checkpoints: Checkpoints,
+    metrics: Metrics | NoMetrics,
+    wish: StopWish,
 ) -> dict[str, Any]:
     """All steps that are left; returns the last line of metrics. SystemExit after a checkpoint where a signal asked to stop."""
-    checkpoints = config.out / "checkpoints"
     line: dict[str, Any] = {"fvu": math.nan, "l0": math.nan, "dead_fraction": math.nan}
-    clock = _Clock(trainer.tokens)
+    clock = Clock(trainer)
     with Progress("training", trainer.total_steps - trainer.step, "steps", runtime) as bar:
         while trainer.step < trainer.total_steps:
-            result = trainer.train_step(wish.signal)
+            try:
+                result = trainer.train_step(wish.signal, checkpoints.busy)
+            except NotFinite:
+                checkpoints.finish()  # what is being written is good
+                raise
             last = trainer.step == trainer.total_steps
             bar.update(1, fvu=f"{result.fvu:.4f}", dead=f"{result.dead_fraction:.1%}")
-            validated = last or _due(trainer.step, config.validate_every)
+            if validated := last or _due(trainer.step, config.validate_every):
+                validation = trainer.validate(config.validate_rows)
+                last = last or (bool(validation) and trainer.out_of_patience(validation["val_loss"]))
             if validated or _due(trainer.step, config.log_every):
-                line = _line(trainer, result) | {"activations_per_s": clock.rate(trainer.tokens)}
-                if validated:
-                    line |= trainer.validate(config.validate_rows)
-                    clock = _Clock(trainer.tokens)
+                line = _line(trainer, result) | clock.rates(trainer) | (validation if validated else {})
                 metrics.write(line)
-            stop = result.stop_signal if not last else 0
-            if stop or (_due(trainer.step, config.checkpoint_every) and not last):
-                write_checkpoint(checkpoints, trainer.step, trainer.state(), config, runtime)
-                if runtime.is_main:
-                    remove_old_checkpoints(checkpoints, config.keep)
-            if stop:
+            if _due(trainer.step, config.check_every) or last:
+                trainer.check_replicas()
+            if checkpoints.pending and (not result.busy or result.stop_signal or last):
+                checkpoints.finish()
+            if last:
+                break
+            if result.stop_signal or _due(trainer.step, config.checkpoint_every):
+                checkpoints.finish()
+                checkpoints.begin(trainer.step, trainer.state())
+            if result.stop_signal:
+                checkpoints.finish()
                 log.warning("asked to stop: checkpoint of step %s written; the same command continues", f"{trainer.step:,}")
-                raise SystemExit(128 + stop)
+                raise SystemExit(128 + result.stop_signal)
     return line
 
 
@@ -135,30 +176,52 @@ def _due(step: int, every: int) -> bool:
 
 
 def _line(trainer: Trainer, result: StepResult) -> dict[str, Any]:
-    return {
-        "step": trainer.step,
-        "tokens": trainer.tokens,
-        "loss": result.loss,
-        "aux_loss": result.aux_loss,
-        "fvu": result.fvu,
-        "l0": result.l0,
-        "dead_fraction": result.dead_fraction,
-        "lr": result.lr,
-        "gradient_norm": result.gradient_norm,
-    }
+    """A line of metrics.jsonl, but for what the clock says."""
+    measured = result._asdict()
+    return (
+        {"step": trainer.step, "tokens": trainer.tokens}
+        | {name: measured[name] for name in measured if name not in ("stop_signal", "busy")}
+        | trainer.firing_histograms()
+    )
 
 
-class _Clock:
-    """Rows per second since it was made, or last read."""
+class Clock:
+    """Rows per second since it was made, or last read, and the share of the step that its dense floor would take."""
 
-    def __init__(self, tokens: int) -> None:
-        self._tokens, self._since = tokens, time.monotonic()
+    def __init__(self, trainer: Trainer) -> None:
+        self._floor = floor_seconds(trainer)  # a row's
+        self._tokens, self._since = trainer.tokens, time.monotonic()
 
-    def rate(self, tokens: int) -> float:
+    def rates(self, trainer: Trainer) -> dict[str, float]:
+        """`activations_per_s` of all ranks, and `floor_share`: the encoder's forward product alone, as measured at the start,
+        over the whole step. Validation and what else happened in between counts as time spent.
+        """
         now = time.monotonic()
-        rate = (tokens - self._tokens) / max(now - self._since, 1e-9)
-        self._tokens, self._since = tokens, now
-        return round(rate, 1)
+        rate = (trainer.tokens - self._tokens) / max(now - self._since, 1e-9)
+        self._tokens, self._since = trainer.tokens, now
+        return {"activations_per_s": round(rate, 1), "floor_share": round(rate * self._floor, 4)}
+
+
+@torch.no_grad()
+def floor_seconds(trainer: Trainer) -> float:
+    """Seconds per row of a step, all ranks at work, for `z @ W_enc.T` alone: the best of three on this rank's share of a step,
+    cut into the parts that training cuts it into.
+    """
+    config, data, device = trainer.config, trainer.mesh.data, trainer.runtime.device
+    n_rows = -(-config.batch_size // data.size // config.accumulate)
+    z = torch.ones(n_rows, trainer.sae.cfg.d_model, dtype=trainer.sae.W_enc.dtype, device=device)
+    times = []
+    for _ in range(3):
+        began = _now(device)
+        z @ trainer.sae.W_enc.T
+        times.append(_now(device) - began)
+    return min(times) / (n_rows * data.size)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.monotonic()
 
 
 if __name__ == "__main__":

@@ -1,116 +1,84 @@
-"""One step of SAE training, its state, and its schedule; the loop around it is in sae.train.
+"""One step of SAE training and the state of a run; the loop around it is in sae.train.
 
-Shapes: N rows of this rank, B rows of all ranks in a step, n latents, d model width.
+Shapes: N rows of this rank, B rows of all ranks in a step, n latents of this rank, d model width.
 """
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from core.runtime import Runtime
+from core.runtime import Mesh, Runtime, Solo
 from sae.batches import Batches, Rows, Schedule
-from sae.loss import Losses, aux_weight, default_k_aux, losses
+from sae.hyperparameters import Hyperparameters as Hyperparameters
+from sae.loss import Losses, losses
 from sae.model import SAE, SAEConfig
 
-NOT_NEGATIVE = ("max_steps", "lr", "lr_end", "warmup_steps", "eps", "weight_decay", "aux_k", "aux_coefficient", "clip_norm")
 VALIDATION_ROWS = 4096  # at a time
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what Adam remembers of each parameter
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam remembers of each entry
+THRESHOLD_DECAY = 0.99  # of the running mean of the smallest value that batchtopk keeps
+FINGERPRINT_ROWS = 4096  # at a time
+SINCE_FIRED_EDGES = tuple(10**e for e in range(3, 11))
+DENSITY_EDGES = tuple(10.0**e for e in range(-7, 0))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Hyperparameters:
-    """What decides the trained weights, besides the data and the seed."""
-
-    n_latents: int = 65_536
-    """Rows of W_enc and W_dec."""
-    k: int = 64
-    """Active latents per row, at most."""
-    norm: Literal["dataset", "layer", "none"] = "dataset"
-    """Normalisation of rows: by the dataset's mean norm, per row by mean and std, or none."""
-    init: Literal["tied", "orthogonal"] = "tied"
-    """Random unit rows, the same in encoder and decoder; orthogonal: d_model at a time orthogonal to each other."""
-    dtype: Literal["float32", "float64"] = "float32"
-    """Of weights and products; float64 is for checks."""
-    batch_size: int = 1024
-    """Rows per step, all ranks together."""
-    epochs: int = 1
-    """Passes over the training rows."""
-    max_steps: int = 0
-    """Stop, and end the schedule, after so many steps; 0: after `epochs`."""
-    lr: float = 0.0
-    """Peak learning rate; 0: 2e-4 / sqrt(n_latents / 16,384), the scaling of Gao et al. 2024, figure 3."""
-    lr_end: float = 0.0
-    """Learning rate at the last step, reached along a cosine."""
-    warmup_steps: int = 0
-    """Steps over which the learning rate rises linearly to its peak."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Adam's decay rates of the gradient's mean and square."""
-    eps: float = 6.25e-10
-    """Adam's epsilon, on the scale of a gradient (Gao et al. 2024, A.3)."""
-    weight_decay: float = 0.0
-    """Decoupled, as in AdamW."""
-    aux_k: int = 0
-    """Dead latents that reconstruct the error of each row; 0: the power of two nearest to d_model / 2."""
-    aux_coefficient: float = 1 / 32
-    """Weight of the auxiliary loss; 0: off."""
-    dead_after_tokens: int = 10_000_000
-    """A latent is dead that has not fired for so many rows, seen by all ranks together."""
-    clip_norm: float = 0.0
-    """Largest norm of the gradient, all parameters together; 0: no clipping."""
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.k <= self.n_latents:
-            raise ValueError(f"--k must be between 1 and --n-latents {self.n_latents}; found {self.k}; lower --k")
-        for name in ("n_latents", "batch_size", "epochs", "dead_after_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1; found {getattr(self, name)}")
-        for name in NOT_NEGATIVE:
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} must not be negative; found {getattr(self, name)}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"--betas must lie in [0, 1); found {self.betas}")
-
-    @property
-    def peak_lr(self) -> float:
-        return self.lr or 2e-4 / math.sqrt(self.n_latents / 2**14)
-
-    def lr_at(self, step: int, total_steps: int) -> float:
-        """Learning rate of step `step` (from 0): linear warm-up, then a cosine that ends at `lr_end` with the last step."""
-        if step < self.warmup_steps:
-            return self.peak_lr * (step + 1) / self.warmup_steps
-        share = (step - self.warmup_steps) / max(1, total_steps - 1 - self.warmup_steps)
-        return self.lr_end + (self.peak_lr - self.lr_end) * (1 + math.cos(math.pi * min(1.0, share))) / 2
+class NotFinite(ValueError):
+    """A loss or gradient that is not; raised on all ranks alike, before anything is changed."""
 
 
 class StepResult(NamedTuple):
-    """What one step measured, over the rows of all ranks; the same on every rank."""
+    """What one step measured, over the rows and latents of all ranks; the same on every rank."""
 
     loss: float
     aux_loss: float
+    penalty: float
     fvu: float
     l0: float
     dead_fraction: float
     lr: float
     gradient_norm: float
     stop_signal: int
+    busy: bool
+
+
+class State(NamedTuple):
+    """Everything that the next step depends on, on the CPU: what all ranks hold, and what belongs to this rank's latents."""
+
+    shared: dict[str, Tensor]
+    latents: dict[str, Tensor]
 
 
 class Trainer:
-    """The state of a run: weights, Adam's moments, steps and rows seen, and when each latent last fired."""
+    """The state of a run: weights, Adam's moments, steps and rows seen, and when each latent last fired.
 
-    def __init__(self, config: Hyperparameters, runtime: Runtime, batches: Batches, seed: int = 0) -> None:
+    `latent_parallel` ranks at a time share rows and hold `n_latents / latent_parallel` latents each, from `first` on; groups
+    of them share out the rows. `begin_with` is an SAE whose weights to begin with.
+    """
+
+    def __init__(
+        self,
+        config: Hyperparameters,
+        runtime: Runtime,
+        batches: Batches,
+        seed: int = 0,
+        latent_parallel: int = 1,
+        begin_with: SAE | None = None,
+    ) -> None:
+        if config.n_latents % latent_parallel:
+            raise ValueError(f"--latent-parallel {latent_parallel} must divide --n-latents {config.n_latents}")
         self.config, self.runtime, self.batches = config, runtime, batches
+        self.mesh = runtime.mesh(latent_parallel)
         statistics = batches.statistics
         self.schedule = Schedule(len(batches.train), batches.batch_rows, config.batch_size, seed)
         all_steps = self.schedule.steps_per_epoch * config.epochs
         self.total_steps = min(config.max_steps or all_steps, all_steps)
-        self.k_aux = config.aux_k or default_k_aux(statistics.d_model)
         self.total_variance = statistics.total_variance(config.norm)
-        self.sae = self._new_sae(seed)
+        self.n_local = config.n_latents // latent_parallel
+        self.first = self.mesh.latent.rank * self.n_local
+        self.sae = self._new_sae(seed, begin_with)
         self.optimizer = torch.optim.Adam(
             self.sae.parameters(),
             betas=config.betas,
@@ -119,18 +87,24 @@ class Trainer:
             decoupled_weight_decay=True,
             fused=True,
         )
+        device = runtime.device
         self.step = 0
         self.tokens = 0
-        self.last_fired = torch.zeros(config.n_latents, dtype=torch.long, device=runtime.device)  # `tokens` at that time
+        self.last_fired = torch.zeros(self.n_local, dtype=torch.long, device=device)  # `tokens` at that time
+        self.fired_in_window = torch.zeros_like(self.last_fired)  # rows, since `window_began`
+        self.window_began = 0  # `tokens` at the last line of metrics
+        self.lowest_val_loss, self.validations_above = math.inf, 0
 
-    def _new_sae(self, seed: int) -> SAE:
-        """A fresh SAE, the same on every rank, with `b_pre` at the mean of z."""
+    def _new_sae(self, seed: int, begin_with: SAE | None) -> SAE:
+        """This rank's latents of a fresh SAE, or of `begin_with`; `b_pre` starts at the mean of z."""
         config, statistics = self.config, self.batches.statistics
         sae = SAE(
             SAEConfig(
                 d_model=statistics.d_model,
-                n_latents=config.n_latents,
-                k=config.k,
+                n_latents=self.n_local,
+                k=min(config.k, self.n_local),
+                architecture=config.architecture,
+                prefixes=config.prefixes,
                 norm=config.norm,
                 scale=statistics.scale(config.norm),
                 provenance=self.batches.provenance
@@ -142,64 +116,114 @@ class Trainer:
                 },
             )
         )
-        sae.initialise_(config.init, torch.Generator().manual_seed(seed))
         with torch.no_grad():
-            sae.b_pre.copy_(statistics.mean(config.norm))
-        sae.to(self.runtime.device, getattr(torch, config.dtype))
-        for parameter in sae.parameters():
-            self.runtime.comm.broadcast_(parameter.data)
-        return sae
+            if begin_with is None:
+                sae.initialise_(config.init, torch.Generator().manual_seed(seed), self.first, config.n_latents)
+                sae.b_pre.copy_(statistics.mean(config.norm))
+                if config.architecture == "jumprelu":
+                    sae.threshold.fill_(config.jump_threshold)  # type: ignore[union-attr]
+            else:
+                _check_alike(begin_with.cfg, replace(sae.cfg, n_latents=config.n_latents, k=config.k))
+                for name, tensor in sae.state_dict().items():
+                    whole = begin_with.state_dict()[name]
+                    tensor.copy_(whole if name == "b_pre" else whole[self.first : self.first + self.n_local])
+        return sae.to(self.runtime.device, getattr(torch, config.dtype))
 
     def dead(self) -> Tensor:
-        """The latents that are dead by now, int64 [n_dead]; the same on every rank."""
+        """This rank's latents that are dead by now, int64 [n_dead]."""
         return (self.tokens - self.last_fired >= self.config.dead_after_tokens).nonzero()[:, 0]
 
-    def train_step(self, stop_signal: int = 0) -> StepResult:
-        """One step on this rank's share of the rows. `stop_signal` of any rank is handed to all.
+    def train_step(self, stop_signal: int = 0, busy: bool = False) -> StepResult:
+        """One step on this rank's share of the rows. `stop_signal` and `busy` of any rank are handed to all.
 
-        ValueError on all ranks alike, before anything is changed, where loss or gradient is not finite.
+        NotFinite where the loss or its gradient is not.
         """
-        config, runtime = self.config, self.runtime
+        config, d = self.config, self.sae.cfg.d_model
         dead, n_rows = self.dead(), self.schedule.rows_in(self.step)
-        local = self._backward(dead, n_rows)
-        gradients = [parameter.grad for parameter in self.sae.parameters() if parameter.grad is not None]
-        for gradient in gradients:
-            runtime.comm.sum_(gradient)
-        runtime.comm.max_(local.fired)
-        sums = torch.stack([x.detach().double() for x in (local.main, local.aux, local.l0)])
-        runtime.comm.sum_(sums)
-        wish = runtime.comm.max_(torch.tensor(stop_signal, device=runtime.device))
-        self.sae.remove_parallel_gradient_()
-        norm = torch.nn.utils.get_total_norm(gradients)
-        main, aux, l0, gradient_norm, stop = (*sums.tolist(), float(norm), int(wish))
-        self._refuse_non_finite(main, aux, gradient_norm)
+        n_dead = self._over_latents(len(dead))
+        part = self._backward(dead, n_dead, n_rows)
+        for gradient in self._gradients().values():
+            self.mesh.data.sum_(gradient)
+        fired = self.mesh.data.sum_(part.fired)
+        if config.unit_decoder:
+            self.sae.remove_parallel_gradient_()
+        main, aux, penalty, l0, gradient_norm = self._measure(part)
+        self._refuse_non_finite(main, aux + penalty, gradient_norm)
+        wishes = self.runtime.comm.max_(torch.tensor([stop_signal, int(busy)], device=self.runtime.device)).tolist()
+        lr = self._update(gradient_norm)
+        if config.architecture == "batchtopk" and self.sae.threshold is not None:
+            self.sae.threshold.lerp_(part.threshold / config.accumulate, 1 - THRESHOLD_DECAY if self.step else 1.0)
+        self.step += 1
+        self.tokens += n_rows
+        self.last_fired[fired > 0] = self.tokens
+        self.fired_in_window += fired
+        return StepResult(
+            loss=main / (n_rows * d),
+            aux_loss=aux / (n_rows * d),
+            penalty=penalty / n_rows,
+            fvu=main / n_rows / self.total_variance if self.total_variance else math.nan,
+            l0=l0 / n_rows,
+            dead_fraction=n_dead / config.n_latents,
+            lr=lr,
+            gradient_norm=gradient_norm,
+            stop_signal=wishes[0],
+            busy=bool(wishes[1]),
+        )
+
+    def _backward(self, dead: Tensor, n_dead: int, n_rows: int) -> Losses:
+        """Gradients of this rank's part of the loss, and its sums; zeros where no row falls to it."""
+        config, sae, data = self.config, self.sae, self.mesh.data
+        x = self._read(self.batches.train, self.schedule.segments(self.step, data.rank, data.size))
+        recipe = config.recipe(self.step, sae.cfg.d_model)
+        parts = list[Losses]()
+        for rows in x.tensor_split(config.accumulate):
+            part = losses(sae, sae.normalise(rows).z, recipe, dead, n_dead, self.mesh, self.first)
+            (part.objective / (n_rows * sae.cfg.d_model)).backward()  # type: ignore[no-untyped-call]
+            parts.append(Losses(*(value.detach() for value in part)))
+        return Losses(*(torch.stack(values).sum(0, dtype=values[0].dtype) for values in zip(*parts, strict=True)))
+
+    def _gradients(self) -> dict[str, Tensor]:
+        return {name: parameter.grad for name, parameter in self.sae.named_parameters() if parameter.grad is not None}
+
+    def _over_latents(self, count: int) -> int:
+        """Sum of `count` over the ranks that share rows."""
+        return int(self.mesh.latent.sum_(torch.tensor(count, device=self.runtime.device)))
+
+    def _measure(self, part: Losses) -> list[float]:
+        """Sums over all rows and latents: main, aux, penalty, L0; and the norm of the whole gradient.
+
+        What several ranks hold alike is counted once: main and aux by those of the first latents, gradients, which are summed
+        over the data groups already, by the first data group.
+        """
+        data, latent = self.mesh
+        counted_rows, counted_gradients = latent.rank == 0, data.rank == 0
+        squares = {
+            name: torch.linalg.vector_norm(gradient).double().square() * counted_gradients
+            for name, gradient in self._gradients().items()
+        }
+        squares["b_pre"] = squares["b_pre"] * counted_rows
+        values = [part.main.double() * counted_rows, part.aux.double() * counted_rows, part.penalty, part.l0]
+        sums = torch.stack([value.double() for value in (*values, sum(squares.values(), torch.zeros_like(squares["b_pre"])))])
+        *found, square = self.runtime.comm.sum_(sums).tolist()
+        return [*found, math.sqrt(square)]
+
+    def _update(self, gradient_norm: float) -> float:
+        """Let the gradients act, and forget them; returns the learning rate."""
+        config, sae = self.config, self.sae
         if config.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(self.sae.parameters(), config.clip_norm, norm)
+            torch.nn.utils.clip_grads_with_norm_(
+                sae.parameters(), config.clip_norm, torch.tensor(gradient_norm, dtype=torch.float64)
+            )
         lr = config.lr_at(self.step, self.total_steps)
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.sae.normalise_decoder_()
-        self.step += 1
-        self.tokens += n_rows
-        self.last_fired[local.fired > 0] = self.tokens
-        d = self.sae.cfg.d_model
-        fvu = main / n_rows / self.total_variance if self.total_variance else math.nan
-        return StepResult(
-            main / (n_rows * d), aux / (n_rows * d), fvu, l0 / n_rows, len(dead) / config.n_latents, lr, gradient_norm, stop
-        )
-
-    def _backward(self, dead: Tensor, n_rows: int) -> Losses:
-        """Gradients of this rank's part of the loss; zeros where no row falls to it."""
-        config, sae = self.config, self.sae
-        x = self._read(self.batches.train, self.schedule.segments(self.step, self.runtime.rank, self.runtime.world_size))
-        if not config.aux_coefficient:
-            dead = dead[:0]
-        part = losses(sae, sae.normalise(x).z, dead, self.k_aux)
-        weight = aux_weight(len(dead), self.k_aux, config.aux_coefficient)
-        objective = (part.main + weight * part.aux) / (n_rows * sae.cfg.d_model)
-        objective.backward()  # type: ignore[no-untyped-call]
-        return part
+        if config.unit_decoder:
+            sae.normalise_decoder_()
+        if sae.threshold is not None:
+            with torch.no_grad():
+                sae.threshold.clamp_(min=0)
+        return lr
 
     def _read(self, rows: Rows, segments: Iterable[tuple[int, int]]) -> Tensor:
         """Rows [N, d] on the device; N may be 0."""
@@ -207,10 +231,10 @@ class Trainer:
         x = torch.cat(parts) if parts else torch.empty(0, self.sae.cfg.d_model)
         return x.to(self.runtime.device)
 
-    def _refuse_non_finite(self, main: float, aux: float, gradient_norm: float) -> None:
-        if not all(map(math.isfinite, (main, aux, gradient_norm))):
-            raise ValueError(
-                f"step {self.step + 1}: loss and gradient must be finite; found {main}, {aux} and gradient norm "
+    def _refuse_non_finite(self, main: float, extra: float, gradient_norm: float) -> None:
+        if not all(map(math.isfinite, (main, extra, gradient_norm))):
+            raise NotFinite(
+                f"step {self.step + 1}: loss and gradient must be finite; found {main}, {extra} and gradient norm "
                 f"{gradient_norm}. Nothing of this step was saved; lower --lr or set --clip-norm, with another --out"
             )
 
@@ -221,41 +245,129 @@ class Trainer:
         n_rows = min(len(rows), most_rows or len(rows))
         if n_rows == 0:
             return {}
-        runtime, d = self.runtime, self.sae.cfg.d_model
-        dead = self.dead() if self.config.aux_coefficient else self.dead()[:0]
-        blocks = range(0, n_rows, VALIDATION_ROWS)
-        sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)
-        for index in runtime.share(len(blocks)):
-            x = self._read(rows, [(blocks[index], min(n_rows, blocks[index] + VALIDATION_ROWS))])
-            part = losses(self.sae, self.sae.normalise(x).z, dead, self.k_aux)
+        (data, latent), d = self.mesh, self.sae.cfg.d_model
+        recipe, dead = self.config.recipe(self.step, d), self.dead()
+        n_dead = self._over_latents(len(dead))
+        sums = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
+        for start in range(data.rank * VALIDATION_ROWS, n_rows, data.size * VALIDATION_ROWS):
+            x = self._read(rows, [(start, min(n_rows, start + VALIDATION_ROWS))])
+            part = losses(self.sae, self.sae.normalise(x).z, recipe, dead, n_dead, Mesh(Solo(), latent), self.first)
             sums += torch.stack((part.main, part.aux)).double()
-        main, aux = (runtime.comm.sum_(sums) / n_rows).tolist()
+        main, aux = (data.sum_(sums) / n_rows).tolist()
         fvu = main / self.total_variance if self.total_variance else math.nan
         return {"val_loss": main / d, "val_aux_loss": aux / d, "val_fvu": fvu}
 
-    def finished(self) -> SAE:
-        """The SAE with the length of its training in its provenance."""
-        cfg = self.sae.cfg
+    def out_of_patience(self, val_loss: float) -> bool:
+        """Take note of a validation; whether `patience` of them in a row brought no new lowest loss."""
+        self.validations_above = 0 if val_loss < self.lowest_val_loss else self.validations_above + 1
+        self.lowest_val_loss = min(val_loss, self.lowest_val_loss)
+        return 0 < self.config.patience <= self.validations_above
+
+    def firing_histograms(self) -> dict[str, list[int]]:
+        """How many latents last fired less than 10^3, 10^4, ..., 10^10 rows ago, and longer; and how many fired at less than
+        10^-7, 10^-6, ..., 10^-1 of the rows since this was last asked, and more.
+        """
+        since = self.tokens - self.last_fired
+        density = self.fired_in_window.double() / max(1, self.tokens - self.window_began)
+        found = {}
+        for name, values, edges in (
+            ("since_fired_histogram", since, torch.tensor(SINCE_FIRED_EDGES)),
+            ("density_histogram", density, torch.tensor(DENSITY_EDGES, dtype=torch.float64)),
+        ):
+            bins = torch.bucketize(values, edges.to(values.device), right=True)
+            found[name] = self.mesh.latent.sum_(torch.bincount(bins, minlength=len(edges) + 1)).tolist()
+        self.fired_in_window.zero_()
+        self.window_began = self.tokens
+        return found
+
+    def check_replicas(self) -> None:
+        """ValueError naming the ranks where parameters that must be equal to the bit are not."""
+        mine = {name: fingerprint(parameter.detach()) for name, parameter in self.sae.named_parameters()}
+        shared = mine.pop("b_pre")
+        seen = self.runtime.gather_objects((self.mesh.latent.rank, shared, mine))
+        first_seen: dict[int, object] = {}
+        wrong = [
+            rank
+            for rank, (owner, b_pre, rest) in enumerate(seen)
+            if b_pre != seen[0][1] or rest != first_seen.setdefault(owner, rest)
+        ]
+        if wrong:
+            raise ValueError(
+                f"step {self.step}: parameters on rank(s) {', '.join(map(str, wrong))} differ from those of the ranks with "
+                "the same latents; nothing was saved since. Check the hardware and the versions on every node, then continue"
+            )
+
+    def whole(self, l0: float) -> SAE:
+        """The trained SAE with all latents, on the CPU; all ranks call it. Its decoder rows have unit norm in any case.
+
+        `l0` is what the last steps measured: for architectures that do not set it, their k.
+        """
+        config, cfg, group = self.config, self.sae.cfg, self.mesh.latent
+        k = config.k if config.architecture in ("topk", "matryoshka", "batchtopk") else min(config.n_latents, max(1, round(l0)))
         provenance = cfg.provenance | {"training_steps": self.step, "training_tokens": self.tokens}
-        self.sae.cfg = SAEConfig(**(vars(cfg) | {"provenance": provenance}))
-        return self.sae
+        with torch.device("meta"):
+            sae = SAE(replace(cfg, n_latents=config.n_latents, k=k, provenance=provenance))
+        tensors = {}
+        for name, tensor in self.sae.state_dict().items():
+            gathered = tensor if name == "b_pre" else group.all_gather(tensor).flatten(0, 1)
+            tensors[name] = gathered.detach().cpu().clone()
+        if not config.unit_decoder:
+            norms = torch.linalg.vector_norm(tensors["W_dec"], dim=1).clamp_min(torch.finfo(tensors["W_dec"].dtype).tiny)
+            tensors["W_dec"] /= norms[:, None]
+            tensors["W_enc"] *= norms[:, None]
+            tensors["b_enc"] *= norms
+        sae.load_state_dict(tensors, assign=True)
+        return sae
 
-    def state(self) -> dict[str, Tensor]:
-        """Everything that the next step depends on, as tensors on the CPU; the same on every rank."""
-        tensors = {f"sae.{name}": parameter.detach() for name, parameter in self.sae.named_parameters()}
+    def state(self) -> State:
+        """A copy: later steps do not change it."""
+        shared = {
+            "step": torch.tensor(self.step),
+            "tokens": torch.tensor(self.tokens),
+            "window_began": torch.tensor(self.window_began),
+            "lowest_val_loss": torch.tensor(self.lowest_val_loss, dtype=torch.float64),
+            "validations_above": torch.tensor(self.validations_above),
+            "rng": torch.get_rng_state(),
+        }
+        latents = {"last_fired": self.last_fired, "fired_in_window": self.fired_in_window}
+        for name, tensor in self.sae.state_dict().items():
+            (shared if name == "b_pre" else latents)[f"sae.{name}"] = tensor.detach()
         for name, parameter in self.sae.named_parameters():
-            tensors |= {f"adam.{name}.{moment}": self.optimizer.state[parameter][moment] for moment in MOMENTS}
-        counters = {"step": torch.tensor(self.step), "tokens": torch.tensor(self.tokens), "last_fired": self.last_fired}
-        tensors |= counters | {"rng": torch.get_rng_state()}
-        return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+            adam = self.optimizer.state[parameter]
+            shared[f"adam.{name}.step"] = adam["step"]
+            for moment in MOMENTS:
+                (shared if name == "b_pre" else latents)[f"adam.{name}.{moment}"] = adam[moment]
+        copies = [{name: tensor.cpu().clone() for name, tensor in part.items()} for part in (shared, latents)]
+        return State(*copies)
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Go back to where `state` was taken."""
+    def load_state(self, state: State) -> None:
+        """Go back to where `state` was taken; its latents are those of this rank, wherever they were before."""
         device = self.runtime.device
+        tensors = {name: tensor.to(device) for part in state for name, tensor in part.items() if name != "rng"}
         with torch.no_grad():
-            for name, parameter in self.sae.named_parameters():
-                parameter.copy_(state[f"sae.{name}"])
-                self.optimizer.state[parameter] = {m: state[f"adam.{name}.{m}"].to(device) for m in MOMENTS}
-        self.step, self.tokens = int(state["step"]), int(state["tokens"])
-        self.last_fired = state["last_fired"].to(device)
-        torch.set_rng_state(state["rng"])
+            for name, tensor in self.sae.state_dict().items():
+                tensor.copy_(tensors[f"sae.{name}"])
+        for name, parameter in self.sae.named_parameters():
+            self.optimizer.state[parameter] = {m: tensors[f"adam.{name}.{m}"] for m in ("step", *MOMENTS)}
+        self.step, self.tokens, self.window_began = (int(tensors[name]) for name in ("step", "tokens", "window_began"))
+        self.lowest_val_loss, self.validations_above = float(tensors["lowest_val_loss"]), int(tensors["validations_above"])
+        self.last_fired, self.fired_in_window = tensors["last_fired"], tensors["fired_in_window"]
+        torch.set_rng_state(state.shared["rng"])
+
+
+def _check_alike(given: SAEConfig, wanted: SAEConfig) -> None:
+    for name in ("d_model", "n_latents", "norm", "architecture", "prefixes"):
+        if getattr(given, name) != getattr(wanted, name):
+            raise ValueError(f"--init-from: has {name} {getattr(given, name)}, but this run needs {getattr(wanted, name)}")
+
+
+def fingerprint(tensor: Tensor) -> int:
+    """A number that differs where any bit of `tensor` does, but for one case in about 2^64: sum of its 32-bit words, each times
+    an odd number of its own, modulo 2^64.
+    """
+    total = 0
+    for start, rows in enumerate(torch.split(tensor, FINGERPRINT_ROWS)):
+        words = rows.contiguous().view(torch.int32).flatten().long()
+        factors = torch.arange(len(words), device=tensor.device).mul_(2).add_(1)
+        total += (start + 1) * int((words * factors).sum())
+    return total % 2**64

@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import random
 import signal
+import time
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,14 +20,14 @@ from torch import Tensor
 from core.artifact import verify
 from core.cli import parse
 from sae.batches import Batches, Schedule
-from sae.checkpoint import STATE, newest_checkpoint, remove_old_checkpoints, write_checkpoint
+from sae.checkpoint import Checkpoints, complete, latents_name, read_state, remove_old_checkpoints
 from sae.model import load
 from sae.train import TrainConfig, run
-from sae.trainer import Hyperparameters, Trainer
+from sae.trainer import Hyperparameters, State, Trainer
 from tests.conftest import Launch
 from tests.faults import ForkServer
 from tests.sae_folders import ALONE, SITE, make_batches, sparse_rows
-from tests.sae_ranks import SMALL
+from tests.sae_ranks import SMALL, double_run, layouts, save, trained
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,10 @@ def config(batches: Path, out: Path, **overrides: Any) -> TrainConfig:
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: v for name, v in line.items() if name not in ("activations_per_s", "floor_share")} for line in lines]
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -216,24 +222,22 @@ def test_continues_to_the_bit_after_an_interruption_at_any_step(batches: Path, t
         out = tmp_path / f"cut-{moment}"
         torch.manual_seed(0)
 
-        def cut(trainer: Trainer, wish: int = 0, moment: int = moment) -> Any:
+        def cut(trainer: Trainer, *wishes: Any, moment: int = moment) -> Any:
             if trainer.step == moment:
                 raise RuntimeError("cut")
-            return step(trainer, wish)
+            return step(trainer, *wishes)
 
         monkeypatch.setattr(Trainer, "train_step", cut)
         with pytest.raises(RuntimeError, match="cut"):
             run(config(batches, out), ALONE)
         monkeypatch.setattr(Trainer, "train_step", step)
-        torch.manual_seed(99 if moment >= 3 else 0)  # a checkpoint brings its own; without one, the runtime seeds
+        begun = any(complete(out / "checkpoints", verify=False))
+        torch.manual_seed(99 if begun else 0)  # a checkpoint brings its own; without one, the runtime seeds
         run(config(batches, out), ALONE)
         assert same_weights(out, tmp_path / "clean")
-        newest = sorted((out / "checkpoints").iterdir())[-1].name
-        assert (out / "checkpoints" / newest / STATE).read_bytes() == (
-            tmp_path / "clean" / "checkpoints" / newest / STATE
-        ).read_bytes()
-        untimed = [{k: v for k, v in line.items() if k != "activations_per_s"} for line in read_metrics(out)]
-        assert untimed == [{k: v for k, v in line.items() if k != "activations_per_s"} for line in clean]
+        for path in sorted((out / "checkpoints").iterdir())[-1].iterdir():
+            assert path.read_bytes() == (tmp_path / "clean" / path.relative_to(out)).read_bytes()
+        assert untimed(read_metrics(out)) == untimed(clean)
 
 
 def test_killed_at_file_operations_it_ends_with_the_same_bytes(
@@ -255,57 +259,136 @@ def test_killed_at_file_operations_it_ends_with_the_same_bytes(
     assert len(operations) > 5
 
 
-def test_sigterm_saves_the_current_step_and_exits(batches: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_sigterm_saves_the_current_step_and_exits(batches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(config(batches, tmp_path / "clean"), ALONE)
-    step, previous = Trainer.train_step, signal.getsignal(signal.SIGTERM)
-
-    def interrupted(trainer: Trainer, wish: int = 0) -> Any:
-        if trainer.step == 4:
-            for _ in range(2):  # as a process group and its launcher do
-                os.kill(os.getpid(), signal.SIGTERM)  # during step 5, after the wish was read: step 6 is the last
-        return step(trainer, wish)
-
-    monkeypatch.setattr(Trainer, "train_step", interrupted)
-    out = tmp_path / "run"
-    with pytest.raises(SystemExit) as end:
-        run(config(batches, out, checkpoint_every=0), ALONE)
-    assert end.value.code == 128 + signal.SIGTERM
+    previous, out = signal.getsignal(signal.SIGTERM), tmp_path / "run"
+    _stop_at(6, config(batches, out, checkpoint_every=0), monkeypatch)
     assert signal.getsignal(signal.SIGTERM) is previous
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000006"]
-    monkeypatch.setattr(Trainer, "train_step", step)
     run(config(batches, out, checkpoint_every=0), ALONE)
     assert same_weights(out, tmp_path / "clean")
     assert [line["step"] for line in read_metrics(out)] == [line["step"] for line in read_metrics(tmp_path / "clean")]
 
 
-def test_two_ranks_give_what_one_gives(launch: Launch, batches: Path, tmp_path: Path) -> None:
-    done = launch("-m", "tests.sae_ranks", batches, tmp_path / "two", ranks=2, limit=300)
-    assert done.returncode == 0, done.stderr
-    run(config(batches, tmp_path / "one", checkpoint_every=1000), ALONE)
-    alone, together = weights(tmp_path / "one"), weights(tmp_path / "two" / "float32")
-    for name, tensor in alone.items():
-        assert (tensor - together[name]).norm() / tensor.norm() < 1e-5
-    for mine, theirs in zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two" / "float32"), strict=True):
-        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-        assert (mine["dead_fraction"], mine["tokens"]) == (theirs["dead_fraction"], theirs["tokens"])
+def logged_run(batches: str, out: str) -> None:
+    """For the fork server: a longer run that notes which rows each step reads."""
+    segments = Schedule.segments
 
-    # What two ranks began, one continues: in float64 nothing but the order of sums differs.
-    stopped = tmp_path / "two" / "stopped"
+    def noted(schedule: Schedule, step: int, rank: int, world_size: int) -> list[tuple[int, int]]:
+        found = list(segments(schedule, step, rank, world_size))
+        with Path(out).with_suffix(".rows").open("a") as file:
+            file.write(f"{step} {found}\n")
+        return found
+
+    Schedule.segments = noted  # type: ignore[assignment, method-assign]
+    run(config(Path(batches), Path(out), epochs=6, log_every=20), ALONE)
+
+
+@pytest.mark.parametrize("n_kills", [4, pytest.param(50, marks=pytest.mark.faults)])
+def test_killed_at_any_moment_it_ends_with_the_same_state(
+    batches: Path, memory_path: Path, fork_server: ForkServer, n_kills: int
+) -> None:
+    """SIGKILL at random moments, five times to a run: the state at its end and the rows read are those of a run left alone."""
+
+    def rows_read(out: Path) -> set[str]:
+        return set(out.with_suffix(".rows").read_text().splitlines())
+
+    assert fork_server.run(logged_run, batches, memory_path / "clean") == 0
+    began = time.monotonic()
+    assert fork_server.run(logged_run, batches, memory_path / "again") == 0  # the first one waited for the server's imports
+    seconds = time.monotonic() - began
+    moments, landed = random.Random(0), 0
+    for n in range(0, n_kills, 5):
+        out = memory_path / str(n)
+        for _ in range(min(5, n_kills)):
+            landed += fork_server.run(logged_run, batches, out, kill_after=moments.uniform(0.05, 0.5) * seconds) == -9
+        assert fork_server.run(logged_run, batches, out) == 0
+        assert (out / "sae" / "sae.safetensors").read_bytes() == (memory_path / "clean/sae/sae.safetensors").read_bytes()
+        last = sorted((out / "checkpoints").iterdir())[-1]
+        for path in last.iterdir():  # with Adam's moments, counts and random state
+            assert path.read_bytes() == (memory_path / "clean" / path.relative_to(out)).read_bytes()
+        assert rows_read(out) == rows_read(memory_path / "clean")
+    assert landed  # a run that continues late ends before its moment comes; the first of five does not
+
+
+@pytest.mark.parametrize(("ranks", "steps"), [(2, 200), (4, 30), pytest.param(4, 200, marks=pytest.mark.faults)])
+def test_any_layout_of_ranks_gives_what_one_gives(
+    launch: Launch, batches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, steps: int
+) -> None:
+    """Rows shared out, latents shared out, and both. In float64 for as long as you like; in float32 trajectories drift apart.
+
+    One process continues what two began, and four, which share out rows and latents, what one began.
+    """
+    if ranks == 4:
+        _stop_at(5, double_run(batches, tmp_path / "resumed"), monkeypatch)
+    done = launch("-m", "tests.sae_ranks", batches, tmp_path, steps, ranks=ranks, limit=300)
+    assert done.returncode == 0, done.stderr
+    alone: dict[str, dict[str, Tensor]] = {}
+    for name, (_, settings, n) in layouts(ranks, steps).items():
+        key = str((settings, n))
+        if key not in alone:
+            save(trained(ALONE, batches, 1, settings, n), tmp_path / "alone")
+            alone[key] = safetensors.torch.load_file(tmp_path / "alone")
+        together = safetensors.torch.load_file(tmp_path / f"{name}.safetensors")
+        assert together.keys() == alone[key].keys()
+        exact = settings.get("dtype") == "float64"
+        for tensor_name, tensor in alone[key].items():
+            other = together[tensor_name]
+            if exact and not tensor.is_floating_point():  # counts of tokens and rows
+                assert torch.equal(tensor, other), (name, tensor_name)
+            elif exact or (n == 1 and tensor_name.startswith("sae.")):
+                error = (tensor - other).norm() / tensor.norm().clamp_min(1e-30)
+                assert error <= (1e-10 if exact else 1e-6), (name, tensor_name, error)
+        assert together["fvu"] == pytest.approx(float(alone[key]["fvu"]), rel=1e-9 if exact else 0.005)
+    if ranks == 2:
+        _whole_runs_agree(batches, tmp_path)
+    stopped = tmp_path / ("stopped" if ranks == 2 else "resumed")
     assert [path.name for path in (stopped / "checkpoints").iterdir()] == ["step-00000005"]
     for out in (stopped, tmp_path / "whole"):
-        run(config(batches, out, dtype="float64", checkpoint_every=0), ALONE)
+        run(double_run(batches, out), ALONE)
     begun, whole = (load(folder / "sae", dtype=torch.float64) for folder in (stopped, tmp_path / "whole"))
     for name, parameter in begun.named_parameters():
         torch.testing.assert_close(parameter, getattr(whole, name), rtol=1e-9, atol=1e-11)
-    assert [line["step"] for line in read_metrics(stopped)] == [line["step"] for line in read_metrics(tmp_path / "whole")]
+    for mine, theirs in zip(read_metrics(stopped), read_metrics(tmp_path / "whole"), strict=True):
+        assert mine["step"] == theirs["step"]
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-9)
+
+
+def _stop_at(n: int, settings: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run until SIGTERM comes in step `n` - 1; step `n` is the last."""
+    step = Trainer.train_step
+
+    def interrupted(trainer: Trainer, *wishes: Any) -> Any:
+        if trainer.step == n - 2:
+            for _ in range(2):  # as a process group and its launcher do
+                os.kill(os.getpid(), signal.SIGTERM)  # the wish of this step was read already
+        return step(trainer, *wishes)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    with pytest.raises(SystemExit) as end:
+        run(settings, ALONE)
+    monkeypatch.setattr(Trainer, "train_step", step)
+    assert end.value.code == 128 + signal.SIGTERM
+
+
+def _whole_runs_agree(batches: Path, together: Path) -> None:
+    """What two ranks wrote as a run."""
+    alone = together / "one"
+    run(config(batches, alone, checkpoint_every=1000), ALONE)
+    for name, tensor in weights(alone).items():
+        assert (tensor - weights(together / "float32")[name]).norm() / tensor.norm() < 1e-5
+    for mine, theirs in zip(read_metrics(alone), read_metrics(together / "float32"), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        for name in ("dead_fraction", "tokens", "since_fired_histogram", "density_histogram"):
+            assert mine[name] == theirs[name]
 
 
 def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(batches: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"step \d+: loss and gradient must be finite.*lower --lr"):
         run(config(batches, tmp_path / "run", lr=1e30, checkpoint_every=1), ALONE)
     for path in (tmp_path / "run" / "checkpoints").iterdir():
-        state = torch.cat([t.double().flatten() for t in _state(path).values()])
-        assert torch.isfinite(state).all()
+        state = read_state(path, 0, 96)
+        assert all(torch.isfinite(tensor).all() for name, tensor in flat(state).items() if name != "lowest_val_loss")
     with pytest.raises(ValueError, match="has not finished"):
         load(tmp_path / "run" / "sae")
 
@@ -322,51 +405,64 @@ def test_less_than_one_batch_is_refused_and_one_row_is_enough_for_a_batch_of_one
 # checkpoints ---------------------------------------------------------------------------------------------------------
 
 
-def _state(path: Path) -> dict[str, Tensor]:
-    return safetensors.torch.load_file(path / STATE)
+def flat(state: State) -> dict[str, Tensor]:
+    return state.shared | state.latents
 
 
 def test_old_checkpoints_go_and_a_damaged_one_is_passed_over(batches: Path, tmp_path: Path, caplog: Any) -> None:
     out, settings = tmp_path / "run", config(batches, tmp_path / "run")
     trainer = Trainer(settings, ALONE, Batches(batches))
     folder = out / "checkpoints"
+    checkpoints = Checkpoints(folder, 9, settings, ALONE, trainer.mesh)
     for step in (1, 2, 3, 4):
         trainer.train_step()
-        write_checkpoint(folder, step, trainer.state(), settings, ALONE)
+        checkpoints.begin(step, trainer.state())
+        checkpoints.finish()
     (folder / "step-00000001" / "manifest.json").unlink()  # cut short, and older than what is kept
     remove_old_checkpoints(folder, keep=2)
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000003", "step-00000004"]
-    content = bytearray((folder / "step-00000004" / STATE).read_bytes())
+    damaged = folder / "step-00000004" / latents_name(0)
+    content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
-    (folder / "step-00000004" / STATE).write_bytes(content)
-    state = newest_checkpoint(folder, ALONE)
+    damaged.write_bytes(content)
+    state = checkpoints.newest(0, 96)
     assert state is not None
-    assert int(state["step"]) == 3
+    assert int(state.shared["step"]) == 3
     assert "damaged" in caplog.text
-    assert newest_checkpoint(tmp_path / "nowhere", ALONE) is None
+    checkpoints.begin(4, trainer.state())  # the damaged one gives way
+    checkpoints.finish()
+    state = checkpoints.newest(0, 96)
+    assert state is not None
+    assert int(state.shared["step"]) == 4
+    checkpoints.close()
+    assert Checkpoints(tmp_path / "nowhere", 1, settings, ALONE, trainer.mesh).newest(0, 96) is None
 
 
 def test_a_checkpoint_holds_everything_the_next_step_depends_on(batches: Path) -> None:
     """A copy continues alike; with any one tensor changed it does not."""
     settings = Hyperparameters(**SMALL | {"dead_after_tokens": 60})
 
-    def after(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def after(state: State, changed: str = "") -> dict[str, Tensor]:
         trainer = Trainer(settings, ALONE, Batches(batches))
-        trainer.load_state({name: tensor.clone() for name, tensor in state.items()})
+        parts = ({name: tensor + 1 if name == changed else tensor.clone() for name, tensor in p.items()} for p in state)
+        trainer.load_state(State(*parts))
         trainer.train_step()
-        return {name: tensor.clone() for name, tensor in trainer.state().items()}
+        trainer.out_of_patience(0.5)
+        return flat(trainer.state())
 
     trainer = Trainer(settings, ALONE, Batches(batches))
     for _ in range(4):
         trainer.train_step()
-    state = {name: tensor.clone() for name, tensor in trainer.state().items()}
+    trainer.out_of_patience(0.1)
+    state = trainer.state()
     reference = after(state)
     trainer.train_step()
-    assert all(torch.equal(tensor, reference[name]) for name, tensor in trainer.state().items())
-    rng = state.pop("rng")
-    for name, tensor in state.items():
-        changed = after(state | {"rng": rng, name: tensor + 1})
-        assert any(not torch.equal(tensor, reference[key]) for key, tensor in changed.items()), name
+    trainer.out_of_patience(0.5)
+    assert all(torch.equal(tensor, reference[name]) for name, tensor in flat(trainer.state()).items())
+    for name in flat(state):
+        if name != "rng":  # nothing draws from it so far
+            changed = after(state, name)
+            assert any(not torch.equal(tensor, reference[key]) for key, tensor in changed.items()), name
 
 
 # command line --------------------------------------------------------------------------------------------------------

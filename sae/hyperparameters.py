@@ -1,0 +1,124 @@
+"""What decides the trained weights, besides the data and the seed: the flags of training, and the schedules they stand for."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from sae.loss import Recipe, default_k_aux
+
+NOT_NEGATIVE = (
+    "max_steps", "lr", "lr_end", "warmup_steps", "eps", "weight_decay", "aux_k", "aux_coefficient", "clip_norm", "sparsity",
+    "sparsity_warmup_steps", "patience", "jump_threshold",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hyperparameters:
+    """Flags."""
+
+    architecture: Literal["topk", "batchtopk", "relu", "jumprelu", "matryoshka"] = "topk"
+    """topk keeps k latents of each row; batchtopk k per row on average over a batch; matryoshka is topk whose first latents do
+    alone too; relu and jumprelu keep what is positive or above a learned threshold, and --sparsity penalises them."""
+    n_latents: int = 65_536
+    """Rows of W_enc and W_dec."""
+    k: int = 64
+    """Active latents per row: at most, or on average for batchtopk; not used by relu and jumprelu."""
+    norm: Literal["dataset", "layer", "none"] = "dataset"
+    """Normalisation of rows: by the dataset's mean norm, per row by mean and std, or none."""
+    init: Literal["tied", "orthogonal"] = "tied"
+    """Random unit rows, the same in encoder and decoder; orthogonal: d_model at a time orthogonal to each other."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Of weights and products; float64 is for checks."""
+    batch_size: int = 1024
+    """Rows per step, all ranks together."""
+    accumulate: int = 1
+    """Parts that a rank cuts its rows of a step into, one after the other, to save memory; batchtopk chooses within each."""
+    epochs: int = 1
+    """Passes over the training rows."""
+    max_steps: int = 0
+    """Stop, and end the schedule, after so many steps; 0: after `epochs`."""
+    lr: float = 0.0
+    """Peak learning rate; 0: 2e-4 / sqrt(n_latents / 16,384), the scaling of Gao et al. 2024, figure 3."""
+    lr_end: float = 0.0
+    """Learning rate at the last step, reached along a cosine."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly to its peak."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates of the gradient's mean and square."""
+    eps: float = 6.25e-10
+    """Adam's epsilon, on the scale of a gradient (Gao et al. 2024, A.3)."""
+    weight_decay: float = 0.0
+    """Decoupled, as in AdamW."""
+    aux_k: int = 0
+    """Dead latents that reconstruct the error of each row; 0: the power of two nearest to d_model / 2."""
+    aux_coefficient: float = 1 / 32
+    """Weight of the auxiliary loss of topk, batchtopk and matryoshka; 0: off."""
+    sparsity: float = 1e-3
+    """Weight of the penalty: relu, sum of f_i ||W_dec_i|| per row; jumprelu, active latents per row. It stands beside the
+    squared error's MEAN over entries: where a paper sums over them, divide its weight by d_model."""
+    sparsity_warmup_steps: int = 0
+    """Steps over which the penalty's weight rises linearly."""
+    jump_threshold: float = 0.01
+    """jumprelu: all thresholds at the start, in units of z."""
+    jump_bandwidth: float = 0.05
+    """jumprelu: width of the window around a threshold in which values move it, in units of z."""
+    matryoshka: tuple[float, ...] = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+    """matryoshka: shares of the latents that must reconstruct on their own."""
+    dead_after_tokens: int = 10_000_000
+    """A latent is dead that has not fired for so many rows, seen by all ranks together."""
+    clip_norm: float = 0.0
+    """Largest norm of the gradient, all parameters together; 0: no clipping."""
+    patience: int = 0
+    """Stop after so many validations in a row without a new lowest val_loss; 0: never. Needs --validate-every."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.k <= self.n_latents:
+            raise ValueError(f"--k must be between 1 and --n-latents {self.n_latents}; found {self.k}; lower --k")
+        for name in ("n_latents", "batch_size", "accumulate", "epochs", "dead_after_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1; found {getattr(self, name)}")
+        for name in NOT_NEGATIVE:
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} must not be negative; found {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"--betas must lie in [0, 1); found {self.betas}")
+        if not self.jump_bandwidth > 0:
+            raise ValueError(f"--jump-bandwidth must be positive; found {self.jump_bandwidth}")
+        if self.architecture == "matryoshka":
+            ends = self.prefixes
+            if ends[-1:] != (self.n_latents,) or ends[0] < self.k or list(ends) != sorted(set(ends)):
+                raise ValueError(
+                    f"--matryoshka must be rising shares of --n-latents {self.n_latents} that end with 1, the first of "
+                    f"at least --k {self.k} latents; found {self.matryoshka}, which is {ends}"
+                )
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        """The numbers of latents that `matryoshka` stands for."""
+        return tuple(round(share * self.n_latents) for share in self.matryoshka) if self.architecture == "matryoshka" else ()
+
+    @property
+    def unit_decoder(self) -> bool:
+        """Whether rows of W_dec have unit norm at every step; relu's are free, since their norms stand in its penalty."""
+        return self.architecture != "relu"
+
+    @property
+    def peak_lr(self) -> float:
+        return self.lr or 2e-4 / math.sqrt(self.n_latents / 2**14)
+
+    def lr_at(self, step: int, total_steps: int) -> float:
+        """Learning rate of step `step` (from 0): linear warm-up, then a cosine that ends at `lr_end` with the last step."""
+        if step < self.warmup_steps:
+            return self.peak_lr * (step + 1) / self.warmup_steps
+        share = (step - self.warmup_steps) / max(1, total_steps - 1 - self.warmup_steps)
+        return self.lr_end + (self.peak_lr - self.lr_end) * (1 + math.cos(math.pi * min(1.0, share))) / 2
+
+    def recipe(self, step: int, d_model: int) -> Recipe:
+        """The loss of step `step`."""
+        return Recipe(
+            k=self.k,
+            k_aux=self.aux_k or default_k_aux(d_model),
+            aux_coefficient=self.aux_coefficient,
+            sparsity=self.sparsity * min(1.0, (step + 1) / max(1, self.sparsity_warmup_steps)),
+            bandwidth=self.jump_bandwidth,
+        )
