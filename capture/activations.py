@@ -8,6 +8,7 @@ only, so that any number of processes writes the same bytes. A chunk is also wha
 """
 
 import logging
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,9 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from capture import plan
 from capture.ahead import ahead
 from capture.batches import ChunkTokens, tokenise
 from capture.chunks import ChunkCapture, encode, read_counts, start_chunk
+from capture.remote import RemoteBuilder
 from capture.storage import Storage
 from capture.store import Corpus, chunk_name, open_corpus, site_of
 from capture.writer import FileToWrite, Writer
@@ -59,6 +62,13 @@ class ActivationsConfig(StageConfig):
     """On NaN or Inf: stop, or give the sentence no rows (at any site) and count it."""
     queue_depth: int = machine(2)
     """Files that may wait to be written, each held in memory."""
+    part: str = machine("")
+    """I/N: capture only each N-th chunk from the I-th on, for a machine whose disk the others do not see; capture.merge joins
+    the folders of all N."""
+    remote: str = machine("")
+    """s3://BUCKET/FOLDER and the like: the files go there, --out keeps what is needed to continue. capture.remote fetches."""
+    plan: bool = machine(False)
+    """Write nothing; print tokens, bytes, free space and, from a probe of some 20 s, hours. Code 2 if it cannot fit."""
 
     def __post_init__(self) -> None:
         for name in ("max_length", "chunk_sentences", "batch_tokens", "queue_depth"):
@@ -68,6 +78,15 @@ class ActivationsConfig(StageConfig):
             raise ValueError(f"--max-padding {self.max_padding}: expected a share from 0 to less than 1")
         if len(set(self.sites)) < len(self.sites):
             raise ValueError(f"--sites {' '.join(self.sites)}: a site is named twice")
+        part, of = self.part_of
+        if not 1 <= part <= of:
+            raise ValueError(f"--part {self.part}: expected I/N with I from 1 to N, such as 1/3")
+
+    @property
+    def part_of(self) -> tuple[int, int]:
+        """Which part of how many; (1, 1) is everything, (0, 0) what cannot be read."""
+        found = re.fullmatch(r"(\d+)/(\d+)", self.part or "1/1")
+        return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def run(config: ActivationsConfig, runtime: Runtime) -> None:
@@ -77,15 +96,27 @@ def run(config: ActivationsConfig, runtime: Runtime) -> None:
     model = load_model(config.model, runtime.device)
     config = replace(config, sites=config.sites or (default_site(model.params.n_layers),))
     _check(config, model, tokenizer)
+    how = _how(config, model, tokenizer)
+    needed = runtime.on_main(lambda: plan.need(corpus, tokenizer, how, config.max_length)).part(config.part_of[1])
+    if config.plan:
+        rates = runtime.gather_objects(plan.probe(corpus, tokenizer, how, config.max_length, config.chunk_sentences))
+        runtime.on_main(lambda: print(plan.describe(needed, plan.free(config.out), rates, corpus.n_sentences)))
+    if not config.remote:
+        runtime.on_main(lambda: plan.check_room(needed, config.out))
+    if config.plan:
+        return
     provenance = _provenance(config, model, tokenizer, corpus)
     recorded = replace(config, model=provenance["model"])
-    with building(config.out, "activations", recorded, runtime, inputs=[corpus.artifact], provenance=provenance) as builder:
+    with building(
+        config.out, "activations-part" if config.part else "activations", recorded, runtime,
+        inputs=[corpus.artifact], provenance=provenance, builder=RemoteBuilder.at(config.remote) if config.remote else Builder,
+    ) as builder:  # fmt: skip
         if builder.complete:
             log.info("%s: already complete", config.out)
             return
-        stage = _Stage(config, runtime, corpus, tokenizer, _how(config, model, tokenizer))
+        stage = _Stage(config, runtime, corpus, tokenizer, how)
         names = stage.write(builder)
-        counts = _counts(config.sites, names, builder, runtime)
+        counts = total_counts(config.sites, names, builder, runtime)
         builder.finish(names, {"sentences": corpus.n_sentences} | counts)
     log.info(
         "%s: %s tokens of %s sentences at %s; padding %.1f%%; truncated %d, empty %d, non-finite %d; abnormal norms %s",
@@ -126,7 +157,7 @@ def _provenance(config: ActivationsConfig, model: Transformer, tokenizer: Tokeni
         "bos": config.bos,
         "max_length": config.max_length,
         "corpus_hash": corpus.manifest_hash,
-    }
+    } | ({"part": config.part} if config.part else {})
 
 
 def _how(config: ActivationsConfig, model: Transformer, tokenizer: Tokenizer) -> ChunkCapture:
@@ -181,7 +212,8 @@ class _Stage:
         """The sites still to be written of each chunk that lacks some, and the files that are there."""
         missing: dict[int, list[str]] = {}
         there = []
-        for index in range(-(-self.corpus.n_sentences // self.config.chunk_sentences)):
+        part, of = self.config.part_of
+        for index in range(part - 1, -(-self.corpus.n_sentences // self.config.chunk_sentences), of):
             for site in self.how.sites:
                 if builder.has(chunk_name(site, index)):
                     there.append(chunk_name(site, index))
@@ -216,13 +248,16 @@ def _padding(counts: Mapping[str, int]) -> float:
     return 1 - counts["fed"] / counts["slots"] if counts["slots"] else 0.0
 
 
-def _counts(sites: Sequence[str], names: Sequence[str], builder: Builder, runtime: Runtime) -> dict[str, Any]:
-    """The counts of all ranks together, read back from the files, so that those of an earlier run are among them."""
+def total_counts(sites: Sequence[str], names: Sequence[str], builder: Builder, runtime: Runtime) -> dict[str, Any]:
+    """The manifest's counts of all ranks' files `names` together. They are read back from the files, so that those of an
+    earlier run are among them.
+    """
     mine: dict[str, Counter[str]] = {site: Counter() for site in sites}
     for name in names:
         record = builder.has(name)
         assert record is not None
-        mine[site_of(name)] += read_counts(builder.path / name) + Counter(tokens=record.rows)
+        with builder.open(name) as file:
+            mine[site_of(name)] += read_counts(file) + Counter(tokens=record.rows)
     every: list[Mapping[str, Counter[str]]] = runtime.gather_objects(mine)
     total = {site: sum((part[site] for part in every), Counter()) for site in sites}
     one = total[sites[0]]  # sites differ in their norms alone

@@ -9,11 +9,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from capture import tensorfile
@@ -101,10 +99,7 @@ def start_chunk(how: ChunkCapture, chunk: ChunkTokens, before_batch: Callable[[]
     if device.type == "cpu":
         return StartedChunk(how, chunk, rows, norms, counts, wait=lambda: None)
     copies = _HostCopies(device)
-    rows = {
-        site: StoredRows(copies.start(x.activations), None if x.scales is None else copies.start(x.scales))
-        for site, x in rows.items()
-    }
+    rows = {site: stored.map(copies.start) for site, stored in rows.items()}
     norms = {site: copies.start(x) for site, x in norms.items()}
     return StartedChunk(how, chunk, rows, norms, counts, wait=copies.wait)
 
@@ -193,7 +188,6 @@ def encode(started: StartedChunk, site: str) -> tuple[Iterator[memoryview], int]
     return tensorfile.pieces(tensors, {"counts": counts}), len(norms)
 
 
-def read_counts(path: Path) -> Counter[str]:
+def read_counts(file: BinaryIO) -> Counter[str]:
     """The counts in the header of a file that `encode` made."""
-    with safe_open(path, framework="pt") as file:
-        return Counter(json.loads(file.metadata()["counts"]))
+    return Counter(json.loads(tensorfile.header(file)["__metadata__"]["counts"]))

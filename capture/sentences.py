@@ -1,7 +1,8 @@
-"""Text -> sentences: cut the documents of a source into sentences and write them as a corpus folder.
+"""Text -> sentences: cut the documents of a source into sentences, or passages, and write them as a corpus folder.
 
 python -m capture.sentences --source books/ --out corpus/
 python -m capture.sentences --source nltk:state_union --out corpus/
+python -m capture.sentences --source books/ --unit passage --tokens 64 --tokenizer M --out corpus/
 
 Sentences keep the order and the text of the source. Ids count documents as they are read and sentences as they are kept.
 """
@@ -9,6 +10,7 @@ Sentences keep the order and the text of the source. Ids count documents as they
 import logging
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from capture.punkt import Lines, Splitter, load_splitter
-from capture.sources import Document, open_source, source_name
+from capture.cutting import Cutting, cut
+from capture.duplicates import Seen
+from capture.punkt import Lines
+from capture.sources import Document, open_source, source_name, source_version
 from core.artifact import Builder, building
 from core.cli import Progress, StageConfig, machine, run_stage
 from core.runtime import Runtime
@@ -48,19 +52,32 @@ class SentencesConfig(StageConfig):
     """Flags of the stage."""
 
     source: str = machine()
-    """A text file, a folder of .txt, .jsonl and .parquet files, one such file, or nltk:NAME. The manifest holds its hash."""
+    """A text file, a folder of .txt, .jsonl and .parquet files, one such file, an address of either (hf://datasets/OWNER/NAME,
+    s3://..., with * where wanted), hf://openwebtext, hf://sentences, hf://pile, or nltk:NAME. The manifest holds its hash."""
     out: Path
     """The corpus folder to write."""
     encoding: str = "utf-8"
     """Encoding of text and JSON Lines."""
+    text_key: str = "text"
+    """Where the text stands in JSON Lines (key) and Parquet (column)."""
     lines: Lines = "auto"
     """What one line break means: a sentence's end (paragraphs), a space (wrapped); auto decides per block of lines."""
     punkt: Literal["builtin", "pretrained"] = "builtin"
     """Our own Punkt model for English, the same on every machine, or the one of NLTK's data."""
     language: str = "english"
     """Language of the pretrained model, as NLTK names it."""
+    unit: Literal["sentence", "passage"] = "sentence"
+    """What is cut: sentences, or passages of a fixed number of tokens. Either becomes a row of the corpus."""
+    tokens: int = 64
+    """Most tokens of a passage; it ends before the word that would not fit."""
+    tokenizer: str = "demo"
+    """A model folder, a Hub id, or demo: whose tokens are counted for passages."""
     min_characters: int = 8
     """Shorter sentences are dropped and counted. 0 or 1 keep all."""
+    deduplicate: bool = False
+    """Drop, and count, sentences that stood in the corpus before, by a 64-bit hash; eight bytes of memory each."""
+    processes: int = machine(1)
+    """Processes that cut; the result is the same for any number. Each takes some 2 s to start."""
     sentences_per_file: int = 65_536
     """Rows of each Parquet file but the last."""
     max_sentences: int = 0
@@ -69,8 +86,19 @@ class SentencesConfig(StageConfig):
     def __post_init__(self) -> None:
         if self.min_characters < 0 or self.max_sentences < 0:
             raise ValueError("--min-characters and --max-sentences must not be negative")
-        if self.sentences_per_file < 1:
-            raise ValueError(f"--sentences-per-file {self.sentences_per_file}: expected at least 1")
+        for name in ("sentences_per_file", "tokens", "processes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1")
+
+    def documents(self) -> Iterator[Document]:
+        return open_source(self.source, self.encoding, self.text_key)
+
+    @property
+    def cutting(self) -> Cutting:
+        return Cutting(
+            unit=self.unit, punkt=self.punkt, language=self.language, lines=self.lines, tokens=self.tokens,
+            tokenizer=self.tokenizer,
+        )  # fmt: skip
 
 
 class CorpusWriter:
@@ -144,61 +172,73 @@ def source_hash(documents: Iterator[Document]) -> str:
 
 def run(config: SentencesConfig, runtime: Runtime) -> None:
     """Write the corpus folder; under torchrun, rank 0 does and the others wait."""
-    splitter = load_splitter(config.punkt, config.language)
-    provenance = runtime.on_main(lambda: _identify(config, splitter))
+    provenance = runtime.on_main(lambda: _identify(config))
     with building(config.out, "corpus", config, runtime, provenance=provenance) as builder:
         if builder.complete:
             log.info("%s: already complete", config.out)
             return
-        names, counts = runtime.on_main(lambda: _write(config, splitter, builder, runtime))
+        names, counts = runtime.on_main(lambda: _write(config, builder, runtime))
         builder.finish(names if runtime.is_main else [], counts)
     log.info(
-        "%s: %s sentences of %s documents, %s shorter ones dropped",
-        config.out, *(f"{counts[key]:,}" for key in ("sentences", "documents", "dropped_short")),
+        "%s: %s %ss of %s documents, %s shorter ones and %s duplicates dropped",
+        config.out, f"{counts['sentences']:,}", config.unit,
+        *(f"{counts[key]:,}" for key in ("documents", "dropped_short", "dropped_duplicate")),
     )  # fmt: skip
 
 
-def _identify(config: SentencesConfig, splitter: Splitter) -> dict[str, str]:
-    """The provenance of the corpus. Reads the whole source, so that bad input is refused before anything is written."""
-    _refuse_empty(config, splitter)
+def _identify(config: SentencesConfig) -> dict[str, str]:
+    """The provenance of the corpus. Reads the whole source, so that bad input is refused before anything is written; of a
+    remote source whose store names its content the beginning alone.
+    """
+    cutter = config.cutting.cutter()
+    _refuse_empty(config)
     return {
         "source": source_name(config.source),
-        "source_hash": source_hash(open_source(config.source, config.encoding)),
-        "punkt_hash": splitter.hash,
+        "source_hash": source_version(config.source) or source_hash(config.documents()),
+        "punkt_hash" if config.unit == "sentence" else "passages_hash": cutter.hash,
     }
 
 
-def _refuse_empty(config: SentencesConfig, splitter: Splitter) -> None:
+def _refuse_empty(config: SentencesConfig) -> None:
     """ValueError where the source yields no sentence."""
-    for document in open_source(config.source, config.encoding):
-        if any(len(sentence) >= config.min_characters for sentence in splitter.sentences(document.text, config.lines)):
+    for _, units in cut(config.documents(), config.cutting, processes=1):
+        if any(len(unit) >= config.min_characters for unit in units):
             return
     raise ValueError(
-        f"--source {config.source}: empty: it holds no sentence of at least {config.min_characters} characters; "
+        f"--source {config.source}: empty: it holds no {config.unit} of at least {config.min_characters} characters; "
         "give another source or lower --min-characters"
     )
 
 
-def _write(config: SentencesConfig, splitter: Splitter, builder: Builder, runtime: Runtime) -> tuple[list[str], dict[str, int]]:
+def _write(config: SentencesConfig, builder: Builder, runtime: Runtime) -> tuple[list[str], dict[str, int]]:
     """Cut and write all sentences; returns the names of the files and the counts of the manifest."""
     writer = CorpusWriter(builder, config.sentences_per_file)
-    dropped, limit = 0, config.max_sentences or sys.maxsize
-    with Progress("capture.sentences", config.max_sentences or None, "sentences", runtime) as bar:
-        for document in open_source(config.source, config.encoding):
+    seen = Seen()
+    short = duplicate = 0
+    limit = config.max_sentences or sys.maxsize
+    documents = cut(config.documents(), config.cutting, config.processes)
+    with (
+        Progress("capture.sentences", config.max_sentences or None, f"{config.unit}s", runtime) as bar,
+        closing(documents),
+    ):
+        for document, units in documents:
             before = writer.sentences
             document_id = writer.add_document(document)
-            for sentence in splitter.sentences(document.text, config.lines):
-                if len(sentence) < config.min_characters:
-                    dropped += 1
-                    continue
-                writer.add_sentence(document_id, sentence, document.label)
-                if writer.sentences == limit:
-                    break
+            for unit in units:
+                if len(unit) < config.min_characters:
+                    short += 1
+                elif config.deduplicate and not seen.add(unit):
+                    duplicate += 1
+                else:
+                    writer.add_sentence(document_id, unit, document.label)
+                    if writer.sentences == limit:
+                        break
             bar.update(writer.sentences - before)
             if writer.sentences == limit:
                 break
     writer.finish()
-    return writer.names, {"sentences": writer.sentences, "documents": writer.documents, "dropped_short": dropped}
+    counts = {"sentences": writer.sentences, "documents": writer.documents}
+    return writer.names, counts | {"dropped_short": short, "dropped_duplicate": duplicate}
 
 
 if __name__ == "__main__":

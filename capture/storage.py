@@ -3,6 +3,7 @@
 Shapes: N rows, D d_model.
 """
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple, Self
 
 import torch
@@ -62,7 +63,11 @@ class StoredRows(NamedTuple):
 
     def kept(self, mask: Tensor) -> "StoredRows":
         """The rows where `mask` (N,) is True."""
-        return StoredRows(self.activations[mask], None if self.scales is None else self.scales[mask])
+        return self.map(lambda x: x[mask])
+
+    def map(self, act: Callable[[Tensor], Tensor]) -> "StoredRows":
+        """`act` on each tensor."""
+        return StoredRows(act(self.activations), None if self.scales is None else act(self.scales))
 
     def tensors(self) -> dict[str, Tensor]:
         """By their names in the file."""

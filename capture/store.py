@@ -171,13 +171,15 @@ class Activations:
         self.provenance: dict[str, Any] = manifest.provenance | {"site": site}
         self.d_model: int = manifest.provenance["d_model"]
         stored = DTYPES[manifest.provenance["dtype"]]
-        self.dtype = torch.float32 if stored == torch.int8 else stored
+        self._quantised = stored == torch.int8
+        self.dtype = torch.float32 if self._quantised else stored
         """Of the activations as `chunk` and `sentence` return them."""
         self.n_sentences: int = manifest.counts["sentences"]
         self._chunk_sentences: int = manifest.config["chunk_sentences"]
         self.files = [chunk_name(site, index) for index in range(-(-self.n_sentences // self._chunk_sentences))]
         self.n_tokens = sum(artifact.rows(name) for name in self.files)
         self._open = _Recent(self._open_chunk, CHUNKS_KEPT)
+        self._places: dict[int, tensorfile.Place] = {}  # of the activations in each file that `read_into` has seen
 
     def __len__(self) -> int:
         return len(self.files)
@@ -201,17 +203,20 @@ class Activations:
         `out` is contiguous, on the CPU, of the type that `chunk` returns. Rows stored as floats go from the file to `out` in
         one copy, without a mapping in between: the fastest way to read everything. ValueError where `out` does not fit.
         """
-        rows = self.rows(index)
-        opened = self._open.of(index)
+        rows, name = self.rows(index), self.files[index]
         if out.ndim != 2 or len(out) < rows or out.shape[1] != self.d_model or out.dtype != self.dtype:
             raise ValueError(
-                f"{self.files[index]}: needs a buffer of at least [{rows}, {self.d_model}] {self.dtype}; "
-                f"found {list(out.shape)} {out.dtype}"
+                f"{name}: needs a buffer of at least [{rows}, {self.d_model}] {self.dtype}; found {list(out.shape)} {out.dtype}"
             )
         filled = out[:rows]
-        if opened.quantised:
-            return filled.copy_(opened.rows(slice(None)))
-        opened.place.read_into(self.artifact.path / self.files[index], filled.view(-1).view(torch.uint8).numpy().data)
+        if self._quantised:
+            return filled.copy_(self._open.of(index).rows(slice(None)))
+        if index not in self._places:
+            self._places[index] = tensorfile.places(self.artifact.path / name)["activations"]
+        place = self._places[index]
+        if place.n_bytes != filled.nbytes:
+            self.artifact.file(name)  # refuses it: the header is not the one that was written
+        self.artifact.copy(name, place.start, filled.view(-1).view(torch.uint8).numpy().data)
         return filled
 
     def sentence(self, sentence_id: int) -> SentenceRows:
@@ -224,18 +229,15 @@ class Activations:
         return SentenceRows(opened.rows(slice(begin, end)), opened.file.get_slice("token_ids")[begin:end])
 
     def _open_chunk(self, index: int) -> "_OpenChunk":
-        path = self.artifact.file(self.files[index])
-        file: Any = safe_open(path, framework="pt")
-        places = tensorfile.places(path)
-        return _OpenChunk(file, file.get_tensor("offsets"), places["activations"], "scales" in places)
+        file: Any = safe_open(self.artifact.file(self.files[index]), framework="pt")
+        return _OpenChunk(file, file.get_tensor("offsets"), self._quantised)
 
 
 class _OpenChunk(NamedTuple):
-    """A mapped chunk, its offsets (n + 1,), and where in the file its activations lie."""
+    """A mapped chunk and its offsets (n + 1,)."""
 
     file: Any
     offsets: Tensor
-    place: tensorfile.Place
     quantised: bool
     """Whether the rows are int8 with scales."""
 
@@ -243,8 +245,8 @@ class _OpenChunk(NamedTuple):
         """Some rows of the activations, float32 where they are int8 in the file."""
         if not self.quantised:
             whole = wanted == slice(None)
-            found: Tensor = self.file.get_tensor("activations") if whole else self.file.get_slice("activations")[wanted]
-            return found
+            rows: Tensor = self.file.get_tensor("activations") if whole else self.file.get_slice("activations")[wanted]
+            return rows
         return dequantise(self.file.get_slice("activations")[wanted], self.file.get_slice("scales")[wanted])
 
 

@@ -6,10 +6,9 @@ them in memory first.
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,13 +27,13 @@ def pieces(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterat
     """
     widest = list(DTYPES)
     names = sorted(tensors, key=lambda name: (widest.index(tensors[name].dtype), name))
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     at = 0
     for name in names:
         end = at + tensors[name].nbytes
-        header[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [at, end]}
+        entries[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [at, end]}
         at = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     yield memoryview(len(text).to_bytes(LENGTH_BYTES, "little") + text)
     for name in names:
@@ -47,30 +46,23 @@ class Place(NamedTuple):
     start: int
     n_bytes: int
 
-    def read_into(self, path: Path, out: memoryview) -> None:
-        """Fill `out`, of `n_bytes` bytes, from the file `path`; ValueError where the file ends before."""
-        assert len(out) == self.n_bytes
-        at = 0
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            while at < len(out):
-                n = os.preadv(descriptor, [out[at:]], self.start + at)
-                if n == 0:
-                    raise ValueError(f"{path}: ends {len(out) - at:,} bytes before its last row; the file is damaged")
-                at += n
-        finally:
-            os.close(descriptor)
+
+def header(file: BinaryIO) -> dict[str, Any]:
+    """The header of a safetensors file, read from its beginning. ValueError where there is none."""
+    length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+    found = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
+    if not isinstance(found, dict):
+        raise ValueError(f"expected an object, found {type(found).__name__}")
+    return found
 
 
 def places(path: Path) -> dict[str, Place]:
     """The place of every tensor of a safetensors file. ValueError where the header is none."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(LENGTH_BYTES), "little")
-        text = file.read(min(length, MAX_HEADER_BYTES))
     try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        begin = LENGTH_BYTES + length
-        return {name: Place(begin + at, end - at) for name, (at, end) in ((n, t["data_offsets"]) for n, t in header.items())}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        with path.open("rb") as file:
+            tensors = header(file)
+            begin = file.tell()
+        tensors.pop("__metadata__", None)
+        return {name: Place(begin + at, end - at) for name, (at, end) in ((n, t["data_offsets"]) for n, t in tensors.items())}
+    except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: not a safetensors file ({error})") from None

@@ -98,4 +98,5 @@ class Writer:
                 self.bytes += self._builder.publish(file.name, content, rows).bytes
                 self._current, self._progress = "", time.monotonic()
         except BaseException as error:  # whatever it is, it belongs to the caller, who raises it
+            error.add_note(f"the writer ended at {self._current or 'its queue'}")
             self._error = error

@@ -6,11 +6,11 @@ command continues after a kill; the manifest with `complete: true` comes last. R
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_args, get_type_hints
+from typing import Any, BinaryIO, NamedTuple, get_args, get_type_hints
 
 import xxhash
 
@@ -99,6 +99,14 @@ class Artifact:
             _check_file(self.path, self._records[name])
             self._verified.add(name)
         return self.path / name
+
+    def copy(self, name: str, start: int, out: memoryview) -> None:
+        """Copy bytes of a file, from `start` on, into `out`; the first time, its checksum is taken in the same pass."""
+        if name in self._verified:
+            files.read_at(self.path / name, start, out)
+        else:
+            _check(self.path / name, self._records[name], files.checksum(self.path / name, start, out))
+            self._verified.add(name)
 
     def rows(self, name: str) -> int:
         return self._records[name].rows
@@ -194,18 +202,29 @@ class Builder:
     def has(self, name: str) -> FileRecord | None:
         """The record of a file that an earlier run finished, if it did."""
         record = self._done.get(name)
+        return record if record and self._size(name) == record.bytes else None
+
+    def _size(self, name: str) -> int | None:
+        """Bytes of a file, None where there is none."""
         target = self.path / name
-        return record if record and target.is_file() and target.stat().st_size == record.bytes else None
+        return target.stat().st_size if target.is_file() else None
+
+    def open(self, name: str) -> BinaryIO:
+        """A finished file, for reading."""
+        return (self.path / name).open("rb")
 
     def publish(self, name: str, content: files.Content, rows: int = 0) -> FileRecord:
         """Write one file of the artifact, whole or not at all, and remember it in the journal."""
         self._disown(name)
-        files.make_folder((self.path / name).parent)
-        written = files.publish(self.path / name, content)
+        written = self._write(name, content)
         record = FileRecord(name, written.bytes, written.checksum, rows)
         files.append_line(self._journal, json.dumps(record._asdict()))
         self._done[name] = record
         return record
+
+    def _write(self, name: str, content: files.Content) -> files.Written:
+        files.make_folder((self.path / name).parent)
+        return files.publish(self.path / name, content)
 
     def forget(self, name: str) -> None:
         """Remove a scratch file that is no part of the result."""
@@ -247,8 +266,10 @@ def building(
     runtime: Runtime,
     inputs: Iterable[Artifact] = (),
     provenance: Mapping[str, Any] | None = None,
+    builder: Callable[[Path, Manifest, Runtime], Builder] = Builder,
 ) -> Iterator[Builder]:
     """Build, or go on building, the artifact `path`. `builder.complete` is True where this very command already finished it.
+    `builder` makes the builder, for artifacts whose files lie elsewhere.
 
     Raises ValueError where the folder is in use, holds something else, or was begun with other flags or inputs.
     """
@@ -266,7 +287,7 @@ def building(
             return _begin(path, wanted)
 
         # What was begun reaches all ranks from rank 0: each reading the folder for itself might see more or less of it.
-        yield Builder(path, runtime.on_main(begin), runtime)
+        yield builder(path, runtime.on_main(begin), runtime)
 
 
 def _begin(path: Path, wanted: Manifest) -> Manifest:
@@ -345,9 +366,12 @@ def _fits(folder: Path, record: FileRecord) -> bool:
 
 
 def _check_file(folder: Path, record: FileRecord) -> None:
-    found = files.checksum(folder / record.name)
+    _check(folder / record.name, record, files.checksum(folder / record.name))
+
+
+def _check(path: Path, record: FileRecord, found: files.Written) -> None:
     if found != (record.bytes, record.checksum):
         raise ValueError(
-            f"{folder / record.name}: damaged: expected {record.bytes:,} bytes with checksum {record.checksum[:12]}, "
+            f"{path}: damaged: expected {record.bytes:,} bytes with checksum {record.checksum[:12]}, "
             f"found {found.bytes:,} with {found.checksum[:12]}; run its stage again into a fresh folder"
         )

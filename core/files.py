@@ -109,15 +109,38 @@ def sweep(folder: Path) -> None:
         remove(stray)
 
 
-def checksum(path: Path) -> Written:
-    """Size and xxh3-128 of a file."""
+def checksum(path: Path, start: int = 0, out: memoryview | None = None) -> Written:
+    """Size and xxh3-128 of a file. Its bytes from `start` on are copied into `out` on the way, in the same pass."""
     digest, size = xxhash.xxh3_128(), 0
-    block = memoryview(bytearray(READ_BYTES))
+    out = memoryview(b"") if out is None else out
+    spare = memoryview(bytearray(READ_BYTES))
     with path.open("rb", buffering=0) as file:
-        while n := file.readinto(block):
-            size += n
+        while True:
+            if size < start:
+                block = spare[: start - size]
+            elif size < start + len(out):
+                block = out[size - start :][:READ_BYTES]
+            else:
+                block = spare
+            n = file.readinto(block)
+            if not n:
+                return Written(size, digest.hexdigest())
             digest.update(block[:n])
-    return Written(size, digest.hexdigest())
+            size += n
+
+
+def read_at(path: Path, start: int, out: memoryview) -> None:
+    """Fill `out` with the bytes of a file from `start` on. ValueError where the file ends before."""
+    at = 0
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        while at < len(out):
+            n = os.preadv(descriptor, [out[at:]], start + at)
+            if n == 0:
+                raise ValueError(f"{path}: ends {len(out) - at:,} bytes before what is asked for; the file is damaged")
+            at += n
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

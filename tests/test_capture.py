@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -14,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from capture import activations, sentences
+from capture import activations, plan, sentences
 from capture.activations import ActivationsConfig, default_site
 from capture.batches import ChunkTokens, batches, tokenise
 from capture.chunks import ChunkCapture, NonFinite, start_chunk
@@ -322,8 +323,9 @@ def test_an_error_of_the_writer_reaches_the_caller() -> None:
         write_for_ever(FakeBuilder(full), 60)
     with pytest.raises(OSError, match="disk full"), Writer(FakeBuilder(full), timeout_s=60) as writer:
         writer.put(FileToWrite("only", lambda: (b"x", 0)))  # noticed on leaving
-    with pytest.raises(ZeroDivisionError), Writer(FakeBuilder(full), timeout_s=60) as writer:
+    with pytest.raises(ZeroDivisionError) as raised, Writer(FakeBuilder(full), timeout_s=60) as writer:
         writer.put(FileToWrite("only", lambda: (bytes(1 // 0), 0)))
+    assert raised.value.__notes__ == ["the writer ended at only"]
     assert time.monotonic() - began < 10
 
 
@@ -413,6 +415,40 @@ def test_a_vocabulary_too_small_for_the_tokenizer(tmp_path: Path, tiny: Path, ca
     with pytest.raises(SystemExit):
         command("--model", small, "--corpus", tiny / "corpus", "--out", tmp_path / "out", *FLAGS)
     assert "100" in capsys.readouterr().err
+
+
+def test_the_plan_tells_what_a_run_takes_and_writes_nothing(
+    tiny: Path, tmp_path: Path, clean: dict[str, bytes], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "PROBE_S", 0.0)
+    flags = ("--model", tiny / "model", "--corpus", tiny / "corpus", "--out", tmp_path / "out", *FLAGS, "--plan")
+    command(*flags)
+    said = capsys.readouterr().out
+    assert f"tokens     {verify(tiny / 'clean').counts['tokens']:,}\n" in said
+    assert "hours" in said
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(SystemExit):
+        command(*flags)
+    assert "0.001 MB are free" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command(*flags[:-1])
+    assert "choose another --out" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("storage", ["bf16", "fp32", "int8"])
+def test_planned_bytes_are_those_written(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, storage: Any) -> None:
+    """Headers left out; and from a sample of half the sentences, about the same."""
+    capture(tiny / "model", tiny / "corpus", tmp_path / "acts", storage=storage)
+    written = sum(p.stat().st_size for p in (tmp_path / "acts").rglob("*.safetensors"))
+    corpus, tokenizer = open_corpus(tiny / "corpus"), load_tokenizer(tiny / "model")
+    exact = plan.need(corpus, tokenizer, how(tiny, storage=storage), 90)
+    assert exact.tokens == verify(tmp_path / "acts").counts["tokens"]
+    assert exact.bytes <= written <= exact.bytes + 1000 * len(list((tmp_path / "acts").rglob("*.safetensors")))
+    monkeypatch.setattr(plan, "SAMPLE_SENTENCES", 1)
+    monkeypatch.setattr(plan, "SAMPLE_BLOCKS", corpus.n_sentences // 2)
+    assert plan.need(corpus, tokenizer, how(tiny), 90).tokens == pytest.approx(exact.tokens, rel=0.3)
 
 
 def test_a_corpus_of_one_sentence(tiny: Path, tmp_path: Path) -> None:

@@ -2,9 +2,10 @@
 
 import gzip
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import fsspec
 import nltk
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -208,6 +209,61 @@ def test_bad_files_are_refused_by_name_and_place(
         list(open_source(str(write(tmp_path / name, content))))
 
 
+@pytest.fixture
+def memory_files() -> Iterator[fsspec.AbstractFileSystem]:
+    """A file system in memory, at memory://."""
+    system = fsspec.filesystem("memory")
+    yield system
+    system.store.clear()
+    system.pseudo_dirs[:] = [""]
+
+
+def test_addresses_read_as_local_folders_do(
+    tmp_path: Path, memory_files: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "PRESETS", {"hf://preset": "memory://texts/*.parquet"})
+    table = pa.table({"sentence": ["one", "two"], "text": ["eins", "zwei"]})
+    local = tmp_path / "texts"
+    write(local / "b.jsonl.gz", gzip.compress(b'{"text": "packed"}\n'))
+    write(local / "a" / "t.txt", "A text.")
+    pq.write_table(table, local / "c.parquet")
+    write(local / "picture.png", b"\x89PNG")
+    for file in local.rglob("*.*"):
+        memory_files.pipe(f"/texts/{file.relative_to(local).as_posix()}", file.read_bytes())
+    remote = list(open_source("memory://texts"))
+    assert [d._replace(source="texts") for d in remote] == list(open_source(str(local)))
+    assert {d.source for d in remote} == {"memory://texts"}
+    assert [d.text for d in open_source("hf://preset", text_key="sentence")] == ["one", "two"]
+    assert [d.text for d in open_source("memory://texts/a/t.txt")] == ["A text."]
+    for wrong, message in (
+        ("memory://nothing", "holds no .txt"),
+        ("none://texts", "cannot be listed"),
+        ("memory://texts/*.csv", "holds no .txt"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            list(open_source(wrong))
+    memory_files.pipe("/bad/x.jsonl", b"[1]")
+    with pytest.raises(ValueError, match=r"memory://.*bad/x.jsonl: line 1 is not an object"):
+        list(open_source("memory://bad"))
+
+
+def test_a_remote_source_is_told_by_its_listing(
+    memory_files: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory_files.pipe("/texts/a.txt", b"A text.")
+    assert sources.source_version("memory://texts") is None  # this store names no content: it is read
+    plain = type(memory_files).find
+
+    def with_hashes(self: fsspec.AbstractFileSystem, path: str, detail: bool = False) -> dict[str, dict[str, object]]:
+        return {name: info | {"blob_id": "b1"} for name, info in plain(self, path, detail=True).items()}
+
+    monkeypatch.setattr(type(memory_files), "find", with_hashes)
+    first = sources.source_version("memory://texts")
+    assert first
+    memory_files.pipe("/texts/b.txt", b"Another.")
+    assert sources.source_version("memory://texts") not in (None, first)
+
+
 def test_nltk_corpora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "corpora" / "inaugural" / "1789-Washington.txt", "Fellow citizens: caf\xe9.".encode("latin-1"))
     write(tmp_path / "corpora" / "movie_reviews" / "pos" / "cv1.txt", "good film .")
@@ -259,7 +315,7 @@ def test_corpus_folder(texts: Path, tmp_path: Path) -> None:
     stage("--source", texts, "--out", tmp_path / "c", "--sentences-per-file", 10)
     corpus = open_corpus(tmp_path / "c")
     assert (corpus.n_sentences, corpus.n_documents) == (45, 9)
-    assert corpus.artifact.manifest.counts == {"sentences": 45, "documents": 9, "dropped_short": 9}
+    assert corpus.artifact.manifest.counts == {"sentences": 45, "documents": 9, "dropped_short": 9, "dropped_duplicate": 0}
     assert [corpus.table(i).num_rows for i in range(len(corpus.files))] == [10, 10, 10, 10, 5]
     expected = [(i, f"Sentence {j} of {i}.") for i in range(9) for j in range(i + 1)]
     rows = [row for i in range(len(corpus.files)) for row in corpus.table(i).to_pylist()]

@@ -1,0 +1,123 @@
+"""Cutting in several processes, passages of a number of tokens, and duplicates."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from capture import cutting, duplicates
+from capture.cutting import Cutting, cut
+from capture.duplicates import Seen
+from capture.passages import Passages
+from capture.sources import Document
+from capture.store import open_corpus
+from llama3 import load_tokenizer
+from tests.conftest import ROOT
+from tests.test_capture_faults import group_members
+from tests.test_sentences import contents, stage
+
+TOKENIZER = load_tokenizer("demo")
+SENTENCES = Cutting(unit="sentence", punkt="builtin", language="english", lines="auto", tokens=64, tokenizer="demo")
+
+
+def documents(n: int) -> list[Document]:
+    return [Document(f"d{i}", "s", " ".join(f"Sentence {j} of {i}." for j in range(i % 7)), None) for i in range(n)]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.text("ab éZ.,\n\t日", max_size=300) | st.text(max_size=60), st.integers(1, 9))
+def test_passages_lose_nothing_and_keep_their_limit(text: str, n_tokens: int) -> None:
+    found = list(Passages(TOKENIZER, n_tokens).units(text))
+    assert "".join("".join(found).split()) == "".join(text.split())
+    assert all(passage == passage.strip() != "" and passage in text for passage in found)
+    for passage in found:
+        assert len(TOKENIZER.encode(passage)) <= n_tokens or len(passage.split()) == 1
+
+
+def test_passages_are_as_long_as_the_next_word_allows() -> None:
+    text = " ".join(f"word{i} is here, and so on." for i in range(300))
+    found = list(Passages(TOKENIZER, 64).units(text))
+    lengths = [len(TOKENIZER.encode(passage)) for passage in found]
+    assert " ".join(found) == text
+    assert max(lengths) <= 64
+    assert min(lengths[:-1]) > 56
+
+
+def test_two_processes_cut_what_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cutting, "BATCH_CHARACTERS", 60)
+    given = documents(60)
+    alone = list(cut(iter(given), SENTENCES, 1))
+    assert list(cut(iter(given), SENTENCES, 2)) == alone
+    assert [found.document for found in alone] == given
+    assert not multiprocessing.active_children()
+
+
+def test_a_corpus_of_passages_without_duplicates(tmp_path: Path) -> None:
+    texts = ["One and two and three and four and five and six and seven.", "Another text.", "Another text."]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    flags = ("--source", tmp_path / "t.jsonl", "--unit", "passage", "--tokens", 6, "--deduplicate")
+    stage(*flags, "--out", tmp_path / "c")
+    corpus = open_corpus(tmp_path / "c")
+    found = corpus.texts(range(corpus.n_sentences))
+    assert " ".join(found) == "One and two and three and four and five and six and seven. Another text."
+    assert all(len(TOKENIZER.encode(text)) <= 6 for text in found)
+    counts = corpus.artifact.manifest.counts
+    assert (counts["documents"], counts["dropped_duplicate"]) == (3, 1)
+    stage(*flags, "--out", tmp_path / "c2", "--processes", 2)
+    assert contents(tmp_path / "c2") == contents(tmp_path / "c")
+
+
+def test_seen_is_a_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(duplicates, "RECENT", 5)
+    seen, plain = Seen(), set()
+    for i in [*range(12), *range(20), *range(7, 30, 3)]:
+        assert seen.add(str(i)) == (i not in plain)
+        plain.add(i)
+
+
+def start_long_cut(folder: Path) -> "subprocess.Popen[str]":
+    """The stage with two processes on a text that takes some minutes, once it has come to work."""
+    line = json.dumps({"text": "This is a sentence of Dr. Who. " * 3000}) + "\n"
+    (folder / "long.jsonl").write_text(line * 400)
+    job = subprocess.Popen(
+        [sys.executable, "-m", "capture.sentences", "--source", folder / "long.jsonl", "--out", folder / "c",
+         "--processes", "2", "--sentences-per-file", "2000"],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    while job.poll() is None and not list((folder / "c").glob("*.parquet")):
+        time.sleep(0.05)
+    assert job.poll() is None
+    return job
+
+
+def wait_until_gone(job: "subprocess.Popen[str]", limit: float) -> None:
+    ends = time.monotonic() + limit
+    while group_members(job.pid) and time.monotonic() < ends:
+        time.sleep(0.05)
+    assert not group_members(job.pid)
+
+
+def test_killed_processes_are_noticed_and_leave_no_orphans(tmp_path: Path) -> None:
+    """A killed process of the pool ends the job with a message; a killed job ends the pool."""
+    job = start_long_cut(tmp_path)
+    workers = [pid for pid in group_members(job.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(workers) == 2
+    os.kill(workers[0], signal.SIGKILL)
+    _, said = job.communicate(timeout=10)
+    assert job.returncode == 2
+    assert "a process that cuts the text ended" in said
+    wait_until_gone(job, 10)
+    for file in (tmp_path / "c").iterdir():
+        file.unlink()
+    job = start_long_cut(tmp_path)
+    job.kill()
+    job.communicate(timeout=10)
+    wait_until_gone(job, 10)
