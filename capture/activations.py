@@ -3,21 +3,24 @@
 torchrun --nproc_per_node=8 -m capture.activations --model M --corpus corpus/ --sites layers.23.resid_post --out acts/
 python -m capture.activations --model demo --corpus corpus/ --out acts/
 
-The corpus is cut into chunks of consecutive sentences. Chunk i belongs to rank i mod world size, and batches form inside a
-chunk only, so that any number of processes writes the same bytes. A chunk is also what is resumed after a kill.
+The corpus is cut into chunks of consecutive sentences. A chunk goes to the rank that asks next, and batches form inside a chunk
+only, so that any number of processes writes the same bytes. A chunk is also what is resumed after a kill.
 """
 
 import logging
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from capture.batches import tokenise
-from capture.chunks import ChunkCapture, capture_chunk, encode, read_counts
-from capture.store import Corpus, chunk_name, open_corpus
+from capture.ahead import ahead
+from capture.batches import ChunkTokens, tokenise
+from capture.chunks import ChunkCapture, encode, read_counts, start_chunk
+from capture.storage import Storage
+from capture.store import Corpus, chunk_name, open_corpus, site_of
 from capture.writer import FileToWrite, Writer
 from core.artifact import Builder, building
 from core.cli import Progress, StageConfig, machine, run_stage
@@ -40,8 +43,8 @@ class ActivationsConfig(StageConfig):
     """The activations folder to write."""
     sites: tuple[str, ...] = ()
     """Sites to capture in one pass, each into a folder of its own. Empty: resid_post at 5/6 of the depth."""
-    storage: Literal["bf16", "fp32"] = "bf16"
-    """Type of the stored activations."""
+    storage: Storage = "bf16"
+    """Type of the stored activations; int8 has one scale per row, and half the bytes of bf16."""
     bos: Literal["none", "feed"] = "none"
     """feed: put the BOS token before each sentence, and do not store its row."""
     max_length: int = 192
@@ -80,11 +83,9 @@ def run(config: ActivationsConfig, runtime: Runtime) -> None:
         if builder.complete:
             log.info("%s: already complete", config.out)
             return
-        chunks = runtime.share(-(-corpus.n_sentences // config.chunk_sentences))
         stage = _Stage(config, runtime, corpus, tokenizer, _how(config, model, tokenizer))
-        stage.write(chunks, builder)
-        counts = _counts(config.sites, builder, chunks, runtime)
-        names = [chunk_name(site, index) for index in chunks for site in config.sites]
+        names = stage.write(builder)
+        counts = _counts(config.sites, names, builder, runtime)
         builder.finish(names, {"sentences": corpus.n_sentences} | counts)
     log.info(
         "%s: %s tokens of %s sentences at %s; padding %.1f%%; truncated %d, empty %d, non-finite %d; abnormal norms %s",
@@ -150,45 +151,78 @@ class _Stage:
     tokenizer: Tokenizer
     how: ChunkCapture
 
-    def write(self, chunks: Sequence[int], builder: Builder) -> None:
-        """Capture and publish those of `chunks` that an earlier run has not finished."""
-        todo = [(i, missing) for i in chunks if (missing := [s for s in self.how.sites if not builder.has(chunk_name(s, i))])]
-        if len(todo) < len(chunks):
-            log.info("%d of %d chunks are there already", len(chunks) - len(todo), len(chunks))
-        total = sum(len(self._sentences(index)) for index, _ in todo)
+    def write(self, builder: Builder) -> list[str]:
+        """Capture and publish the chunks that no earlier run has finished, whichever this rank comes to take.
+
+        Returns the names of the files that this rank answers for: those it wrote, and on rank 0 those that were there.
+        """
+        missing, there = self.runtime.on_main(lambda: self._survey(builder))
+        todo = list(missing)
+        total = sum(len(self._sentences(index)) for index in todo)
+        mine = there if self.runtime.is_main else []
         with (
             Progress("capture.activations", total, "sentences", self.runtime) as bar,
             Writer(builder, self.config.timeout_s, self.config.queue_depth) as writer,
         ):
-            fed = slots = 0
-            for index, missing in todo:
-                ids = self._sentences(index)
-                tokens = tokenise(self.corpus.rows(ids.start, ids.stop), self.tokenizer, self.config.max_length)
-                captured = capture_chunk(self.how, tokens, writer.check)
-                for site in missing:
-                    rows = len(captured.rows[site])
-                    writer.put(FileToWrite(chunk_name(site, index), rows, partial(encode, captured, site)))
-                fed, slots = fed + captured.counts["fed"], slots + captured.counts["slots"]
-                bar.update(len(ids), tokens=f"{fed:,}", padding=f"{_padding(fed, slots):.1%}", queue=writer.waiting)
+            began, seen, counts = time.monotonic(), 0, Counter[str]()
+            for place, tokens in ahead(self._tokenised(todo)):
+                started = start_chunk(self.how, tokens, writer.check)
+                for site in missing[todo[place]]:
+                    name = chunk_name(site, todo[place])
+                    writer.put(FileToWrite(name, partial(encode, started, site)))
+                    mine.append(name)
+                counts += started.counts
+                # Places are handed out in order, so this rank's last one tells how far all ranks together have come.
+                bar.update((place + 1 - seen) * total // len(todo), **_notes(counts, writer, time.monotonic() - began))
+                seen = place + 1
+        return mine
+
+    def _survey(self, builder: Builder) -> tuple[dict[int, list[str]], list[str]]:
+        """The sites still to be written of each chunk that lacks some, and the files that are there."""
+        missing: dict[int, list[str]] = {}
+        there = []
+        for index in range(-(-self.corpus.n_sentences // self.config.chunk_sentences)):
+            for site in self.how.sites:
+                if builder.has(chunk_name(site, index)):
+                    there.append(chunk_name(site, index))
+                else:
+                    missing.setdefault(index, []).append(site)
+        if there:
+            log.info("%d of %d files are there already", len(there), len(there) + sum(map(len, missing.values())))
+        return missing, there
+
+    def _tokenised(self, todo: Sequence[int]) -> Iterator[tuple[int, ChunkTokens]]:
+        """The chunks of `todo` that fall to this rank: place in `todo`, and tokens."""
+        for place in self.runtime.hand_out(len(todo)):
+            ids = self._sentences(todo[place])
+            yield place, tokenise(self.corpus.rows(ids.start, ids.stop), self.tokenizer, self.config.max_length)
 
     def _sentences(self, chunk: int) -> range:
         size = self.config.chunk_sentences
         return range(chunk * size, min((chunk + 1) * size, self.corpus.n_sentences))
 
 
-def _padding(fed: int, slots: int) -> float:
-    return 1 - fed / slots if slots else 0.0
+def _notes(counts: Counter[str], writer: Writer, seconds: float) -> dict[str, str | int]:
+    """What the progress of one rank shows beside the sentences of all."""
+    return {
+        "tokens/s": f"{counts['fed'] / seconds:,.0f}",
+        "MB/s": f"{writer.bytes / seconds / 1e6:.1f}",
+        "padding": f"{_padding(counts):.1%}",
+        "queue": writer.waiting,
+    }
 
 
-def _counts(sites: Sequence[str], builder: Builder, chunks: Sequence[int], runtime: Runtime) -> dict[str, Any]:
+def _padding(counts: Mapping[str, int]) -> float:
+    return 1 - counts["fed"] / counts["slots"] if counts["slots"] else 0.0
+
+
+def _counts(sites: Sequence[str], names: Sequence[str], builder: Builder, runtime: Runtime) -> dict[str, Any]:
     """The counts of all ranks together, read back from the files, so that those of an earlier run are among them."""
     mine: dict[str, Counter[str]] = {site: Counter() for site in sites}
-    for site in sites:
-        for index in chunks:
-            name = chunk_name(site, index)
-            record = builder.has(name)
-            assert record is not None
-            mine[site] += read_counts(builder.path / name) + Counter(tokens=record.rows)
+    for name in names:
+        record = builder.has(name)
+        assert record is not None
+        mine[site_of(name)] += read_counts(builder.path / name) + Counter(tokens=record.rows)
     every: list[Mapping[str, Counter[str]]] = runtime.gather_objects(mine)
     total = {site: sum((part[site] for part in every), Counter()) for site in sites}
     one = total[sites[0]]  # sites differ in their norms alone
@@ -197,7 +231,7 @@ def _counts(sites: Sequence[str], builder: Builder, chunks: Sequence[int], runti
         "truncated_sentences": one["truncated"],
         "empty_sentences": one["empty"],
         "nonfinite_sentences": one["nonfinite"],
-        "padding_share": round(_padding(one["fed"], one["slots"]), 6),
+        "padding_share": round(_padding(one), 6),
         "abnormal_norm_rows": {site: count["abnormal"] for site, count in total.items()},
         "abnormal_norm_share": {site: round(n["abnormal"] / max(n["tokens"], 1), 6) for site, n in total.items()},
     }

@@ -6,22 +6,23 @@ Shapes: n sentences of the chunk, N their tokens, B sentences of a batch, T slot
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
-import safetensors.torch
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from capture import tensorfile
 from capture.batches import Batch, ChunkTokens, batches
+from capture.storage import Storage, StoredRows
 from llama3 import Transformer
 
 log = logging.getLogger("capture.activations")
 
-STORAGE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 ABNORMAL_RATIO = 10  # a row is abnormal when its norm exceeds so many times the median norm of its chunk and site
 
 
@@ -35,7 +36,7 @@ class ChunkCapture:
 
     model: Transformer
     sites: Sequence[str]
-    storage: Literal["bf16", "fp32"]
+    storage: Storage
     batch_tokens: int
     """Slots of one forward pass, padding included."""
     max_padding: float
@@ -46,40 +47,88 @@ class ChunkCapture:
     """Give a sentence with NaN or Inf no rows, instead of raising NonFinite."""
 
 
-@dataclass
-class CapturedChunk:
+class CapturedChunk(NamedTuple):
     """One chunk in memory, rows in order of sentence id."""
 
     tokens: ChunkTokens
-    rows: dict[str, Tensor]
-    """(N, D) of each site, in the type of storage."""
+    rows: dict[str, StoredRows]
+    """(N, D) of each site."""
     norms: dict[str, Tensor]
     """(N,) float32 of each site."""
-    counts: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str]
     """slots and fed (tokens) of the forward passes; sentences truncated, empty, nonfinite."""
 
 
+@dataclass
+class StartedChunk:
+    """A chunk whose forward passes are done, or on a GPU at least queued. `result` waits for its rows and looks at them."""
+
+    how: ChunkCapture
+    tokens: ChunkTokens
+    rows: dict[str, StoredRows]
+    norms: dict[str, Tensor]
+    counts: Counter[str]
+    wait: Callable[[], None]
+    """Returns when `rows` and `norms` may be read."""
+
+    @cached_property
+    def result(self) -> CapturedChunk:
+        """The chunk on the CPU, checked. Raises NonFinite."""
+        self.wait()
+        captured = CapturedChunk(self.tokens, self.rows, self.norms, self.counts)
+        bad = _nonfinite_sentences(captured)
+        for sentence, what in bad.items():
+            if not self.how.skip_nonfinite:
+                raise NonFinite(f"{what}; --nonfinite skip leaves such sentences out and counts them")
+            log.warning("sentence %d is left out: %s", int(self.tokens.sentence_ids[sentence]), what)
+        return _without(captured, list(bad)) if bad else captured
+
+
 @torch.inference_mode()
-def capture_chunk(how: ChunkCapture, chunk: ChunkTokens, before_batch: Callable[[], None]) -> CapturedChunk:
-    """Run a chunk through the model. `before_batch` is called before each forward pass. Raises NonFinite."""
+def start_chunk(how: ChunkCapture, chunk: ChunkTokens, before_batch: Callable[[], None]) -> StartedChunk:
+    """Run a chunk through the model. `before_batch` is called before each forward pass."""
     device = how.model.device
-    shape = (len(chunk.token_ids), how.model.params.dim)
-    rows = {site: torch.empty(shape, dtype=STORAGE[how.storage], device=device) for site in how.sites}
-    counts = Counter(fed=shape[0], truncated=chunk.truncated, empty=int((chunk.lengths == 0).sum()))
+    N = len(chunk.token_ids)
+    rows = {site: StoredRows.empty(N, how.model.params.dim, how.storage, device) for site in how.sites}
+    counts = Counter(fed=N, truncated=chunk.truncated, empty=int((chunk.lengths == 0).sum()))
     for batch in batches(chunk, how.batch_tokens, how.max_padding):
         before_batch()
         places = batch.rows.to(device)
         for site, x in _forward(how, batch).items():
-            rows[site][places] = x.to(STORAGE[how.storage])
+            rows[site].put_(places, x)
         counts["slots"] += batch.tokens.numel()
-    norms = {site: torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).cpu() for site, x in rows.items()}
-    captured = CapturedChunk(chunk, {site: x.cpu() for site, x in rows.items()}, norms, counts)
-    bad = _nonfinite_sentences(captured)
-    for sentence, what in bad.items():
-        if not how.skip_nonfinite:
-            raise NonFinite(f"{what}; --nonfinite skip leaves such sentences out and counts them")
-        log.warning("sentence %d is left out: %s", int(chunk.sentence_ids[sentence]), what)
-    return _without(captured, list(bad)) if bad else captured
+    norms = {site: stored.norms() for site, stored in rows.items()}
+    if device.type == "cpu":
+        return StartedChunk(how, chunk, rows, norms, counts, wait=lambda: None)
+    copies = _HostCopies(device)
+    rows = {
+        site: StoredRows(copies.start(x.activations), None if x.scales is None else copies.start(x.scales))
+        for site, x in rows.items()
+    }
+    norms = {site: copies.start(x) for site, x in norms.items()}
+    return StartedChunk(how, chunk, rows, norms, counts, wait=copies.wait)
+
+
+class _HostCopies:
+    """Copies into pinned memory on a CUDA stream of their own, which run beside the next chunk's forward passes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+
+    def start(self, x: Tensor) -> Tensor:
+        """Where `x` will be once `wait` has returned."""
+        # Pinned blocks come from PyTorch's caching allocator, so that from the second chunk on none is newly locked.
+        host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        with torch.cuda.stream(self._stream):
+            host.copy_(x, non_blocking=True)
+            self._done.record(self._stream)
+        x.record_stream(self._stream)
+        return host
+
+    def wait(self) -> None:
+        self._done.synchronize()
 
 
 def _forward(how: ChunkCapture, batch: Batch) -> dict[str, Tensor]:
@@ -88,13 +137,14 @@ def _forward(how: ChunkCapture, batch: Batch) -> dict[str, Tensor]:
     No mask is needed: padding stands on the right, where a causal model does not look from a real token. That keeps attention
     on its fast path.
     """
-    tokens, slots = batch.tokens.to(how.model.device), batch.slots.to(how.model.device)
-    stored_from = 0
+    tokens, slots = batch.tokens, batch.slots
     if how.bos_id is not None:
-        tokens = torch.cat((tokens.new_full((len(tokens), 1), how.bos_id), tokens), dim=1)
-        stored_from = 1
+        B, T = tokens.shape
+        slots = slots + slots.div(T, rounding_mode="floor") + 1  # in rows of T + 1, behind the BOS
+        tokens = torch.cat((tokens.new_full((B, 1), how.bos_id), tokens), dim=1)
+    tokens, slots = tokens.to(how.model.device), slots.to(how.model.device)
     captured = how.model.capture(tokens, sites=how.sites)
-    return {site: x[:, stored_from:].flatten(0, 1)[slots] for site, x in captured.items()}
+    return {site: x.flatten(0, 1).index_select(0, slots) for site, x in captured.items()}
 
 
 def _nonfinite_sentences(captured: CapturedChunk) -> dict[int, str]:
@@ -104,7 +154,7 @@ def _nonfinite_sentences(captured: CapturedChunk) -> dict[int, str]:
     for site, norms in captured.norms.items():
         suspects = (~norms.isfinite()).nonzero().squeeze(1)
         # The norm of finite values may overflow, so the values decide.
-        rows = suspects[~captured.rows[site][suspects].isfinite().all(dim=1)]
+        rows = suspects[~captured.rows[site].finite(suspects)]
         sentences = torch.searchsorted(tokens.offsets, rows, right=True) - 1
         for row, sentence in zip(rows.tolist(), sentences.tolist(), strict=True):
             place = f"sentence {int(tokens.sentence_ids[sentence])}, token {row - int(tokens.offsets[sentence])}"
@@ -120,26 +170,27 @@ def _without(captured: CapturedChunk, sentences: list[int]) -> CapturedChunk:
     offsets = torch.cat((torch.zeros(1, dtype=torch.long), lengths.cumsum(0)))
     return CapturedChunk(
         tokens._replace(token_ids=tokens.token_ids[kept], offsets=offsets),
-        {site: rows[kept] for site, rows in captured.rows.items()},
+        {site: rows.kept(kept) for site, rows in captured.rows.items()},
         {site: norms[kept] for site, norms in captured.norms.items()},
         captured.counts + Counter(nonfinite=len(sentences)),
     )
 
 
-def encode(captured: CapturedChunk, site: str) -> bytes:
-    """The file of one site, with the counts of the chunk in its header: they outlive a kill together with the rows."""
+def encode(started: StartedChunk, site: str) -> tuple[Iterator[memoryview], int]:
+    """The file of one site in pieces, and its rows. The counts of the chunk stand in its header: they outlive a kill together
+    with the rows. Raises NonFinite.
+    """
+    captured = started.result
     tokens, norms = captured.tokens, captured.norms[site]
     abnormal = int((norms > ABNORMAL_RATIO * norms.median()).sum()) if len(norms) else 0
-    tensors = {
-        "activations": captured.rows[site],
+    tensors = captured.rows[site].tensors() | {
         "token_ids": tokens.token_ids.int(),
         "sentence_ids": tokens.sentence_ids,
         "document_ids": tokens.document_ids,
         "offsets": tokens.offsets,
     }
-    # One entry only: safetensors writes several in an order that changes from run to run.
     counts = json.dumps(captured.counts | Counter(abnormal=abnormal), sort_keys=True)
-    return safetensors.torch.save(tensors, metadata={"counts": counts})
+    return tensorfile.pieces(tensors, {"counts": counts}), len(norms)
 
 
 def read_counts(path: Path) -> Counter[str]:

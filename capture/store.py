@@ -17,9 +17,12 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from capture import tensorfile
+from capture.storage import DTYPES, dequantise
 from core.artifact import Artifact, open_artifact
 
 T = TypeVar("T")
@@ -131,7 +134,7 @@ class Chunk:
 
     index: int
     activations: Tensor
-    """(N, D) in the dtype of storage."""
+    """(N, D) as stored, bfloat16 or float32; float32 where stored as int8."""
     token_ids: Tensor
     """(N,) int32."""
     sentence_ids: Tensor
@@ -154,6 +157,11 @@ def chunk_name(site: str, index: int) -> str:
     return f"{site}/chunk-{index:06d}.safetensors"
 
 
+def site_of(name: str) -> str:
+    """The site of a file that `chunk_name` named."""
+    return name.rpartition("/")[0]
+
+
 class Activations:
     """The activations of one site, chunk by chunk: `len()` chunks, iteration over them, `chunk(i)`, and single sentences."""
 
@@ -162,6 +170,9 @@ class Activations:
         self.artifact, self.site = artifact, site
         self.provenance: dict[str, Any] = manifest.provenance | {"site": site}
         self.d_model: int = manifest.provenance["d_model"]
+        stored = DTYPES[manifest.provenance["dtype"]]
+        self.dtype = torch.float32 if stored == torch.int8 else stored
+        """Of the activations as `chunk` and `sentence` return them."""
         self.n_sentences: int = manifest.counts["sentences"]
         self._chunk_sentences: int = manifest.config["chunk_sentences"]
         self.files = [chunk_name(site, index) for index in range(-(-self.n_sentences // self._chunk_sentences))]
@@ -179,30 +190,62 @@ class Activations:
         return self.artifact.rows(self.files[index])
 
     def chunk(self, index: int) -> Chunk:
-        """Chunk `index`, its tensors mapped from the file."""
-        file = self._open.of(index).file
-        names = ("activations", "token_ids", "sentence_ids", "document_ids", "offsets")
-        return Chunk(index, **{name: file.get_tensor(name) for name in names})
+        """Chunk `index`, its tensors mapped from the file; activations stored as int8 are computed anew each time."""
+        opened = self._open.of(index)
+        names = ("token_ids", "sentence_ids", "document_ids", "offsets")
+        return Chunk(index, opened.rows(slice(None)), **{name: opened.file.get_tensor(name) for name in names})
+
+    def read_into(self, index: int, out: Tensor) -> Tensor:
+        """Copy the activations of chunk `index` into the first rows of `out` (at least N, D) and return that part.
+
+        `out` is contiguous, on the CPU, of the type that `chunk` returns. Rows stored as floats go from the file to `out` in
+        one copy, without a mapping in between: the fastest way to read everything. ValueError where `out` does not fit.
+        """
+        rows = self.rows(index)
+        opened = self._open.of(index)
+        if out.ndim != 2 or len(out) < rows or out.shape[1] != self.d_model or out.dtype != self.dtype:
+            raise ValueError(
+                f"{self.files[index]}: needs a buffer of at least [{rows}, {self.d_model}] {self.dtype}; "
+                f"found {list(out.shape)} {out.dtype}"
+            )
+        filled = out[:rows]
+        if opened.quantised:
+            return filled.copy_(opened.rows(slice(None)))
+        opened.place.read_into(self.artifact.path / self.files[index], filled.view(-1).view(torch.uint8).numpy().data)
+        return filled
 
     def sentence(self, sentence_id: int) -> SentenceRows:
         """The rows of one sentence, by two look-ups: its chunk is `sentence_id` // chunk size. ValueError for an unknown id."""
         if not 0 <= sentence_id < self.n_sentences:
             raise ValueError(f"{self.artifact.path}: sentence ids go from 0 to {self.n_sentences - 1:,}; found {sentence_id}")
         index, row = divmod(sentence_id, self._chunk_sentences)
-        file, offsets = self._open.of(index)
-        begin, end = offsets[row : row + 2].tolist()
-        return SentenceRows(file.get_slice("activations")[begin:end], file.get_slice("token_ids")[begin:end])
+        opened = self._open.of(index)
+        begin, end = opened.offsets[row : row + 2].tolist()
+        return SentenceRows(opened.rows(slice(begin, end)), opened.file.get_slice("token_ids")[begin:end])
 
     def _open_chunk(self, index: int) -> "_OpenChunk":
-        file: Any = safe_open(self.artifact.file(self.files[index]), framework="pt")
-        return _OpenChunk(file, file.get_tensor("offsets"))
+        path = self.artifact.file(self.files[index])
+        file: Any = safe_open(path, framework="pt")
+        places = tensorfile.places(path)
+        return _OpenChunk(file, file.get_tensor("offsets"), places["activations"], "scales" in places)
 
 
 class _OpenChunk(NamedTuple):
-    """A mapped chunk and its offsets (n + 1,)."""
+    """A mapped chunk, its offsets (n + 1,), and where in the file its activations lie."""
 
     file: Any
     offsets: Tensor
+    place: tensorfile.Place
+    quantised: bool
+    """Whether the rows are int8 with scales."""
+
+    def rows(self, wanted: slice) -> Tensor:
+        """Some rows of the activations, float32 where they are int8 in the file."""
+        if not self.quantised:
+            whole = wanted == slice(None)
+            found: Tensor = self.file.get_tensor("activations") if whole else self.file.get_slice("activations")[wanted]
+            return found
+        return dequantise(self.file.get_slice("activations")[wanted], self.file.get_slice("scales")[wanted])
 
 
 def open_activations(path: str | Path, site: str | None = None) -> Activations:

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from core.artifact import Builder
+from core.files import Content
 
 POLL_S = 0.1  # how often a waiting caller looks at the writer
 DROP_S = 10.0  # how long to wait, after an error of the caller's, for the file being written
@@ -17,9 +18,8 @@ class FileToWrite(NamedTuple):
     """One file of an artifact."""
 
     name: str
-    rows: int
-    make: Callable[[], bytes]
-    """Makes the content; called in the writer's thread."""
+    make: Callable[[], tuple[Content, int]]
+    """Makes the content and says how many rows it holds; called in the writer's thread."""
 
 
 class Writer:
@@ -31,6 +31,8 @@ class Writer:
 
     def __init__(self, builder: Builder, timeout_s: float, depth: int = 2) -> None:
         """`depth`: files that may wait, each held in memory."""
+        self.bytes = 0
+        """Written so far."""
         self._builder, self._timeout_s = builder, timeout_s
         self._queue: queue.Queue[FileToWrite | None] = queue.Queue(depth)
         self._error: BaseException | None = None
@@ -92,7 +94,8 @@ class Writer:
                 if file is None:
                     return
                 self._current, self._progress = file.name, time.monotonic()
-                self._builder.publish(file.name, file.make(), file.rows)
+                content, rows = file.make()
+                self.bytes += self._builder.publish(file.name, content, rows).bytes
                 self._current, self._progress = "", time.monotonic()
         except BaseException as error:  # whatever it is, it belongs to the caller, who raises it
             self._error = error

@@ -197,7 +197,7 @@ class Builder:
         target = self.path / name
         return record if record and target.is_file() and target.stat().st_size == record.bytes else None
 
-    def publish(self, name: str, content: bytes | Iterable[bytes], rows: int = 0) -> FileRecord:
+    def publish(self, name: str, content: files.Content, rows: int = 0) -> FileRecord:
         """Write one file of the artifact, whole or not at all, and remember it in the journal."""
         self._disown(name)
         files.make_folder((self.path / name).parent)

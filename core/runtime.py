@@ -3,6 +3,7 @@
 One process and many take the same path: a single process talks to `Solo`, which has the answers of a group of one.
 """
 
+import itertools
 import os
 import random
 import re
@@ -43,6 +44,7 @@ class WorldComm(Comm, Protocol):
 
     def barrier(self) -> None: ...
     def gather_objects(self, value: Any) -> list[Any]: ...
+    def counter(self) -> Callable[[], int]: ...
 
 
 class Solo:
@@ -67,6 +69,9 @@ class Solo:
 
     def gather_objects(self, value: Any) -> list[Any]:
         return [value]
+
+    def counter(self) -> Callable[[], int]:
+        return itertools.count().__next__
 
 
 class Group:
@@ -108,6 +113,7 @@ class World(Group):
 
     def __init__(self, timeout: timedelta) -> None:
         super().__init__(timeout)
+        self._counters = itertools.count()
         self._cpu = dist.new_group(backend="gloo", timeout=timeout)
 
     def barrier(self) -> None:
@@ -120,6 +126,17 @@ class World(Group):
         with _lost_peer("gathering", self.timeout):
             dist.all_gather_object(values, value, group=self._cpu)
         return values
+
+    def counter(self) -> Callable[[], int]:
+        # The store behind the first meeting, of which PyTorch has no public name. Ranks open counters in the same order.
+        store = dist.distributed_c10d._get_default_store()
+        key = f"counter-{next(self._counters)}"
+
+        def take() -> int:
+            with _lost_peer("handing out work", self.timeout):
+                return int(store.add(key, 1)) - 1
+
+        return take
 
 
 @contextmanager
@@ -198,6 +215,14 @@ class Runtime:
     def share(self, n_items: int) -> range:
         """The items, of `n_items`, that fall to this rank: i belongs to rank i mod world size."""
         return range(self.rank, n_items, self.world_size)
+
+    def hand_out(self, n_items: int) -> Iterator[int]:
+        """The items, of `n_items`, that this rank takes: each goes to the rank that asks next, so a fast rank takes more.
+
+        Every rank calls this at the same place; together they take every item once, each rank in rising order.
+        """
+        take = self.comm.counter()
+        return itertools.takewhile(lambda item: item < n_items, iter(take, None))
 
 
 def environment_rank() -> tuple[int, int, int]:

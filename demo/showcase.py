@@ -16,11 +16,11 @@ from llama3 import Sampling, complete
 
 SHOWN = 3
 SENTENCES = 5
-CANDIDATES = 14
+CANDIDATES = 24
 MIN_SCORE = 0.75
 MIN_PASSAGES = 3
-STRENGTHS = (0.75, 1.5, 3.0)
-MAX_COST = 1.5
+STRENGTHS = (0.5, 1.0, 2.0)
+MAX_COST = 1.0
 """Nats per token by which steered text may be less likely to the unsteered model than its own continuation."""
 PROMPTS = ("This morning I", "She looked at the", "We went to the")
 

@@ -41,7 +41,7 @@ class TrainConfig:
     """Folders of .txt files and zip archives of them, read beside the embedded corpus."""
     out: Path
     """Folder for params.json, consolidated.safetensors, tokenizer.model and training.json."""
-    steps: int = 600
+    steps: int = 2000
     """Optimizer steps."""
     sequences: int = 48
     """Sequences a step."""
@@ -59,6 +59,8 @@ class TrainConfig:
     threads: int = 2
     device: str = "cpu"
     compile: bool = True
+    bf16: bool = True
+    """Matrix products in bf16, weights in float32; twice as fast where the CPU has instructions for it."""
 
 
 class Text(NamedTuple):
@@ -198,7 +200,9 @@ def train(
     peaks = [config.muon_lr, config.adam_lr]
 
     def loss_of(batch: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(model(batch[:, :-1]).flatten(0, 1).float(), batch[:, 1:].flatten())
+        with torch.autocast(config.device.split(":")[0], dtype=torch.bfloat16, enabled=config.bf16):
+            logits = model(batch[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten())
 
     compiled = torch.compile(loss_of) if config.compile else loss_of
     batches = Sequences(tokenizer, train_texts, config.length, config.seed).batches(config.sequences)

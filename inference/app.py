@@ -19,7 +19,7 @@ from core.cli import machine, run_stage
 from core.runtime import Runtime
 from inference.dialogue import style_of
 from inference.handlers import Handlers
-from inference.session import InferenceConfig, Session, open_session
+from inference.session import InferenceConfig, open_session
 
 log = logging.getLogger("inference.app")
 
@@ -85,20 +85,20 @@ def run(config: AppConfig, runtime: Runtime) -> None:
     """Serve the page until Ctrl-C."""
     password = read_password(config.password_file)
     session = open_session(config, runtime.device)
-    serve(session, config, password, block=True)
+    serve(Handlers(session, style_of(config.style, config.model)), config, password, block=True)
 
 
-def serve(session: Session, config: AppConfig, password: str | None = None, block: bool = False) -> tuple[Any, str]:
+def serve(handlers: Handlers, config: AppConfig, password: str | None = None, block: bool = False) -> tuple[Any, str]:
     """Start the server; returns Gradio's Blocks (its `close()` ends the server) and the address.
 
     With `block`, returns only when the server ends.
     """
-    ignore_gradio_variables()
-    from inference.layout import QUEUE_SIZE, Page  # Gradio reads its variables on import, so it comes after the line above
+    ignore_gradio_variables()  # before the imports below: Gradio reads its variables when it is imported
+    from inference.layout import MAX_THREADS, QUEUE_SIZE, Page
     from inference.theme import stylesheet, theme
 
-    blocks = Page(Handlers(session, style_of(config.style, config.model))).blocks
-    blocks.queue(max_size=QUEUE_SIZE, default_concurrency_limit=2)
+    blocks = Page(handlers).blocks
+    blocks.queue(max_size=QUEUE_SIZE)
     _, address, _ = blocks.launch(
         server_name=config.host,
         server_port=config.port or free_port(config.host),
@@ -119,6 +119,7 @@ def serve(session: Session, config: AppConfig, password: str | None = None, bloc
         footer_links=[],
         quiet=True,
         prevent_thread_lock=True,
+        max_threads=MAX_THREADS,
         state_session_capacity=500,
     )
     log.info("the workbench is open at %s%s; Ctrl-C ends it", address, f" for user {USER}" if password else "")

@@ -5,13 +5,14 @@ page's own controls and come with every request, three values a row, in the orde
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from inference import views
 from inference.dialogue import Style, prepare
 from inference.session import Features, Session
 from inference.steering import Edit, Recipe
+from inference.turns import Turns
 from inference.workbench import (
     Knobs,
     Request,
@@ -61,6 +62,7 @@ class Handlers:
 
     session: Session
     style: Style
+    turns: Turns = field(default_factory=Turns)
 
     @property
     def features(self) -> Features:

@@ -1,27 +1,35 @@
 """The app's page: components, and which click calls which of `Handlers`; what is said there is written by `views`."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import gradio as gr
 
 from inference import views
 from inference.handlers import BY_LABEL, BY_TEXT, N_SLOTS, NO_SLOTS, Controls, Handlers, Slots
 from inference.steering import MODES, PLACES
+from inference.turns import RUNNING, WAITING, Turn
 from inference.workbench import MAX_NEW_TOKENS, MAX_PROMPT_CHARACTERS, STRENGTH_STEP, STRENGTHS, Knobs, Snapshot
 
 QUEUE_SIZE = 64
-"""Requests that may wait; the next one is told that the queue is full."""
+"""Small requests that may wait in Gradio's queue; generations wait in `Turns`, where they can be stopped."""
+QUICK_AT_ONCE = 8
+MAX_THREADS = RUNNING + WAITING + 2 * QUICK_AT_ONCE
+"""A generation that waits for its turn holds a thread of the server, and must not keep small requests from theirs."""
 N_KNOBS = 5
 QUICK: dict[str, Any] = {
     "show_progress": "hidden",
-    "concurrency_limit": 8,
+    "concurrency_limit": QUICK_AT_ONCE,
     "concurrency_id": "quick",
     "api_visibility": "private",
 }
+AT_ONCE: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
 GENERATION: dict[str, Any] = {
-    "show_progress": "hidden", "concurrency_limit": 2, "concurrency_id": "generate", "api_visibility": "private",
+    "show_progress": "hidden", "concurrency_limit": None, "concurrency_id": "generate", "api_visibility": "private",
 }  # fmt: skip
+T = TypeVar("T")
+COMPARE, CHAT = "compare", "chat"
+RESET = "reset"
 EXAMPLES = (
     "The storm reached the harbour at night, and",
     "She opened the letter and",
@@ -117,6 +125,7 @@ class Page:
             self._wire_edits()
             self._wire_compare()
             self._wire_chat()
+            self.blocks.unload(self._leave)
 
     # Components
 
@@ -212,7 +221,7 @@ class Page:
             )
             self.send = gr.Button("Send", variant="primary", min_width=90, scale=0, elem_id="send")
             self.chat_stop = gr.Button("Stop", min_width=80, scale=0, interactive=False, elem_id="chat-stop")
-            self.reset = gr.Button("New chat", min_width=100, scale=0)
+            self.reset = gr.Button("New chat", min_width=100, scale=0, elem_id="new-chat")
         self.chat_status = gr.HTML("", elem_id="chat-status", apply_default_css=False)
         with gr.Accordion("System prompt", open=False):
             self.system = gr.Textbox(show_label=False, lines=2, container=False, max_length=MAX_PROMPT_CHARACTERS)
@@ -266,9 +275,7 @@ class Page:
         )
         finished = [self.columns, self.legend, self.status, self.snapshot, self.go, self.stop]
         generation.then(self._finish, [self.snapshot, self.lens, self.slots], [*finished, self.lens], **QUICK)
-        self.stop.click(
-            self._stopped, [self.snapshot, self.lens, self.slots], [*finished, self.lens], cancels=[generation], **QUICK
-        )
+        self.stop.click(self._stop, None, None, **AT_ONCE)
 
     def _wire_chat(self) -> None:
         answering = gr.on(
@@ -280,11 +287,8 @@ class Page:
         )
         ready = [self.send, self.chat_stop]
         answering.then(lambda: _buttons(running=False), None, ready, **QUICK)
-        self.chat_stop.click(lambda: _buttons(running=False), None, ready, cancels=[answering], **QUICK)
-        forget = [self.transcript, self.messages, self.chat_status, *ready]
-        self.reset.click(
-            lambda: (views.transcript(()), (), "", *_buttons(running=False)), None, forget, cancels=[answering], **QUICK
-        )
+        self.chat_stop.click(self._stop_chat, None, None, **AT_ONCE)
+        self.reset.click(self._reset_chat, None, [self.transcript, self.messages, self.chat_status], **QUICK)
 
     # Answers: `Handlers`, as updates of components
 
@@ -340,13 +344,20 @@ class Page:
     def _choose(self, event: gr.EventData) -> str:
         return str(event.prompt)[:MAX_PROMPT_CHARACTERS]
 
-    def _generate(self, prompts: str, slots: Slots, *values: Any) -> Iterator[Sequence[Any]]:
+    def _generate(self, request: gr.Request, prompts: str, slots: Slots, *values: Any) -> Iterator[Sequence[Any]]:
         knobs, controls = _knobs(values), values[N_KNOBS:]
+        snapshot = None
         try:
-            yield (gr.skip(), views.status("Reading the prompt…"), None, *_buttons(running=True))
-            for snapshot in self.handlers.generate(prompts, knobs, slots, controls):
-                columns = views.columns(self.handlers.session, snapshot, None)
-                yield (columns, views.progress(snapshot), snapshot, gr.skip(), gr.skip())
+            with self.handlers.turns.take(_client(request), COMPARE) as turn:
+                yield (gr.skip(), _waiting(turn), None, *_buttons(running=True))
+                stream = self.handlers.generate(prompts, knobs, slots, controls)
+                for snapshot in _while_going(turn, stream):
+                    columns = views.columns(self.handlers.session, snapshot, None)
+                    yield (columns, views.progress(snapshot), snapshot, gr.skip(), gr.skip())
+                if turn.stopped:
+                    ended = snapshot and snapshot.ended()
+                    said = views.progress(ended) if ended else views.status("Stopped.")
+                    yield (gr.skip(), said, ended, gr.skip(), gr.skip())
         except ValueError as error:
             yield (gr.skip(), views.status(str(error), "error"), None, *_buttons(running=False))
 
@@ -367,31 +378,67 @@ class Page:
             lens,
         )
 
-    def _stopped(self, snapshot: Snapshot | None, lens: int | None, slots: Slots) -> Sequence[Any]:
-        """The end of a generation that was stopped, perhaps before its first token."""
-        columns, legend, line, *rest = self._finish(snapshot, lens, slots)
-        return (columns, legend, views.status("Stopped.") if snapshot is None else line, *rest)
+    def _stop(self, request: gr.Request) -> None:
+        self.handlers.turns.stop(_client(request), COMPARE)
+
+    def _leave(self, request: gr.Request) -> None:
+        """The page was closed."""
+        self.handlers.turns.stop(_client(request))
 
     def _chat(
-        self, message: str, messages: Sequence[tuple[str, str]], system: str, slots: Slots, *values: Any
+        self, request: gr.Request, message: str, messages: Sequence[tuple[str, str]], system: str, slots: Slots, *values: Any
     ) -> Iterator[Sequence[Any]]:
         if not isinstance(message, str) or not message.strip():
             yield (gr.skip(), gr.skip(), gr.skip(), views.status("The message is empty.", "error"), *_buttons(running=False))
             return
         said = (*messages, ("user", message.strip()))
         try:
-            yield (views.transcript((*said, ("assistant", ""))), gr.skip(), "", "", *_buttons(running=True))
-            for text, dropped in self.handlers.chat(said, system, _knobs(values), slots, values[N_KNOBS:]):
-                now = (*said, ("assistant", text))
-                note = f"The context is full: the oldest {dropped} messages are left out." if dropped else ""
-                yield (views.transcript(now), now, gr.skip(), views.status(note), gr.skip(), gr.skip())
+            with self.handlers.turns.take(_client(request), CHAT) as turn:
+                yield (views.transcript((*said, ("assistant", ""))), gr.skip(), "", _waiting(turn), *_buttons(running=True))
+                stream = self.handlers.chat(said, system, _knobs(values), slots, values[N_KNOBS:])
+                for text, dropped in _while_going(turn, stream):
+                    now = (*said, ("assistant", text))
+                    note = f"The context is full: the oldest {dropped} messages are left out." if dropped else ""
+                    yield (views.transcript(now), now, gr.skip(), views.status(note), gr.skip(), gr.skip())
+                if turn.stopped == RESET:
+                    yield (views.transcript(()), (), "", "", gr.skip(), gr.skip())
+                elif turn.stopped:
+                    yield (*(gr.skip() for _ in range(3)), views.status("Stopped."), gr.skip(), gr.skip())
         except ValueError as error:
             yield (views.transcript(messages), gr.skip(), message, views.status(str(error), "error"), *_buttons(running=False))
+
+    def _stop_chat(self, request: gr.Request) -> None:
+        self.handlers.turns.stop(_client(request), CHAT)
+
+    def _reset_chat(self, request: gr.Request) -> Sequence[Any]:
+        """An empty conversation. An answer that is being written must not bring the old one back: it is told why it ends."""
+        self.handlers.turns.stop(_client(request), CHAT, RESET)
+        return (views.transcript(()), (), "")
 
 
 def _knobs(values: Sequence[Any]) -> Knobs:
     tokens, temperature, top_p, penalty, seed = values[:N_KNOBS]
     return Knobs(max_new_tokens=tokens, temperature=temperature, top_p=top_p, repetition_penalty=penalty, seed=seed)
+
+
+def _client(request: gr.Request) -> str:
+    """The page that sent a request: Gradio draws a hash for every page that is loaded."""
+    assert request.session_hash is not None
+    return request.session_hash
+
+
+def _waiting(turn: Turn) -> str:
+    return views.status(f"Waiting for {turn.ahead} others…" if turn.ahead else "Reading the prompt…")
+
+
+def _while_going(turn: Turn, stream: Iterator[T]) -> Iterator[T]:
+    """`stream` once it is its turn, until it is stopped."""
+    if not turn.wait():
+        return
+    for item in stream:
+        yield item
+        if turn.stopped:
+            return
 
 
 def _buttons(running: bool) -> tuple[Any, Any]:

@@ -1,27 +1,37 @@
 """A title, an explanation and a score for every latent, from its top sentences.
 
     python -m interpretability.explain run --top top/ --corpus corpus/ --out explanations/
+    python -m interpretability.explain run --top top/ --out explanations/ --backend anthropic --latents 0-99 --budget 1
+    python -m interpretability.explain submit|status|collect --top top/ --out explanations/ --backend anthropic
 
-`run` asks a backend and writes what it says. The backend here, `token_statistics`, needs no model: see
-`interpretability/token_statistics.py`. Latents that never fire are recorded as failed.
+`run` asks a backend and waits for it. `submit` sends batches and leaves, `status` tells how they stand, `collect` fetches what
+has ended and writes the explanations once all is there; the same command sends again what expired. The backend
+`token_statistics` needs no model: see `interpretability/token_statistics.py`. Latents that never fire are recorded as failed.
 """
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 import numpy as np
 from tyro.conf import Positional
 
 from capture.store import Corpus, open_corpus
 from core.artifact import building, check_provenance
-from core.cli import Progress, StageConfig, machine, run_stage
+from core.cli import Progress, machine, run_stage
 from core.runtime import Runtime
+from interpretability.askers import KeptAsker, LLMBackend, asker_of
+from interpretability.asking import AskConfig
+from interpretability.llm_explainer import LLMExplainer
+from interpretability.prompts import Style
 from interpretability.records import EXPLANATIONS_FILE, Explanation, PoolSentence, TopSentences, explanation_lines, open_top
 from interpretability.token_statistics import TokenStatistics
+
+if TYPE_CHECKING:
+    from interpretability.message_batches import BatchAsker
 
 MAX_COMPARED = 100_000
 """Sentences of the corpus that are counted."""
@@ -30,25 +40,37 @@ log = logging.getLogger("interpretability.explain")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExplainConfig(StageConfig):
+class ExplainConfig(AskConfig):
     """Flags of `python -m interpretability.explain`."""
 
-    action: Positional[Literal["run"]] = machine()
-    """run: explain every latent now and wait for it."""
+    action: Positional[Literal["run", "submit", "status", "collect"]] = machine()
+    """run: explain now and wait. submit, status, collect: the same in steps, for the backend anthropic."""
     top: Path
     """Folder of top sentences."""
     corpus: Path | None = None
-    """Folder of their corpus: what a latent's sentences are compared with. None: the top sentences of the other latents."""
+    """token_statistics: folder of their corpus, which a latent's sentences are compared with. None: the top sentences of the
+    other latents."""
     out: Path
     """Folder to write."""
-    backend: Literal["token_statistics"] = "token_statistics"
-    """Who explains. token_statistics: counts alone, no model."""
+    backend: Literal["token_statistics"] | LLMBackend = "token_statistics"
+    """Who explains. token_statistics: counts alone, no model. anthropic: Message Batches. openai: any server that speaks its
+    chat completions. llama: a Llama in this process."""
+    style: Style = "semantic"
+    """What a language model is asked for. semantic: what the sentences share, and how certain that is. title: dominant tokens,
+    patterns, summary, context and title."""
+    latents: str = ""
+    """Latents to explain, such as 0-99,205. Empty: all."""
+    examples: int = 20
+    """Sentences shown to a language model for each latent, at most; every second top sentence is kept for scoring."""
     others: int = 1000
-    """Sentences, drawn by --seed, against which labels are weighed and scored."""
+    """token_statistics: sentences, drawn by --seed, against which labels are weighed and scored."""
 
     def __post_init__(self) -> None:
-        if self.others < 1:
-            raise ValueError(f"--others must be at least 1; found {self.others}")
+        super().__post_init__()
+        if self.others < 1 or self.examples < 1:
+            raise ValueError(f"--others and --examples must be at least 1; found {self.others} and {self.examples}")
+        if self.action != "run" and self.backend != "anthropic":
+            raise ValueError(f"{self.action}: only the backend anthropic works in steps; give run for {self.backend}")
 
 
 class Backend(Protocol):
@@ -69,9 +91,15 @@ class Backend(Protocol):
         ...
 
 
-BACKENDS: dict[str, Callable[[TopSentences, Sequence[PoolSentence], ExplainConfig], Backend]] = {
-    "token_statistics": lambda top, rest, config: TokenStatistics(top, rest, config.others, config.seed),
-}
+def chosen(text: str, n_latents: int) -> list[int]:
+    """The latents that a flag such as `0-99,205` names, in order; all where it is empty. ValueError for any other."""
+    found: set[int] = set()
+    for part in filter(None, text.replace(" ", "").split(",")):
+        first, _, last = part.partition("-")
+        if not (first.isdecimal() and (last or first).isdecimal()) or not int(first) <= int(last or first) < n_latents:
+            raise ValueError(f"--latents {text}: {part!r} is no latent or range of latents from 0 to {n_latents - 1}")
+        found |= set(range(int(first), int(last or first) + 1))
+    return sorted(found) if text else list(range(n_latents))
 
 
 def sentences_to_compare(top: TopSentences, corpus: Corpus | None) -> list[PoolSentence]:
@@ -89,27 +117,58 @@ def sentences_to_compare(top: TopSentences, corpus: Corpus | None) -> list[PoolS
 
 def run(config: ExplainConfig, runtime: Runtime) -> None:
     """Write the folder `config.out` of kind `explanations`; under torchrun, rank 0 does."""
+    if config.action != "run" and runtime.world_size > 1:
+        raise ValueError(f"{config.action}: works in one process; leave torchrun out")
     top = open_top(config.top)
     if "max" not in top.aggregations:
         raise ValueError(f"{config.top}: explanations need the aggregation max, found {', '.join(top.aggregations)}")
+    latents = chosen(config.latents, top.n_latents)
     corpus = open_corpus(config.corpus) if config.corpus else None
-    rest = sentences_to_compare(top, corpus) if runtime.is_main else []
+    rest = sentences_to_compare(top, corpus) if runtime.is_main and config.backend == "token_statistics" else []
     inputs = [top.artifact, *([corpus.artifact] if corpus else [])]
     with building(config.out, "explanations", config, runtime, inputs, top.provenance) as builder:
         if builder.complete:
             log.info("%s: already complete", config.out)
             return
         states: Counter[str] = Counter()
+        names = [EXPLANATIONS_FILE]
         if runtime.is_main:
-            backend = BACKENDS[config.backend](top, rest, config)
-            explanations = backend.explain(range(top.n_latents))
-            lines = explanation_lines(_counted(explanations, states, Progress("explain", top.n_latents, "latents", runtime)))
-            builder.publish(EXPLANATIONS_FILE, lines, rows=top.n_latents)
-        builder.finish([EXPLANATIONS_FILE] if runtime.is_main else [], {"latents": top.n_latents, **states})
+            if config.backend == "token_statistics":
+                explanations = TokenStatistics(top, rest, config.others, config.seed).explain(latents)
+            else:
+                asker = asker_of(config.backend, config, builder, runtime.device)
+                found = _asked(config, asker, top, latents)
+                if found is None:
+                    return
+                explanations = iter(found)
+                names += asker.files
+            lines = explanation_lines(_counted(explanations, states, Progress("explain", len(latents), "latents", runtime)))
+            builder.publish(EXPLANATIONS_FILE, lines, rows=len(latents))
+        builder.finish(names if runtime.is_main else [], {"latents": len(latents), **states})
     log.info(
         "%s: %s latents explained by %s, %s failed",
         config.out, f"{states['valid']:,}", config.backend, f"{states['failed']:,}",
     )  # fmt: skip
+
+
+def _asked(config: ExplainConfig, asker: KeptAsker, top: TopSentences, latents: Sequence[int]) -> list[Explanation] | None:
+    """What a language model says of each of `latents`; None where this step does not complete it."""
+    explainer = LLMExplainer(asker, top, config.style, config.examples)
+    if config.action == "run":
+        return list(explainer.explain(latents))
+    batches = cast("BatchAsker", asker)
+    job = batches.job(explainer.requests(latents))
+    if config.action == "submit":
+        job.submit()
+    elif config.action == "collect":
+        job.collect()
+        if not job.under_way and not job.to_send():
+            return list(explainer.explanations(latents, {reply.key: reply for reply in batches.collected(job)}))
+    for line in job.status():
+        print(line)
+    if job.to_send():
+        log.info("%s requests are to be sent: give submit", f"{len(job.to_send()):,}")
+    return None
 
 
 def _counted(explanations: Iterable[Explanation], states: Counter[str], progress: Progress) -> Iterator[Explanation]:

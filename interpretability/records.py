@@ -24,10 +24,15 @@ from core.artifact import Artifact, open_artifact
 
 TOP_FILE = "top_sentences.parquet"
 LATENTS_FILE = "latents.parquet"
+BACKGROUND_FILE = "background.parquet"
 EXPLANATIONS_FILE = "explanations.jsonl"
 
 AGGREGATIONS = ("max", "mean", "last")
 """How a sentence's activations become one value: the largest, the mean over all its tokens, that of its last token."""
+
+LEVEL = "level"
+"""Where it stands in the place of an aggregation: a sentence drawn from a level of the latent's activation, a bin of its
+histogram."""
 
 HISTOGRAM_BINS = 20
 HISTOGRAM_FIRST_EXPONENT = -10
@@ -58,6 +63,26 @@ LATENT_SCHEMA = pa.schema(
         "histogram": pa.list_(pa.int64()),
         "promoted": pa.list_(pa.string()),
         "suppressed": pa.list_(pa.string()),
+    }
+)
+MEASURED_LATENT_SCHEMA = pa.schema(
+    [
+        *LATENT_SCHEMA,
+        ("ngrams", pa.list_(pa.struct({"text": pa.string(), "count": pa.int32(), "z": pa.float32()}))),
+        ("cofiring", pa.list_(pa.struct({"latent": pa.int32(), "count": pa.int32(), "jaccard": pa.float32()}))),
+    ]
+)
+"""What is written now; folders of earlier releases lack the last two columns, and the background."""
+BACKGROUND_SCHEMA = pa.schema(
+    {
+        "sentence_id": pa.int64(),
+        "document": pa.string(),
+        "label": pa.string(),
+        "text": pa.string(),
+        "tokens": pa.list_(pa.string()),
+        "latents": pa.list_(pa.int32()),
+        "positions": pa.list_(pa.int32()),
+        "activations": pa.list_(pa.float32()),
     }
 )
 
@@ -99,6 +124,25 @@ class LatentStatistics:
     promoted: list[str]
     """Tokens whose logits its decoder row raises most, the strongest first; empty where the site does not reach the output."""
     suppressed: list[str]
+    ngrams: list[dict[str, Any]] = field(default_factory=list)
+    """One to three words over-represented in its top sentences: `text`, `count` (sentences with it) and `z`; strongest
+    first."""
+    cofiring: list[dict[str, Any]] = field(default_factory=list)
+    """Latents that fire on the same tokens: `latent`, `count` (tokens of the background) and `jaccard`; strongest first."""
+
+
+class BackgroundSentence(NamedTuple):
+    """A sentence drawn from the corpus without regard to any latent, with all that fires in it."""
+
+    sentence_id: int
+    document: str
+    label: str | None
+    text: str
+    tokens: list[str]
+    latents: npt.NDArray[np.int32]
+    """Of each activation above 0 its latent, in order of token; `positions` and `activations` go with it."""
+    positions: npt.NDArray[np.int32]
+    activations: npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -171,6 +215,14 @@ class TopSentences:
         self.check_latent(latent)
         if aggregation not in self.aggregations:
             raise ValueError(f"aggregation {aggregation!r}: {self.artifact.path} holds {', '.join(self.aggregations)}")
+        return self._rows(latent, aggregation, n)
+
+    def levels(self, latent: int) -> list[TopSentence]:
+        """Sentences drawn from each level of a latent's activation, the highest level first; empty in folders without them."""
+        self.check_latent(latent)
+        return self._rows(latent, LEVEL, None)
+
+    def _rows(self, latent: int, aggregation: str, n: int | None) -> list[TopSentence]:
         group = int(np.searchsorted(self._last_latent_of_group, latent))
         if group == len(self._last_latent_of_group):
             return []
@@ -182,7 +234,17 @@ class TopSentences:
 
     def statistics(self, latent: int) -> LatentStatistics:
         self.check_latent(latent)
-        return LatentStatistics(**self._latents.slice(latent, 1).to_pylist()[0])
+        row = self._latents.slice(latent, 1).to_pylist()[0]
+        return LatentStatistics(**{name: value for name, value in row.items() if value is not None})
+
+    def background(self) -> list[BackgroundSentence]:
+        """Sentences drawn from the whole corpus, by id; empty in folders without them."""
+        if BACKGROUND_FILE not in self.artifact.names:
+            return []
+        columns = pq.read_table(self.artifact.file(BACKGROUND_FILE)).to_pydict()
+        arrays = {"latents": np.int32, "positions": np.int32, "activations": np.float32}
+        columns |= {name: [np.array(row, kind) for row in columns[name]] for name, kind in arrays.items()}
+        return [BackgroundSentence(*row) for row in zip(*(columns[name] for name in BACKGROUND_SCHEMA.names), strict=True)]
 
     def pool(self) -> list[PoolSentence]:
         """Every sentence that is stored for some latent, once, by sentence id: the nearest to a sample of the corpus here."""

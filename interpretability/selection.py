@@ -1,9 +1,9 @@
-"""The running top N of every latent, and its totals, in one pass over tokens.
+"""The running top N of every latent, a sample of each level of its activation, and its totals, in one pass over tokens.
 
 Work goes with the number of activations above zero (at most k a token), never with latents times sentences: activations become
-one pair for each (latent, sentence) in which the latent fires, pairs that cannot be among the top N are dropped at once, and
-the others are merged into the table by sorting. The order is total (value down, sentence id up), so that neither the order of
-the chunks nor the number of ranks changes the result.
+one pair for each (latent, sentence) in which the latent fires, pairs that cannot be kept are dropped at once, and the others
+are merged into the table by sorting. What is kept follows from total orders (value down, sentence id up; hash up, sentence id
+up), so that neither the order of the chunks nor the number of ranks changes the result.
 
 Shapes: H activations above zero, P pairs, S sentences, A aggregations, N sentences kept for a latent and aggregation.
 """
@@ -18,6 +18,9 @@ from core.runtime import Runtime
 from interpretability.records import HISTOGRAM_BINS, HISTOGRAM_FIRST_EXPONENT
 
 MIN_PENDING = 1 << 18
+BLOCKS = 32
+"""Parts of the table that are merged one after the other: what a merge holds beside the table is one of them."""
+HASH_BITS = 31
 
 
 class Ragged(NamedTuple):
@@ -32,10 +35,8 @@ class Ragged(NamedTuple):
 
     def take(self, rows: Tensor) -> "Ragged":
         """The rows named by `rows`, in that order."""
-        lengths = self.lengths[rows]
-        offsets = offsets_of(lengths)
-        source = torch.repeat_interleave(self.offsets[rows] - offsets[:-1], lengths)
-        return Ragged(self.values[source + torch.arange(len(source), device=source.device)], offsets)
+        source, offsets = gathered(self.offsets, rows)
+        return Ragged(self.values[source], offsets)
 
     def to(self, device: torch.device | str) -> "Ragged":
         return Ragged(self.values.to(device), self.offsets.to(device))
@@ -44,6 +45,14 @@ class Ragged(NamedTuple):
 def offsets_of(lengths: Tensor) -> Tensor:
     """0 and the running sum of `lengths`, (n + 1,)."""
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+def gathered(offsets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the elements of ragged `rows` stand, and the offsets that they have among themselves."""
+    lengths = offsets.diff()[rows]
+    taken = offsets_of(lengths)
+    source = torch.repeat_interleave(offsets[rows] - taken[:-1], lengths)
+    return source + torch.arange(len(source), device=source.device), taken
 
 
 def cat_ragged(parts: Sequence[Ragged]) -> Ragged:
@@ -60,26 +69,39 @@ class Hits(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """(latent, sentence) pairs in which the latent fires."""
+    """(latent, sentence) pairs in which the latent fires; pair i fires on the tokens `offsets[i] : offsets[i + 1]`."""
 
-    latents: Tensor  # (P,) int64
+    latents: Tensor  # (P,) int32
     sentence_ids: Tensor  # (P,) int64
     scores: Tensor  # (A, P) float32, one for each aggregation
-    positions: Ragged  # int32, of the tokens on which the latent fires
-    values: Ragged  # float32, its activations there
+    peaks: Tensor  # (P,) float32, the largest activation
+    offsets: Tensor  # (P + 1,) int64
+    positions: Tensor  # (H,) int32, of the tokens in their sentence
+    values: Tensor  # (H,) float32, the activations there
+
+    @property
+    def n(self) -> int:
+        return len(self.latents)
+
+    @property
+    def lengths(self) -> Tensor:
+        return self.offsets.diff()
 
     def take(self, rows: Tensor) -> "Pairs":
+        source, offsets = gathered(self.offsets, rows)
         return Pairs(
-            self.latents[rows],
-            self.sentence_ids[rows],
-            self.scores[:, rows],
-            self.positions.take(rows),
-            self.values.take(rows),
-        )
+            self.latents[rows], self.sentence_ids[rows], self.scores[:, rows], self.peaks[rows], offsets,
+            self.positions[source], self.values[source],
+        )  # fmt: skip
+
+    def slice(self, first: int, last: int) -> "Pairs":
+        """Pairs `first` to `last - 1`, without copying any."""
+        begin, end = int(self.offsets[first]), int(self.offsets[last])
+        columns = self.latents[first:last], self.sentence_ids[first:last], self.scores[:, first:last], self.peaks[first:last]
+        return Pairs(*columns, self.offsets[first : last + 1] - begin, self.positions[begin:end], self.values[begin:end])
 
     def to(self, device: torch.device | str) -> "Pairs":
-        latents, ids, scores = self.latents.to(device), self.sentence_ids.to(device), self.scores.to(device)
-        return Pairs(latents, ids, scores, self.positions.to(device), self.values.to(device))
+        return Pairs(*(column.to(device) for column in self))
 
 
 class Sentences(NamedTuple):
@@ -108,19 +130,17 @@ def cat_sentences(parts: Sequence[Sentences]) -> Sentences:
 
 
 def cat_pairs(parts: Sequence[Pairs]) -> Pairs:
+    latents, ids, scores, peaks, _, positions, values = zip(*parts, strict=True)
     return Pairs(
-        torch.cat([part.latents for part in parts]),
-        torch.cat([part.sentence_ids for part in parts]),
-        torch.cat([part.scores for part in parts], dim=1),
-        cat_ragged([part.positions for part in parts]),
-        cat_ragged([part.values for part in parts]),
-    )
+        torch.cat(latents), torch.cat(ids), torch.cat(scores, dim=1), torch.cat(peaks),
+        offsets_of(torch.cat([part.lengths for part in parts])), torch.cat(positions), torch.cat(values),
+    )  # fmt: skip
 
 
 def no_pairs(n_aggregations: int) -> Pairs:
-    integers, offsets = torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    scores = torch.zeros((n_aggregations, 0))
-    return Pairs(integers, integers, scores, Ragged(integers.int(), offsets), Ragged(scores[0], offsets))
+    integers, floats = torch.zeros(0, dtype=torch.int64), torch.zeros(0)
+    none = integers.int()
+    return Pairs(none, integers, floats.expand(n_aggregations, 0), floats, torch.zeros(1, dtype=torch.int64), none, floats)
 
 
 def pairs_of(hits: Hits, sentences: Sentences, aggregations: Sequence[str]) -> Pairs:
@@ -133,17 +153,51 @@ def pairs_of(hits: Hits, sentences: Sentences, aggregations: Sequence[str]) -> P
     last_hit = offsets[1:] - 1
     latents, rows = hits.latents[order[last_hit]], hits.rows[order[last_hit]]
     n_tokens = sentences.tokens.lengths[rows]
+    peaks = torch.segment_reduce(values, "max", lengths=lengths)
     scores = []
     for aggregation in aggregations:
         if aggregation == "max":
-            score = torch.segment_reduce(values, "max", lengths=lengths)
+            score = peaks
         elif aggregation == "mean":  # float64, so that the order of the sum cannot be seen in the float32 result
             score = (torch.segment_reduce(values.double(), "sum", lengths=lengths) / n_tokens).float()
         else:
             assert aggregation == "last", aggregation
             score = torch.where(positions[last_hit] == n_tokens - 1, values[last_hit], 0.0)
         scores.append(score)
-    return Pairs(latents, sentences.ids[rows], torch.stack(scores), Ragged(positions.int(), offsets), Ragged(values, offsets))
+    return Pairs(latents.int(), sentences.ids[rows], torch.stack(scores), peaks, offsets, positions.int(), values)
+
+
+def bins_of(values: Tensor) -> Tensor:
+    """The bin of the histogram in which each of `values` > 0 lies, int64."""
+    _, exponent = torch.frexp(values)  # 2^(exponent - 1) <= value < 2^exponent
+    return (exponent.long() - 1 - HISTOGRAM_FIRST_EXPONENT).clamp(0, HISTOGRAM_BINS - 1)
+
+
+def hashes(*keys: Tensor | int) -> Tensor:
+    """HASH_BITS bits for each tuple of `keys`, int64: the finaliser of SplitMix64 (Steele, Lea and Flood 2014) over each
+    key."""
+    mixed: Tensor = torch.zeros((), dtype=torch.int64)
+    for key in keys:
+        mixed = mixed + torch.as_tensor(key, dtype=torch.int64) - 7046029254386353131  # 2^64 / golden ratio, as int64
+        for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+            mixed = (mixed ^ ((mixed >> shift) & ((1 << (64 - shift)) - 1))) * factor
+        mixed = mixed ^ ((mixed >> 31) & ((1 << 33) - 1))
+    return mixed & ((1 << HASH_BITS) - 1)
+
+
+def level_keys(pairs: Pairs, seed: int) -> Tensor:
+    """(P,) int64: latent and level (bin of the largest activation) in the upper bits, the pair's hash below."""
+    group = pairs.latents.long() * HISTOGRAM_BINS + bins_of(pairs.peaks)
+    return (group << HASH_BITS) + hashes(pairs.latents, pairs.sentence_ids, seed)
+
+
+def level_ranks(pairs: Pairs, seed: int) -> Tensor:
+    """(P,) int64: place of each pair among those of its latent and level, by (hash, sentence id) up.
+
+    `pairs` must be in ascending order of sentence id.
+    """
+    keys = level_keys(pairs, seed)
+    return _places(keys.argsort(stable=True), keys >> HASH_BITS)
 
 
 def ranks(pairs: Pairs, aggregation: int) -> Tensor:
@@ -153,64 +207,99 @@ def ranks(pairs: Pairs, aggregation: int) -> Tensor:
     """
     values = pairs.scores[aggregation]
     # The bits of a positive float32 rise with its value, so that one integer key sorts by latent and then by value, down.
-    key = (pairs.latents << 32) + (0x7FFFFFFF - values.view(torch.int32).long())
-    order = key.argsort(stable=True)
-    latents = pairs.latents[order]
-    starts = torch.searchsorted(latents, latents)  # first row of the same latent
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order), device=order.device) - starts
-    return torch.where(values > 0, rank, len(order))
+    key = (pairs.latents.long() << 32) + (0x7FFFFFFF - values.view(torch.int32).long())
+    return torch.where(values > 0, _places(key.argsort(stable=True), pairs.latents), len(key))
+
+
+def _places(order: Tensor, groups: Tensor) -> Tensor:
+    """The place of each element within its group, where `order` sorts all by group first."""
+    sorted_groups = groups[order]
+    starts = torch.searchsorted(sorted_groups, sorted_groups)  # first of the same group
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device=order.device) - starts
+    return places
 
 
 class TopTable:
-    """For every latent and aggregation the `n` sentences with the largest value above 0, of all that was added.
+    """For every latent and aggregation the `n` sentences with the largest value above 0, and of each level of its activation
+    the
+    `n_level` sentences of least hash, of all that was added.
 
-    Memory goes with latents x aggregations x `n`, and what waits to be merged is never more than that again.
+    Memory goes with latents x (aggregations x `n` + levels x `n_level`), and with the distinct sentences among them. What waits
+    to be merged is a quarter of that, or MIN_PENDING pairs; a merge holds one of BLOCKS parts twice.
     """
 
-    def __init__(self, n_latents: int, n: int, aggregations: Sequence[str], device: torch.device) -> None:
-        self.n, self.aggregations = n, tuple(aggregations)
-        self.pairs = no_pairs(len(self.aggregations))
+    def __init__(
+        self, n_latents: int, n: int, aggregations: Sequence[str], device: torch.device, n_level: int = 0, seed: int = 0
+    ) -> None:
+        self.n, self.aggregations, self.n_level, self.seed = n, tuple(aggregations), n_level, seed
+        self._edges = torch.tensor([n_latents * i // BLOCKS for i in range(BLOCKS + 1)], dtype=torch.int32)
+        self.blocks = [no_pairs(len(self.aggregations)) for _ in range(BLOCKS)]
         self.sentences: Sentences | None = None
-        # The value of the N-th sentence, 0 while there are fewer.
+        # The value of the N-th sentence, 0 while there are fewer; of each level the key of the last, the highest while fewer.
         self._least = torch.zeros((len(self.aggregations), n_latents), device=device)
+        groups = torch.arange(n_latents * HISTOGRAM_BINS, device=device)
+        self._last_key = ((groups + 1) << HASH_BITS) - 1
         self._pending: list[Pairs] = []
         self._pending_sentences: list[Sentences] = []
         self._n_pending = 0
 
     def add(self, pairs: Pairs, sentences: Sentences) -> None:
-        """Take in pairs of `sentences` that were not added before."""
-        hopeful = ((pairs.scores > 0) & (pairs.scores >= self._least[:, pairs.latents])).any(0)
+        """Take in pairs of `sentences` that were not added before, by latent."""
+        latents = pairs.latents.long()
+        hopeful = ((pairs.scores > 0) & (pairs.scores >= self._least[:, latents])).any(0)
+        if self.n_level:
+            keys = level_keys(pairs, self.seed)
+            hopeful |= keys <= self._last_key[keys >> HASH_BITS]
         hopefuls = pairs.take(hopeful.nonzero().squeeze(1)).to("cpu")
         self._pending.append(hopefuls)
         self._pending_sentences.append(sentences.to("cpu").used_by(hopefuls))
-        self._n_pending += len(hopefuls.latents)
-        if self._n_pending > max(len(self.pairs.latents), MIN_PENDING):
+        self._n_pending += hopefuls.n
+        if self._n_pending > max(sum(block.n for block in self.blocks) // 4, MIN_PENDING):
             self.merge()
 
     def merge(self) -> None:
         """Bring what waits into the table. Needed once more after the last `add`."""
-        pairs = cat_pairs([self.pairs, *self._pending])
+        cuts = [torch.searchsorted(part.latents, self._edges).tolist() for part in self._pending]
+        for i, block in enumerate(self.blocks):
+            waiting = [part.slice(cut[i], cut[i + 1]) for part, cut in zip(self._pending, cuts, strict=True)]
+            if any(part.n for part in waiting):
+                self.blocks[i] = self._kept(cat_pairs([block, *waiting]))
+        parts = ([self.sentences] if self.sentences else []) + self._pending_sentences
+        if parts:
+            every = cat_sentences(parts)
+            used = torch.zeros(len(every.ids), dtype=torch.bool)
+            for block in self.blocks:
+                used[torch.searchsorted(every.ids, block.sentence_ids)] = True
+            self.sentences = every.take(used.nonzero().squeeze(1))
+        self._pending, self._pending_sentences, self._n_pending = [], [], 0
+
+    def _kept(self, pairs: Pairs) -> Pairs:
+        """Those of `pairs` that are among the top N or the sample of some level; remembers what it takes to be so."""
         pairs = pairs.take(pairs.sentence_ids.argsort(stable=True))
-        keep = torch.zeros_like(pairs.latents, dtype=torch.bool)
+        keep = torch.zeros(pairs.n, dtype=torch.bool)
+        device = self._least.device
         for a in range(len(self.aggregations)):
             rank = ranks(pairs, a)
             keep |= rank < self.n
             last = rank == self.n - 1
-            device = self._least.device
-            self._least[a, pairs.latents[last].to(device)] = pairs.scores[a, last].to(device)
-        self.pairs = pairs.take(keep.nonzero().squeeze(1))
-        parts = ([self.sentences] if self.sentences else []) + self._pending_sentences
-        if parts:
-            self.sentences = cat_sentences(parts).used_by(self.pairs)
-        self._pending, self._pending_sentences, self._n_pending = [], [], 0
+            self._least[a, pairs.latents[last].long().to(device)] = pairs.scores[a, last].to(device)
+        if self.n_level:
+            rank = level_ranks(pairs, self.seed)
+            keep |= rank < self.n_level
+            keys = level_keys(pairs, self.seed)[rank == self.n_level - 1].to(device)
+            self._last_key[keys >> HASH_BITS] = keys
+        return pairs.take(keep.nonzero().squeeze(1))
 
     def between(self, first: int, last: int) -> tuple[Pairs, Sentences] | None:
         """The rows of latents `first` to `last - 1` with their sentences; None where there are none."""
-        rows = ((self.pairs.latents >= first) & (self.pairs.latents < last)).nonzero().squeeze(1)
-        if self.sentences is None or not len(rows):
+        parts = []
+        for i, block in enumerate(self.blocks):
+            if int(self._edges[i]) < last and first < int(self._edges[i + 1]):
+                parts.append(block.take(((block.latents >= first) & (block.latents < last)).nonzero().squeeze(1)))
+        if self.sentences is None or not any(part.n for part in parts):
             return None
-        pairs = self.pairs.take(rows)
+        pairs = cat_pairs(parts)
         return pairs, self.sentences.used_by(pairs)
 
 
@@ -233,13 +322,12 @@ class LatentTotals:
 
     def add(self, hits: Hits, pairs: Pairs, n_tokens: int) -> None:
         """Count the activations `hits` of `n_tokens` tokens, and the pairs made of them."""
-        _, exponent = torch.frexp(hits.values)  # 2^(exponent - 1) <= value < 2^exponent
-        bins = (exponent.long() - 1 - HISTOGRAM_FIRST_EXPONENT).clamp(0, HISTOGRAM_BINS - 1)
+        bins = bins_of(hits.values)
         where = hits.latents * HISTOGRAM_BINS + bins
         units = (hits.values.double() * self._per_unit[bins]).round().long()
         self.units.view(-1).index_add_(0, where, units)
         self.histogram.view(-1).index_add_(0, where, torch.ones_like(where))
-        self.sentences.index_add_(0, pairs.latents, torch.ones_like(pairs.latents))
+        self.sentences += torch.bincount(pairs.latents, minlength=len(self.sentences))
         self.max.scatter_reduce_(0, hits.latents, hits.values, "amax")
         self.tokens += n_tokens
 

@@ -10,16 +10,20 @@ from torch import Tensor
 
 from capture.store import Corpus
 from core.runtime import Runtime
+from interpretability.background import Background
 from interpretability.promoted import PromotedTokens
-from interpretability.records import LATENT_SCHEMA, TOP_SCHEMA
+from interpretability.records import BACKGROUND_SCHEMA, LEVEL, MEASURED_LATENT_SCHEMA, TOP_SCHEMA
 from interpretability.selection import (
     LatentTotals,
     Pairs,
     Ragged,
     Sentences,
     TopTable,
+    bins_of,
     cat_pairs,
     cat_sentences,
+    gathered,
+    level_ranks,
     offsets_of,
     ranks,
 )
@@ -77,6 +81,10 @@ def _block(pairs: Pairs, sentences: Sentences, table: TopTable, lookup: TextLook
     """Rows by latent, aggregation and rank. `pairs` and `sentences` are in ascending order of sentence id."""
     by_aggregation = [ranks(pairs, a) for a in range(len(table.aggregations))]
     kept = [(rank < table.n).nonzero().squeeze(1) for rank in by_aggregation]
+    if table.n_level:
+        place, drawn = _level_order(pairs, table)
+        kept.append(drawn)
+        by_aggregation.append(place)
     pair = torch.cat(kept)
     aggregation = torch.cat([torch.full_like(rows, a) for a, rows in enumerate(kept)])
     rank = torch.cat([by_aggregation[a][rows] for a, rows in enumerate(kept)])
@@ -87,19 +95,34 @@ def _block(pairs: Pairs, sentences: Sentences, table: TopTable, lookup: TextLook
     take = pa.array(row.numpy())
     corpus = lookup.corpus
     ids = sentences.ids.tolist()
+    values = torch.cat([pairs.scores, pairs.peaks[None]])  # the value of a level is the largest activation
+    source, offsets = gathered(pairs.offsets, pair)
+    positions, activations = Ragged(pairs.positions[source], offsets), Ragged(pairs.values[source], offsets)
     columns = {
-        "latent": pa.array(pairs.latents[pair].int().numpy()),
-        "aggregation": pa.array(table.aggregations).take(pa.array(aggregation.numpy())),
+        "latent": pa.array(pairs.latents[pair].numpy()),
+        "aggregation": pa.array([*table.aggregations, LEVEL]).take(pa.array(aggregation.numpy())),
         "rank": pa.array(rank.int().numpy()),
-        "value": pa.array(pairs.scores[aggregation, pair].numpy()),
+        "value": pa.array(values[aggregation, pair].numpy()),
         "sentence_id": pa.array(pairs.sentence_ids[pair].numpy()),
         "document": pa.array(corpus.document_names(sentences.documents.tolist())).take(take),
         "label": pa.array(corpus.labels(ids), pa.string()).take(take),
         "text": pa.array(corpus.texts(ids), pa.string()).take(take),
         "tokens": lookup.pieces(sentences.tokens).take(take),
-        "activations": _activations(pairs.positions.take(pair), pairs.values.take(pair), sentences.tokens.lengths[row]),
+        "activations": _activations(positions, activations, sentences.tokens.lengths[row]),
     }
     return pa.table(columns, schema=TOP_SCHEMA)
+
+
+def _level_order(pairs: Pairs, table: TopTable) -> tuple[torch.Tensor, torch.Tensor]:
+    """The place (P,) of each pair in the sample of its latent, the highest level first, and which pairs are in the sample."""
+    place = level_ranks(pairs, table.seed)
+    drawn = (place < table.n_level).nonzero().squeeze(1)
+    level = bins_of(pairs.peaks[drawn])
+    order = torch.from_numpy(np.lexsort((place[drawn].numpy(), -level.numpy(), pairs.latents[drawn].numpy())))
+    latents = pairs.latents[drawn[order]].contiguous()
+    ordered = torch.empty_like(place)
+    ordered[drawn[order]] = torch.arange(len(drawn)) - torch.searchsorted(latents, latents)
+    return ordered, drawn
 
 
 def _activations(positions: Ragged, values: Ragged, lengths: Tensor) -> pa.ListArray:
@@ -110,7 +133,25 @@ def _activations(positions: Ragged, values: Ragged, lengths: Tensor) -> pa.ListA
     return pa.ListArray.from_arrays(pa.array(offsets.int().numpy()), pa.array(flat.numpy()))
 
 
-def statistics_of(totals: LatentTotals, promoted: PromotedTokens) -> pa.Table:
+def background_rows(background: Background, lookup: TextLookup) -> pa.Table:
+    """The rows of `background.parquet`, by sentence id."""
+    sentences, hits = background
+    ids = sentences.ids.tolist()
+    offsets = pa.array(offsets_of(torch.bincount(hits.rows, minlength=len(ids))).int().numpy())
+    lists = {"latents": hits.latents.int(), "positions": hits.positions.int(), "activations": hits.values}
+    columns = {
+        "sentence_id": pa.array(ids, pa.int64()),
+        "document": pa.array(lookup.corpus.document_names(sentences.documents.tolist()), pa.string()),
+        "label": pa.array(lookup.corpus.labels(ids), pa.string()),
+        "text": pa.array(lookup.corpus.texts(ids), pa.string()),
+        "tokens": lookup.pieces(sentences.tokens),
+    } | {name: pa.ListArray.from_arrays(offsets, pa.array(column.numpy())) for name, column in lists.items()}
+    return pa.table(columns, schema=BACKGROUND_SCHEMA)
+
+
+def statistics_of(
+    totals: LatentTotals, promoted: PromotedTokens, ngrams: Sequence[object], cofiring: Sequence[object]
+) -> pa.Table:
     """The rows of `latents.parquet`, one for every latent, whether it fires or not."""
     firing = totals.firing
     columns: dict[str, npt.NDArray[np.generic] | Sequence[object]] = {
@@ -123,5 +164,7 @@ def statistics_of(totals: LatentTotals, promoted: PromotedTokens) -> pa.Table:
         "histogram": totals.histogram.tolist(),
         "promoted": promoted.promoted,
         "suppressed": promoted.suppressed,
+        "ngrams": ngrams,
+        "cofiring": cofiring,
     }
-    return pa.table(columns, schema=LATENT_SCHEMA)
+    return pa.table(columns, schema=MEASURED_LATENT_SCHEMA)

@@ -1,6 +1,9 @@
-"""The sentences in which each latent is largest, its statistics, and the tokens it promotes: one pass over stored activations.
+"""The sentences in which each latent is largest, a sample of each level of its activation, its statistics, the latents that
+fire
+with it and the tokens it promotes: one pass over stored activations, or straight from the model.
 
     python -m interpretability.top_sentences --sae run/sae --activations acts/ --model demo --corpus corpus/ --out top/
+    python -m interpretability.top_sentences --sae run/sae --model demo --corpus corpus/ --out top/
     torchrun --nproc_per_node=8 -m interpretability.top_sentences --sae run/sae --activations acts/ --model M --corpus ...
 
 Every latent gets its own list, for each aggregation, however rarely it fires. Chunks are dealt to the ranks; the result does
@@ -9,22 +12,36 @@ not depend on how many there are.
 
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 from tyro.conf import arg
 
 from capture.store import Activations, Chunk, Corpus, open_activations, open_corpus
-from core.artifact import building, check_provenance, open_artifact
+from core.artifact import Builder, building, check_provenance, open_artifact
 from core.cli import Progress, StageConfig, machine, run_stage
 from core.runtime import Runtime
-from interpretability.promoted import promoted_tokens
-from interpretability.records import AGGREGATIONS, LATENT_SCHEMA, LATENTS_FILE, TOP_FILE, TOP_SCHEMA, parquet_bytes
+from interpretability.background import Background, Sampler, cofiring
+from interpretability.live import LiveActivations
+from interpretability.ngrams import NgramCounter, ngrams_of_rows
+from interpretability.promoted import PromotedTokens, promoted_tokens
+from interpretability.records import (
+    AGGREGATIONS,
+    BACKGROUND_FILE,
+    BACKGROUND_SCHEMA,
+    LATENTS_FILE,
+    MEASURED_LATENT_SCHEMA,
+    TOP_FILE,
+    TOP_SCHEMA,
+    parquet_bytes,
+)
 from interpretability.selection import Hits, LatentTotals, Ragged, Sentences, TopTable, pairs_of
-from interpretability.tables import TextLookup, rows_of, statistics_of
+from interpretability.tables import TextLookup, background_rows, rows_of, statistics_of
 from llama3 import Tokenizer, load_tokenizer
 from sae.model import SAE, load
 
@@ -39,8 +56,9 @@ class TopSentencesConfig(StageConfig):
 
     sae: Path
     """Folder of the SAE (`run/sae`)."""
-    activations: Path
-    """Folder of stored activations, of the site that the SAE was trained on."""
+    activations: Path | None = None
+    """Folder of stored activations, of the site that the SAE was trained on. None: the model computes them, and none are
+    stored."""
     model: str = machine()
     """The model that the activations come from: a folder, a Hub id or `demo`. Gives tokens and promoted tokens."""
     corpus: Path
@@ -55,6 +73,15 @@ class TopSentencesConfig(StageConfig):
     """How a sentence's activations become one value: max, mean (over all its tokens), last (token)."""
     n_promoted: int = 10
     """Promoted and suppressed tokens kept for each latent; 0 for none."""
+    n_level: int = 2
+    """Sentences drawn from each level of a latent's activation (bins that double, as in its histogram); 0 for none."""
+    sample_sentences: int = 1000
+    """Sentences drawn from the corpus, about: what n-grams and scores compare with, and where co-firing is counted; 0 for
+    none."""
+    n_ngrams: int = 5
+    """Over-represented n-grams kept for each latent; 0 for none."""
+    n_cofiring: int = 8
+    """Latents kept for each latent as firing on the same tokens; 0 for none."""
 
     def __post_init__(self) -> None:
         names = tuple(name for item in self.aggregations for name in item.split(",") if name)
@@ -62,45 +89,40 @@ class TopSentencesConfig(StageConfig):
         unknown = [name for name in names if name not in AGGREGATIONS]
         if unknown or not names or len(set(names)) < len(names):
             raise ValueError(f"--aggregations {','.join(names)!r}: expected some of {', '.join(AGGREGATIONS)}, each once")
-        if self.n < 1 or self.n_promoted < 0:
-            raise ValueError(
-                f"--n-sentences must be at least 1 and --n-promoted at least 0; found {self.n} and {self.n_promoted}"
-            )
+        if self.n < 1:
+            raise ValueError(f"--n-sentences must be at least 1; found {self.n}")
+        for name in ("n_promoted", "n_level", "sample_sentences", "n_ngrams", "n_cofiring"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 0; found {getattr(self, name)}")
 
 
 def run(config: TopSentencesConfig, runtime: Runtime) -> None:
     """Write the folder `config.out` of kind `top_sentences`."""
     sae = load(config.sae)
-    activations = open_activations(config.activations, config.site or sae.cfg.provenance.get("site"))
     corpus = open_corpus(config.corpus)
     tokenizer = load_tokenizer(config.model)
+    activations = _open(config, runtime, sae, corpus, tokenizer)
     _check_inputs(sae, activations, corpus, tokenizer)
     provenance = activations.provenance | {"sae_hash": sae.weights_hash, "n_latents": sae.cfg.n_latents}
-    inputs = [open_artifact(config.sae, "sae"), activations.artifact, corpus.artifact]
+    stored = [activations.artifact] if isinstance(activations, Activations) else []
+    inputs = [open_artifact(config.sae, "sae"), *stored, corpus.artifact]
     with building(config.out, "top_sentences", config, runtime, inputs, provenance) as builder:
         if builder.complete:
             log.info("%s: already complete", config.out)
             return
         # Only the rank that writes needs the model; the others are at work meanwhile.
         promoted = promoted_tokens(config.model, sae, tokenizer, config.n_promoted) if runtime.is_main else None
-        table, totals = _pass(config, runtime, sae.to(runtime.device), activations)
-        tables = rows_of(table, sae.cfg.n_latents, runtime, TextLookup(corpus, tokenizer))
-        if runtime.is_main:
-            assert promoted is not None
-            builder.publish(TOP_FILE, parquet_bytes(TOP_SCHEMA, tables))
-            builder.publish(LATENTS_FILE, parquet_bytes(LATENT_SCHEMA, [statistics_of(totals, promoted)]))
-        else:
-            for _ in tables:  # answers rank 0, which asks every rank for its part of each block
-                pass
-        dead = int((totals.firing == 0).sum())
+        found = _pass(config, runtime, sae.to(runtime.device), activations)
+        names = _write(config, builder, runtime, found, promoted, TextLookup(corpus, tokenizer))
+        dead = int((found.totals.firing == 0).sum())
         counts = {
             "latents": sae.cfg.n_latents,
             "dead_latents": dead,
-            "tokens": int(totals.tokens),
-            "left_out_tokens": activations.n_tokens - int(totals.tokens),
+            "tokens": int(found.totals.tokens),
+            "left_out_tokens": found.left_out,
             "sentences": activations.n_sentences,
         }
-        builder.finish([TOP_FILE, LATENTS_FILE] if runtime.is_main else [], counts)
+        builder.finish(names, counts)
     log.info(
         "%s: top %d sentences of %s latents by %s, from %s tokens in %s sentences; %s latents never fired, %s tokens left out",
         config.out, config.n, f"{sae.cfg.n_latents:,}", ", ".join(config.aggregations), f"{counts['tokens']:,}",
@@ -108,34 +130,96 @@ def run(config: TopSentencesConfig, runtime: Runtime) -> None:
     )  # fmt: skip
 
 
-def _check_inputs(sae: SAE, activations: Activations, corpus: Corpus, tokenizer: Tokenizer) -> None:
+def _open(
+    config: TopSentencesConfig, runtime: Runtime, sae: SAE, corpus: Corpus, tokenizer: Tokenizer
+) -> Activations | LiveActivations:
+    site = config.site or sae.cfg.provenance.get("site")
+    if config.activations:
+        return open_activations(config.activations, site)
+    if not site:
+        raise ValueError(f"SAE {config.sae}: does not say which site it reads; give --site")
+    return LiveActivations(config.model, tokenizer, corpus, sae, site, runtime.device)
+
+
+def _check_inputs(sae: SAE, activations: Activations | LiveActivations, corpus: Corpus, tokenizer: Tokenizer) -> None:
     """ValueError naming both values where SAE, activations, corpus and tokenizer do not belong together."""
-    where = f"activations {activations.artifact.path}"
+    where = f"activations {activations.artifact.path}" if isinstance(activations, Activations) else "the model of --model"
     wanted, found = sae.cfg.provenance | {"d_model": sae.cfg.d_model}, activations.provenance | {"d_model": activations.d_model}
     check_provenance(where, wanted, found, ("model_hash", "tokenizer_hash", "site", "bos", "d_model"))
     check_provenance(f"corpus {corpus.artifact.path}", found, {"corpus_hash": corpus.manifest_hash}, ("corpus_hash",))
     check_provenance("the tokenizer of --model", found, {"tokenizer_hash": tokenizer.hash}, ("tokenizer_hash",))
 
 
-def _pass(config: TopSentencesConfig, runtime: Runtime, sae: SAE, activations: Activations) -> tuple[TopTable, LatentTotals]:
-    """The table of this rank's chunks, and the totals of all ranks."""
-    table = TopTable(sae.cfg.n_latents, config.n, config.aggregations, runtime.device)
-    totals = LatentTotals(sae.cfg.n_latents, runtime.device)
+class _Found(NamedTuple):
+    """What the pass over the tokens gives."""
+
+    table: TopTable
+    """Of this rank's chunks."""
+    totals: LatentTotals
+    """Of all ranks, as all that follows."""
+    background: Background | None
+    left_out: int
+    """Tokens whose norm is beyond what the SAE was trained on."""
+
+
+def _pass(config: TopSentencesConfig, runtime: Runtime, sae: SAE, activations: Activations | LiveActivations) -> _Found:
+    n_latents, device = sae.cfg.n_latents, runtime.device
+    table = TopTable(n_latents, config.n, config.aggregations, device, config.n_level, config.seed)
+    totals = LatentTotals(n_latents, device)
+    sampler = Sampler(config.sample_sentences, activations.n_sentences, config.seed)
+    left_out = torch.zeros((), dtype=torch.int64, device=device)
     # Without BOS the first token is an attention sink: training left out rows of such norm, so what fires there means nothing.
     max_norm = sae.cfg.provenance.get("max_norm") or math.inf
-    with Progress("top sentences", activations.n_tokens // runtime.world_size, "tokens", runtime) as bar:
+    with Progress("top sentences", activations.n_sentences // runtime.world_size, "sentences", runtime) as bar:
         for index in runtime.share(len(activations)):
             chunk = activations.chunk(index)
             keep = usable_tokens(chunk, max_norm)
             sentences = Sentences(chunk.sentence_ids, chunk.document_ids, Ragged(chunk.token_ids.int(), chunk.offsets))
-            hits = encode_chunk(sae, chunk, keep, runtime.device)
-            pairs = pairs_of(hits, sentences.to(runtime.device), config.aggregations)
+            hits = encode_chunk(sae, chunk, keep, device)
+            pairs = pairs_of(hits, sentences.to(device), config.aggregations)
             totals.add(hits, pairs, int(keep.sum()))
             table.add(pairs, sentences)
-            bar.update(len(chunk.token_ids))
+            sampler.add(hits, sentences)
+            left_out += int((~keep).sum())
+            bar.update(len(chunk.sentence_ids))
     table.merge()
     totals.combine(runtime)
-    return table, totals
+    return _Found(table, totals, sampler.gathered(runtime), int(runtime.comm.sum_(left_out)))
+
+
+def _write(
+    config: TopSentencesConfig,
+    builder: Builder,
+    runtime: Runtime,
+    found: _Found,
+    promoted: PromotedTokens | None,
+    lookup: TextLookup,
+) -> list[str]:
+    """Write the files, on rank 0; returns their names there."""
+    n_latents = len(found.totals.firing)
+    tables = rows_of(found.table, n_latents, runtime, lookup)
+    if not runtime.is_main:
+        for _ in tables:  # answers rank 0, which asks every rank for its part of each block
+            pass
+        return []
+    assert promoted is not None
+    background = background_rows(found.background, lookup) if found.background else BACKGROUND_SCHEMA.empty_table()
+    ngrams: list[list[dict[str, Any]]] = [[] for _ in range(n_latents)]
+    counter = NgramCounter(background["text"].to_pylist()) if config.n_ngrams and found.background else None
+
+    def counted() -> Iterator[pa.Table]:
+        for table in tables:
+            if counter:
+                for latent, strongest in ngrams_of_rows(table, config.aggregations[0], counter, config.n_ngrams):
+                    ngrams[latent] = strongest
+            yield table
+
+    builder.publish(TOP_FILE, parquet_bytes(TOP_SCHEMA, counted()))
+    builder.publish(BACKGROUND_FILE, parquet_bytes(BACKGROUND_SCHEMA, [background]))
+    together = cofiring(found.background, n_latents, config.n_cofiring) if found.background else [[]] * n_latents
+    statistics = statistics_of(found.totals, promoted, ngrams, together)
+    builder.publish(LATENTS_FILE, parquet_bytes(MEASURED_LATENT_SCHEMA, [statistics]))
+    return [TOP_FILE, BACKGROUND_FILE, LATENTS_FILE]
 
 
 def usable_tokens(chunk: Chunk, max_norm: float) -> Tensor:

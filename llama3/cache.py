@@ -85,9 +85,10 @@ class LayerCache(NamedTuple):
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new tokens' `k`, `v` (B, G, T, K) in the slots just claimed; return all so far (B, G, S, K)."""
-        self.k[:, :, self.length - k.shape[2] : self.length] = k
-        self.v[:, :, self.length - k.shape[2] : self.length] = v
-        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+        start, n_tokens = self.length - k.shape[2], k.shape[2]
+        self.k.narrow(2, start, n_tokens).copy_(k)
+        self.v.narrow(2, start, n_tokens).copy_(v)
+        return self.k.narrow(2, 0, self.length), self.v.narrow(2, 0, self.length)
 
 
 def attention_mask(valid: Tensor, n_queries: int) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from llama3.args import ModelArgs
 from llama3.cache import KVCache, LayerCache, attention_mask, padded_right
-from llama3.rope import apply_rotary_emb, precompute_freqs_cis
+from llama3.linear import Linear
+from llama3.rope import apply_rotary_emb, as_factors, precompute_freqs_cis
 from llama3.sites import ActiveHooks, CaptureDone, Hook, SiteHooks, check_sites
 
 
@@ -36,18 +37,18 @@ class Attention(nn.Module):
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         self.args = args
-        self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
-        self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
-        self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
-        self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+        self.wq = Linear(args.dim, args.n_heads * args.head_dim)
+        self.wk = Linear(args.dim, args.n_kv_heads * args.head_dim)
+        self.wv = Linear(args.dim, args.n_kv_heads * args.head_dim)
+        self.wo = Linear(args.n_heads * args.head_dim, args.dim)
 
-    def forward(self, x: Tensor, freqs_cis: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
         B, T, _ = x.shape
         q = self.wq(x).view(B, T, self.args.n_heads, self.args.head_dim)
         k = self.wk(x).view(B, T, self.args.n_kv_heads, self.args.head_dim)
         v = self.wv(x).view(B, T, self.args.n_kv_heads, self.args.head_dim).transpose(1, 2)  # (B, G, T, K)
-        q = apply_rotary_emb(q, freqs_cis)
-        k = apply_rotary_emb(k, freqs_cis).transpose(1, 2)  # (B, G, T, K)
+        q = apply_rotary_emb(q, rope)
+        k = apply_rotary_emb(k, rope).transpose(1, 2)  # (B, G, T, K)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, G, S, K)
         if mask is None and T > 1:  # the whole sequence, in causal order
@@ -65,6 +66,8 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> T
     """
     B, T, H, K = q.shape
     G = k.shape[1]
+    if T == 1:  # the same without moving dimensions of size 1 about
+        return F.scaled_dot_product_attention(q.view(B, G, H // G, K), k, v, attn_mask=mask).view(B, 1, H, K)
     folded = q.view(B, T, G, H // G, K).permute(0, 2, 3, 1, 4).reshape(B, G, H // G * T, K)
     out = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask)
     return out.view(B, G, H // G, T, K).permute(0, 3, 1, 2, 4).reshape(B, T, H, K)
@@ -81,9 +84,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
-        self.w1 = nn.Linear(args.dim, args.hidden_dim, bias=False)
-        self.w2 = nn.Linear(args.hidden_dim, args.dim, bias=False)
-        self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False)
+        self.w1 = Linear(args.dim, args.hidden_dim)
+        self.w2 = Linear(args.hidden_dim, args.dim)
+        self.w3 = Linear(args.dim, args.hidden_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return cast(Tensor, self.w2(F.silu(self.w1(x)) * self.w3(x)))
@@ -99,10 +102,10 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
         self.feed_forward = FeedForward(args)
 
-    def forward(self, x: Tensor, freqs_cis: Tensor, mask: Tensor | None, cache: LayerCache | None, hooks: SiteHooks) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, cache: LayerCache | None, hooks: SiteHooks) -> Tensor:
         x = hooks.at("resid_pre", x)
         attn_norm = hooks.at("attn_norm", self.attention_norm(x))
-        x = x + hooks.at("attn_out", self.attention(attn_norm, freqs_cis, mask, cache))
+        x = x + hooks.at("attn_out", self.attention(attn_norm, rope, mask, cache))
         x = hooks.at("resid_mid", x)
         ffn_norm = hooks.at("ffn_norm", self.ffn_norm(x))
         x = x + hooks.at("ffn_out", self.feed_forward(ffn_norm))
@@ -128,10 +131,10 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.params = params
-        self.tok_embeddings = nn.Embedding(params.vocab_size, params.dim)
+        self.tok_embeddings = nn.Embedding(params.vocab_size, params.dim, _weight=torch.zeros(params.vocab_size, params.dim))
         self.layers = nn.ModuleList(TransformerBlock(params) for _ in range(params.n_layers))
         self.norm = RMSNorm(params.dim, params.norm_eps)
-        self.output = nn.Linear(params.dim, params.vocab_size, bias=False)
+        self.output = Linear(params.dim, params.vocab_size)
         if params.tie_word_embeddings:
             self.output.weight = self.tok_embeddings.weight
         self.register_buffer("freqs_cis", self.rope_table(), persistent=False)
@@ -152,9 +155,8 @@ class Transformer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `.to(torch.bfloat16)` converts buffers too, and 8 bits of mantissa cannot tell position 300 from 301.
-        table = self.rope_table() if self.freqs_cis.is_meta else self.freqs_cis
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.freqs_cis = table.to(self.freqs_cis.device)
+        self.freqs_cis = self.rope_table().to(self.freqs_cis.device)
         return self
 
     @property
@@ -178,15 +180,15 @@ class Transformer(nn.Module):
         continue the sequences stored there. Raises ValueError where a sequence is longer than the context.
         """
         hooks = self._hooks.current()
-        freqs_cis, attn_mask = self._positions(tokens, mask, cache)
+        rope, attn_mask = self._positions(tokens, mask, cache)
         x = hooks.at("embed", self.tok_embeddings(tokens))
         for i, layer in enumerate(self.layers):
-            x = layer(x, freqs_cis, attn_mask, cache and cache.layer(i), hooks.layer(i))
+            x = layer(x, rope, attn_mask, cache and cache.layer(i), hooks.layer(i))
         x = hooks.at("final_norm", self.norm(x))
         return cast(Tensor, self.output(x[:, -1:] if last_only else x))
 
     def _positions(self, tokens: Tensor, mask: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:
-        """RoPE table for these tokens, (T, K/2, 2) or (B, T, K/2, 2), and the folded attention mask if one is needed."""
+        """RoPE factors for these tokens (see `as_factors`), and the folded attention mask if one is needed."""
         T, context = tokens.shape[1], self.params.max_seq_len
         if mask is not None and (mask.shape != tokens.shape or mask.dtype != torch.bool):
             raise ValueError(f"mask must be bool {list(tokens.shape)} like the tokens; found {mask.dtype} {list(mask.shape)}")
@@ -200,7 +202,7 @@ class Transformer(nn.Module):
             pass  # the first T positions, in causal order
         else:
             positions, seen = (mask.long().cumsum(1) - 1).clamp(min=0), attention_mask(mask, T)
-        return self.freqs_cis[positions], None if seen is None else fold_mask(seen, self.params, self.dtype)
+        return as_factors(self.freqs_cis[positions]), None if seen is None else fold_mask(seen, self.params, self.dtype)
 
     @contextmanager
     def hooks(self, fns: Mapping[str, Hook | Sequence[Hook]]) -> Iterator[None]:

@@ -17,7 +17,7 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Ten
     With `scaling`, low frequencies are divided by `factor`, high ones are kept and those between are interpolated
     (Llama 3.1, `apply_scaling` in meta-llama/llama-models).
     """
-    freqs = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    freqs = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
     if scaling is None:
         return freqs
     wavelength = 2 * math.pi / freqs
@@ -29,24 +29,25 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Ten
 
 def precompute_freqs_cis(head_dim: int, length: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
     """Cosine and sine for each position and pair, float32 `[length, K / 2, 2]` (the real form of Meta's complex table)."""
-    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies(head_dim, theta, scaling))
+    angles = torch.outer(torch.arange(length, dtype=torch.float32, device="cpu"), frequencies(head_dim, theta, scaling))
     return torch.stack((angles.cos(), angles.sin()), dim=-1)
 
 
-def apply_rotary_emb(x: Tensor, freqs_cis: Tensor) -> Tensor:
-    """Rotate `x` (B, T, H, K) by `freqs_cis` (T, K/2, 2), or (B, T, K/2, 2) where rows have positions of their own."""
+def as_factors(freqs_cis: Tensor) -> Tensor:
+    """The table (T, K/2, 2), or (B, T, K/2, 2) where rows have positions of their own, as `apply_rotary_emb` multiplies by it:
+    complex, ([B,] T, 1, K/2), because that is one pass over memory; in compiled graphs real, ([B,] T, 1, K/2, 2), because
+    Inductor generates no code for complex numbers and fuses the real form itself.
+    """
+    factors = freqs_cis.unsqueeze(-3)
+    return factors if torch.compiler.is_compiling() else torch.view_as_complex(factors)
+
+
+def apply_rotary_emb(x: Tensor, factors: Tensor) -> Tensor:
+    """Turn each pair of `x` (B, T, H, K) by the angles of `as_factors`."""
     pairs = x.float().reshape(*x.shape[:-1], -1, 2)  # (B, T, H, K/2, 2)
-    turns = freqs_cis.unsqueeze(-3)  # ([B,] T, 1, K/2, 2)
-    # A complex product is one pass over memory. Inductor generates no code for complex numbers, but fuses the real form itself.
-    rotate = _rotate_real if torch.compiler.is_compiling() else _rotate_complex
-    return rotate(pairs, turns).flatten(-2).type_as(x)
-
-
-def _rotate_complex(pairs: Tensor, turns: Tensor) -> Tensor:
-    return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns))
-
-
-def _rotate_real(pairs: Tensor, turns: Tensor) -> Tensor:
-    even, odd = pairs.unbind(-1)
-    cos, sin = turns.unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    if factors.is_complex():
+        turned = torch.view_as_real(torch.view_as_complex(pairs) * factors)
+    else:
+        (even, odd), (cos, sin) = pairs.unbind(-1), factors.unbind(-1)
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).type_as(x)

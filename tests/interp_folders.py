@@ -116,7 +116,7 @@ def make_activations(path: Path, corpus: Path, model: Path, rows: torch.Tensor |
         "tokenizer_hash": tokenizer.hash,
         "sites": [SITE],
         "d_model": rows.shape[1],
-        "dtype": "float32",
+        "dtype": "fp32",
         "bos": "none",
         "max_length": 128,
         "corpus_hash": texts.manifest_hash,

@@ -1,11 +1,13 @@
 """The workbench: limits that hold whatever the client, what its pages say, and the real app in a real browser."""
 
 import asyncio
+import contextlib
+import itertools
 import math
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,11 @@ from playwright.sync_api import Browser, Page, expect
 
 from core.cli import parse
 from inference import views
-from inference.app import MAX_BODY_BYTES, AppConfig, Guard, ignore_gradio_variables, read_password
+from inference.app import MAX_BODY_BYTES, AppConfig, Guard, ignore_gradio_variables, read_password, serve
 from inference.handlers import BY_LABEL, BY_TEXT, N_SLOTS, NO_SLOTS, Controls, Handlers
 from inference.session import InferenceConfig, Session, open_session
 from inference.steering import Edit, Recipe
+from inference.turns import RUNNING
 from inference.workbench import Knobs, Row, Snapshot, checked_request, compare, firing_on, neighbours, search, split_prompts
 from llama3 import complete
 from tests.browser import open_browser, running_app
@@ -354,8 +357,8 @@ def test_the_app_in_a_browser(browser: Browser, paths: Features, tmp_path: Path)
     exposed = {"GRADIO_SHARE": "True", "GRADIO_SERVER_NAME": "0.0.0.0", "GRADIO_ANALYTICS_ENABLED": "True"}
     with running_app(paths.flags, exposed) as address:
         page = browser.new_page(viewport={"width": 1440, "height": 1000})
-        page.set_default_timeout(90_000)
-        expect.set_options(timeout=90_000)
+        page.set_default_timeout(30_000)
+        expect.set_options(timeout=30_000)
         asked: list[str] = []
         problems: list[str] = []
         page.on("request", lambda request: asked.append(request.url))
@@ -376,6 +379,78 @@ def test_the_app_in_a_browser(browser: Browser, paths: Features, tmp_path: Path)
         assert problems == []
         assert page.request.get(f"{address}/gradio_api/file=/etc/passwd").status in (403, 404)
         assert "default-src 'self'" in page.request.get(address).headers["content-security-policy"]
+
+
+class Endless(Handlers):
+    """Generations that end only when they are stopped."""
+
+    def generate(self, text: Any, knobs: Knobs, slots: Any, controls: Any) -> Iterator[Snapshot]:
+        request = checked_request(self.session, text, Recipe(), knobs)
+        return (Snapshot(request.rows, None, new_tokens=i) for i in ticks())
+
+    def chat(self, messages: Any, system: Any, knobs: Knobs, slots: Any, controls: Any) -> Iterator[tuple[str, int]]:
+        return ((f"word {i}", 0) for i in ticks())
+
+
+def ticks() -> Iterator[int]:
+    for i in itertools.count():
+        yield i
+        time.sleep(0.02)
+
+
+@contextlib.contextmanager
+def endless_app(session: Session) -> Iterator[tuple[str, Handlers]]:
+    handlers = Endless(session, "plain")
+    blocks, address = serve(handlers, AppConfig(port=0))
+    try:
+        yield address, handlers
+    finally:
+        blocks.close(verbose=False)
+
+
+@pytest.mark.filterwarnings("ignore")  # Gradio's server runs in this process, and uses what pandas has deprecated
+def test_one_press_stops(browser: Browser, session: Session) -> None:
+    """While it runs, while it waits, in both tabs; and a page that is closed stops all that it began."""
+    with endless_app(session) as (address, handlers), contextlib.ExitStack() as stack:
+        pages = [stack.enter_context(contextlib.closing(browser.new_page())) for _ in range(RUNNING + 1)]
+        for page in pages:
+            page.goto(address)
+            page.locator("#generate").click()
+            expect(page.locator("#status")).to_contain_text("Writing…" if page is not pages[-1] else "Waiting for 1")
+        first, second, third = pages
+        press_once(third, "#stop")
+        expect(third.locator("#status")).to_contain_text("Stopped.")
+        press_once(first, "#stop")
+        expect(first.locator("#status")).to_contain_text(re.compile(r"Stopped\. \d+ tokens"))
+        first.locator("#generate").click()
+        expect(first.locator("#status")).to_contain_text("Writing…")
+        for page in (first, second):
+            page.close()
+        wait_until(lambda: len(handlers.turns) == 0)
+        _stop_a_chat(third)
+        assert len(handlers.turns) == 0
+
+
+def _stop_a_chat(page: Page) -> None:
+    page.get_by_role("tab", name="Chat").click()
+    answers = page.locator("#transcript .turn.assistant")
+    for button, before, after, said in (("#chat-stop", 1, 1, "Stopped."), ("#new-chat", 2, 0, "")):
+        page.locator("#message textarea").fill("hello")
+        page.locator("#send").click()
+        expect(answers).to_have_count(before)
+        expect(answers.last).to_contain_text("word")
+        expect(page.locator("#chat-stop")).to_be_enabled()
+        press_once(page, button)
+        expect(page.locator("#send")).to_be_enabled()
+        expect(answers).to_have_count(after)
+        expect(page.locator("#chat-status")).to_contain_text(said)
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
 
 
 def _steer(page: Page, shots: Path) -> None:
@@ -405,6 +480,7 @@ def _open_neighbour(page: Page) -> None:
 def _recipe(page: Page) -> None:
     page.get_by_role("tab", name="Recipe").click()
     expect(page.locator("#recipe textarea")).to_have_value(re.compile('"strength": 12'))
+    page.wait_for_timeout(300)  # no hand is faster; Gradio drops what is typed while the tab is still being built
     page.locator("#recipe textarea").fill("{}")
     page.locator("#apply").click()
     expect(page.locator("#recipe-status")).to_contain_text("not a steering recipe")
@@ -421,6 +497,12 @@ def _chat_two_turns(page: Page, shots: Path) -> None:
     page.screenshot(path=shots / "app-chat.png")
 
 
+def press_once(page: Page, button: str) -> None:
+    """A click as soon as the button takes one; from within the page, as the way through the driver can outlast a generation."""
+    press = "(button) => { const b = document.querySelector(button); if (b.disabled) return false; b.click(); return true; }"
+    page.wait_for_function(press, arg=button, polling=10)
+
+
 def _stop(page: Page) -> None:
     page.get_by_role("tab", name="Compare").click()
     page.locator("#prompts textarea").fill("\n".join(f"the storm {i}" for i in range(8)))
@@ -429,13 +511,6 @@ def _stop(page: Page) -> None:
     tokens.fill("500")
     tokens.press("Tab")
     page.locator("#generate").click()
-    # Clicked from within the page: on a busy machine the way through the driver can take longer than the generation. Pressed
-    # again until it is heard: Gradio loses a cancel that arrives with the first update (known, docs/log.md).
-    press = """() => {
-      const said = document.querySelector('#status').innerText, stop = document.querySelector('#stop');
-      if (!stop.disabled) stop.click();
-      return said.includes('Stopped.');
-    }"""
-    page.wait_for_function(press, polling=300)
+    press_once(page, "#stop")
     expect(page.locator("#status")).to_contain_text("Stopped.")
     expect(page.locator("#generate")).to_be_enabled()

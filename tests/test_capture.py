@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from capture import activations, sentences
 from capture.activations import ActivationsConfig, default_site
 from capture.batches import ChunkTokens, batches, tokenise
-from capture.chunks import ChunkCapture, NonFinite, capture_chunk
+from capture.chunks import ChunkCapture, NonFinite, start_chunk
 from capture.sentences import SentencesConfig
 from capture.store import Chunk, open_activations, open_corpus
 from capture.writer import FileToWrite, Writer
@@ -181,11 +181,11 @@ def test_empty_text_has_no_rows(tiny: Path) -> None:
     table = pa.table({"text": ["", "Two words", ""], "sentence_id": [5, 6, 7], "document_id": [1, 1, 2]})
     chunk = tokenise(table, load_tokenizer(tiny / "model"), 90)
     assert chunk.lengths.tolist()[::2] == [0, 0]
-    captured = capture_chunk(how(tiny), chunk, before_batch=lambda: None)
-    assert captured.rows[SITES[0]].shape == (int(chunk.lengths[1]), 32)
+    captured = start_chunk(how(tiny), chunk, before_batch=lambda: None).result
+    assert captured.rows[SITES[0]].activations.shape == (int(chunk.lengths[1]), 32)
     assert captured.counts["empty"] == 2
-    nothing = capture_chunk(how(tiny), tokenise(table.slice(0, 1), load_tokenizer(tiny / "model"), 90), lambda: None)
-    assert nothing.rows[SITES[0]].shape == (0, 32)
+    nothing = start_chunk(how(tiny), tokenise(table.slice(0, 1), load_tokenizer(tiny / "model"), 90), lambda: None).result
+    assert nothing.rows[SITES[0]].activations.shape == (0, 32)
 
 
 def how(tiny: Path, **changes: Any) -> ChunkCapture:
@@ -242,8 +242,8 @@ def test_large_finite_values_are_no_infinity(tiny: Path, monkeypatch: pytest.Mon
     plain = Transformer.capture
     monkeypatch.setattr(Transformer, "capture", lambda *a, **k: {s: x * 1e30 for s, x in plain(*a, **k).items()})
     table = pa.table({"text": ["Two words"], "sentence_id": [0], "document_id": [0]})
-    captured = capture_chunk(how(tiny), tokenise(table, load_tokenizer(tiny / "model"), 90), lambda: None)
-    assert bool(captured.rows[SITES[0]].isfinite().all())
+    captured = start_chunk(how(tiny), tokenise(table, load_tokenizer(tiny / "model"), 90), lambda: None).result
+    assert bool(captured.rows[SITES[0]].activations.isfinite().all())
     assert not bool(captured.norms[SITES[0]].isfinite().all())
 
 
@@ -310,7 +310,7 @@ class FakeBuilder(Builder):
 def write_for_ever(builder: FakeBuilder, timeout_s: float) -> None:
     with Writer(builder, timeout_s) as writer:
         while True:
-            writer.put(FileToWrite("f", 0, lambda: b"x"))
+            writer.put(FileToWrite("f", lambda: (b"x", 0)))
 
 
 def test_an_error_of_the_writer_reaches_the_caller() -> None:
@@ -321,9 +321,9 @@ def test_an_error_of_the_writer_reaches_the_caller() -> None:
     with pytest.raises(OSError, match="disk full"):
         write_for_ever(FakeBuilder(full), 60)
     with pytest.raises(OSError, match="disk full"), Writer(FakeBuilder(full), timeout_s=60) as writer:
-        writer.put(FileToWrite("only", 0, lambda: b"x"))  # noticed on leaving
+        writer.put(FileToWrite("only", lambda: (b"x", 0)))  # noticed on leaving
     with pytest.raises(ZeroDivisionError), Writer(FakeBuilder(full), timeout_s=60) as writer:
-        writer.put(FileToWrite("only", 0, lambda: bytes(1 // 0)))
+        writer.put(FileToWrite("only", lambda: (bytes(1 // 0), 0)))
     assert time.monotonic() - began < 10
 
 
@@ -346,7 +346,7 @@ def test_the_queue_is_bounded_and_everything_is_written() -> None:
 
     with Writer(FakeBuilder(slow), timeout_s=60, depth=2) as writer:
         for i in range(12):
-            writer.put(FileToWrite(f"f{i}", i, partial(bytes, i)))
+            writer.put(FileToWrite(f"f{i}", partial(lambda n: (bytes(n), n), i)))
             waiting.append(writer.waiting)
     assert written == [(f"f{i}", bytes(i), i) for i in range(12)]
     assert max(waiting) <= 2

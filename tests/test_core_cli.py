@@ -264,13 +264,19 @@ def test_a_bug_keeps_its_traceback(stage: Path, fork_server: ForkServer) -> None
 
 def test_ctrl_c_ends_with_130_and_one_line(stage: Path) -> None:
     command = [sys.executable, str(stage), "--out", "o", "--how", "sleep"]
-    child = subprocess.Popen(
-        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert child.stdout
-    assert child.stdout.readline() == "ready\n"
-    child.send_signal(signal.SIGINT)
-    _, errors = child.communicate(timeout=30)
+    # A shell that runs the tests in the background has them ignore Ctrl-C, and a child would inherit that.
+    kept = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        child = subprocess.Popen(
+            command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, kept)
+    with child:
+        assert child.stdout
+        assert child.stdout.readline() == "ready\n"
+        child.send_signal(signal.SIGINT)
+        _, errors = child.communicate(timeout=30)
     assert child.returncode == 130
     assert errors.splitlines() == ["interrupted; the same command continues from here"]
 

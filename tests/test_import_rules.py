@@ -20,7 +20,7 @@ ALLOWED = {
     "demo": PACKAGES,
 }
 """The table of DESIGN.md, section 1: beside itself, a package imports these modules and what lies below them."""
-ALSO = {"sae/evaluate.py": ("llama3",)}
+ALSO = {"sae/evaluate.py": ("llama3",), "interpretability/live.py": ("capture.batches", "capture.chunks")}
 
 RANK_NAMES = {"RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
 RANK_CALLS = {"get_rank", "get_world_size", "get_local_rank", "get_node_local_rank"}

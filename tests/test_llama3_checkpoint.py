@@ -5,6 +5,8 @@ import json
 import pickle
 import re
 import shutil
+import subprocess
+import sys
 import threading
 import zipfile
 from pathlib import Path
@@ -56,9 +58,9 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(overrides: dict[str,
     tokens = torch.randint(0, ours.params.vocab_size, (3, 40))
     torch.testing.assert_close(ours(tokens), theirs(tokens).logits, rtol=0, atol=1e-4)
     prompt = tokens[:, :8]
-    expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=24, do_sample=False)
-    cache, found = ours.new_cache(3, 32), [prompt]
-    for _ in range(24):
+    expected = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=64, do_sample=False)
+    cache, found = ours.new_cache(3, 72), [prompt]
+    for _ in range(64):
         found.append(ours(found[-1], cache=cache, last_only=True).argmax(-1))
     assert torch.equal(torch.cat(found, dim=1), expected)
 
@@ -206,6 +208,15 @@ def test_loading_changes_nothing_global(tiny: Path) -> None:
     load_model(tiny, dtype=torch.bfloat16)
     after = (torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(), torch.get_rng_state().tolist())
     assert after == before
+
+
+def test_loading_and_running_import_no_compiler(tiny: Path) -> None:
+    """torch._dynamo takes as long to import as torch itself, and every stage would pay for it."""
+    code = f"""if True:
+        import sys, torch, llama3
+        llama3.load_model({str(tiny)!r}).capture(torch.arange(20)[None], ["layers.1.resid_post"])
+        sys.exit("torch._dynamo" in sys.modules)"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
 
 
 def test_loading_reads_no_weight_before_everything_is_checked(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from llama3.args import ModelArgs, RopeScaling
 from llama3.cache import attention_mask
+from llama3.linear import linear
 from llama3.model import Transformer, fold_mask, grouped_attention
-from llama3.rope import _rotate_complex, _rotate_real, apply_rotary_emb, frequencies, precompute_freqs_cis
-from llama3.sites import LAYER_SITES
+from llama3.rope import apply_rotary_emb, as_factors, frequencies, precompute_freqs_cis
+from llama3.sites import LAYER_SITES, NO_HOOKS
 from tests.tiny import tiny_args
 
 V = 61
@@ -113,6 +114,28 @@ def reference_logits(model: Transformer, tokens: list[int]) -> Tensor:
     return norm(x, "norm.weight") @ head.T
 
 
+# --- matrix products ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 3, 700], ids=["one row", "a few", "many"])
+@pytest.mark.parametrize("shape", [(24, 40), (600, 256)], ids=["small weight", "large weight"])
+def test_both_kernels_of_a_product_agree(rows: int, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN's against the plain product, on both sides of the limits; also of rows that do not lie one after the other."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(shape, generator=generator), torch.randn(2, 2 * rows, shape[1], generator=generator)
+    monkeypatch.setattr("llama3.linear.ONEDNN", torch.backends.mkldnn.is_available())
+    with torch.no_grad():
+        for part in (x[:, :rows], x[:, ::2]):
+            torch.testing.assert_close(linear(part, weight), part @ weight.T, rtol=0, atol=2e-4)
+
+
+def test_products_keep_their_gradients() -> None:
+    """oneDNN's kernel has none, so that training must never meet it."""
+    weight = torch.randn(600, 256, requires_grad=True)
+    linear(torch.ones(700, 256), weight).sum().backward()
+    torch.testing.assert_close(weight.grad, torch.full((600, 256), 700.0))
+
+
 # --- RoPE -----------------------------------------------------------------------------------------------------------------
 
 
@@ -136,14 +159,15 @@ def test_rotation_is_a_turn_of_neighbouring_pairs() -> None:
     x = torch.randn(2, 5, 3, 8, generator=torch.Generator().manual_seed(0))
     freqs = reference_frequencies(8, 100.0, None)
     expected = [[[reference_rotate(h, t, freqs) for h in heads] for t, heads in enumerate(row)] for row in x.tolist()]
-    turned = apply_rotary_emb(x, precompute_freqs_cis(8, 5, 100.0))
+    turned = apply_rotary_emb(x, as_factors(precompute_freqs_cis(8, 5, 100.0)))
     torch.testing.assert_close(turned, torch.tensor(expected), rtol=0, atol=1e-5)
 
 
 def test_both_forms_of_the_rotation_agree() -> None:
     """The real form runs in compiled graphs alone, the complex one in eager mode alone."""
-    pairs, turns = torch.randn(2, 5, 3, 4, 2), precompute_freqs_cis(8, 5, 100.0).unsqueeze(-3)
-    torch.testing.assert_close(_rotate_complex(pairs, turns), _rotate_real(pairs, turns), rtol=0, atol=1e-6)
+    x, real = torch.randn(2, 5, 3, 8), precompute_freqs_cis(8, 5, 100.0).unsqueeze(-3)
+    turned = apply_rotary_emb(x, torch.view_as_complex(real))
+    torch.testing.assert_close(turned, apply_rotary_emb(x, real), rtol=0, atol=1e-6)
 
 
 # --- the whole forward pass -----------------------------------------------------------------------------------------------
@@ -310,11 +334,11 @@ SITES = ["embed", *[f"layers.{i}.{name}" for i in range(3) for name in LAYER_SIT
 
 def reference_sites(model: Transformer, tokens: Tensor) -> dict[str, Tensor]:
     """Every site computed from the model's parts, step by step."""
-    freqs, x = model.freqs_cis[: tokens.shape[1]], model.tok_embeddings(tokens)
+    rope, x = as_factors(model.freqs_cis[: tokens.shape[1]]), model.tok_embeddings(tokens)
     sites = {"embed": x}
     for i, layer in enumerate(model.layers):
         values = {"resid_pre": x, "attn_norm": layer.attention_norm(x)}  # type: ignore[operator]
-        values["attn_out"] = layer.attention(values["attn_norm"], freqs, None, None)  # type: ignore[operator]
+        values["attn_out"] = layer.attention(values["attn_norm"], rope, None, None)  # type: ignore[operator]
         values["resid_mid"] = x + values["attn_out"]
         values["ffn_norm"] = layer.ffn_norm(values["resid_mid"])  # type: ignore[operator]
         values["ffn_out"] = layer.feed_forward(values["ffn_norm"])  # type: ignore[operator]
@@ -461,8 +485,8 @@ def test_threads_do_not_see_each_others_hooks() -> None:
 def test_constructor_options_are_the_short_form_at_attn_norm() -> None:
     args, tokens = tiny_args(vocab_size=V), some_tokens(1, 4)
     edited = Transformer(args, store_layer_activ=[0, 1], sae_layer_forward_fn={1: lambda x: x * 2}).requires_grad_(False)
-    plain = Transformer(args).requires_grad_(False)
-    plain.load_state_dict(edited.state_dict())
+    plain = make_model()
+    edited.load_state_dict(plain.state_dict())
     with plain.hooks({"layers.1.attn_norm": lambda x: x * 2}):
         expected = plain(tokens)
         read = plain.capture(tokens, ["layers.0.attn_norm", "layers.1.attn_norm"])
@@ -496,6 +520,21 @@ def test_compiled_layer_stack_is_one_graph() -> None:
     steps = torch.cat([compiled(part, cache=cache) for part in tokens.split([2, 1, 1], dim=1)], dim=1)
     torch.testing.assert_close(steps, model(tokens), rtol=0, atol=1e-4)
     assert set(graphs) == {2}
+    torch._dynamo.reset()
+
+
+def test_layer_stack_compiles_without_a_graph_break() -> None:
+    """`fullgraph` raises at the first break. The model itself has one before its layers: it reads the active hooks."""
+    model = make_model()
+
+    def stack(x: Tensor) -> Tensor:
+        rope = as_factors(model.freqs_cis[: x.shape[1]])
+        for layer in model.layers:
+            x = layer(x, rope, None, None, NO_HOOKS)
+        return x
+
+    x = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(torch.compile(stack, backend="eager", fullgraph=True)(x), stack(x), rtol=0, atol=1e-4)
     torch._dynamo.reset()
 
 

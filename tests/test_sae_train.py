@@ -3,12 +3,15 @@
 import json
 import math
 import os
+import random
 import signal
+import time
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import torch._dynamo  # an optimizer would import it: here once, and not in every child of the fork server
 import wandb
@@ -24,7 +27,7 @@ from sae.trainer import Hyperparameters, State, Trainer
 from tests.conftest import Launch
 from tests.faults import ForkServer
 from tests.sae_folders import ALONE, SITE, make_batches, sparse_rows
-from tests.sae_ranks import SMALL
+from tests.sae_ranks import SMALL, double_run, layouts, save, trained
 
 
 @pytest.fixture(scope="module")
@@ -256,49 +259,128 @@ def test_killed_at_file_operations_it_ends_with_the_same_bytes(
     assert len(operations) > 5
 
 
-def test_sigterm_saves_the_current_step_and_exits(batches: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_sigterm_saves_the_current_step_and_exits(batches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(config(batches, tmp_path / "clean"), ALONE)
-    step, previous = Trainer.train_step, signal.getsignal(signal.SIGTERM)
-
-    def interrupted(trainer: Trainer, *wishes: Any) -> Any:
-        if trainer.step == 4:
-            for _ in range(2):  # as a process group and its launcher do
-                os.kill(os.getpid(), signal.SIGTERM)  # during step 5, after the wish was read: step 6 is the last
-        return step(trainer, *wishes)
-
-    monkeypatch.setattr(Trainer, "train_step", interrupted)
-    out = tmp_path / "run"
-    with pytest.raises(SystemExit) as end:
-        run(config(batches, out, checkpoint_every=0), ALONE)
-    assert end.value.code == 128 + signal.SIGTERM
+    previous, out = signal.getsignal(signal.SIGTERM), tmp_path / "run"
+    _stop_at(6, config(batches, out, checkpoint_every=0), monkeypatch)
     assert signal.getsignal(signal.SIGTERM) is previous
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000006"]
-    monkeypatch.setattr(Trainer, "train_step", step)
     run(config(batches, out, checkpoint_every=0), ALONE)
     assert same_weights(out, tmp_path / "clean")
     assert [line["step"] for line in read_metrics(out)] == [line["step"] for line in read_metrics(tmp_path / "clean")]
 
 
-def test_two_ranks_give_what_one_gives(launch: Launch, batches: Path, tmp_path: Path) -> None:
-    done = launch("-m", "tests.sae_ranks", batches, tmp_path / "two", ranks=2, limit=300)
-    assert done.returncode == 0, done.stderr
-    run(config(batches, tmp_path / "one", checkpoint_every=1000), ALONE)
-    alone, together = weights(tmp_path / "one"), weights(tmp_path / "two" / "float32")
-    for name, tensor in alone.items():
-        assert (tensor - together[name]).norm() / tensor.norm() < 1e-5
-    for mine, theirs in zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two" / "float32"), strict=True):
-        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-        assert (mine["dead_fraction"], mine["tokens"]) == (theirs["dead_fraction"], theirs["tokens"])
+def logged_run(batches: str, out: str) -> None:
+    """For the fork server: a longer run that notes which rows each step reads."""
+    segments = Schedule.segments
 
-    # What two ranks began, one continues: in float64 nothing but the order of sums differs.
-    stopped = tmp_path / "two" / "stopped"
+    def noted(schedule: Schedule, step: int, rank: int, world_size: int) -> list[tuple[int, int]]:
+        found = list(segments(schedule, step, rank, world_size))
+        with Path(out).with_suffix(".rows").open("a") as file:
+            file.write(f"{step} {found}\n")
+        return found
+
+    Schedule.segments = noted  # type: ignore[assignment, method-assign]
+    run(config(Path(batches), Path(out), epochs=6, log_every=20), ALONE)
+
+
+@pytest.mark.parametrize("n_kills", [4, pytest.param(50, marks=pytest.mark.faults)])
+def test_killed_at_any_moment_it_ends_with_the_same_state(
+    batches: Path, memory_path: Path, fork_server: ForkServer, n_kills: int
+) -> None:
+    """SIGKILL at random moments, five times to a run: the state at its end and the rows read are those of a run left alone."""
+
+    def rows_read(out: Path) -> set[str]:
+        return set(out.with_suffix(".rows").read_text().splitlines())
+
+    assert fork_server.run(logged_run, batches, memory_path / "clean") == 0
+    began = time.monotonic()
+    assert fork_server.run(logged_run, batches, memory_path / "again") == 0  # the first one waited for the server's imports
+    seconds = time.monotonic() - began
+    moments, landed = random.Random(0), 0
+    for n in range(0, n_kills, 5):
+        out = memory_path / str(n)
+        for _ in range(min(5, n_kills)):
+            landed += fork_server.run(logged_run, batches, out, kill_after=moments.uniform(0.05, 0.5) * seconds) == -9
+        assert fork_server.run(logged_run, batches, out) == 0
+        assert (out / "sae" / "sae.safetensors").read_bytes() == (memory_path / "clean/sae/sae.safetensors").read_bytes()
+        last = sorted((out / "checkpoints").iterdir())[-1]
+        for path in last.iterdir():  # with Adam's moments, counts and random state
+            assert path.read_bytes() == (memory_path / "clean" / path.relative_to(out)).read_bytes()
+        assert rows_read(out) == rows_read(memory_path / "clean")
+    assert landed  # a run that continues late ends before its moment comes; the first of five does not
+
+
+@pytest.mark.parametrize(("ranks", "steps"), [(2, 200), (4, 30), pytest.param(4, 200, marks=pytest.mark.faults)])
+def test_any_layout_of_ranks_gives_what_one_gives(
+    launch: Launch, batches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, steps: int
+) -> None:
+    """Rows shared out, latents shared out, and both. In float64 for as long as you like; in float32 trajectories drift apart.
+
+    One process continues what two began, and four, which share out rows and latents, what one began.
+    """
+    if ranks == 4:
+        _stop_at(5, double_run(batches, tmp_path / "resumed"), monkeypatch)
+    done = launch("-m", "tests.sae_ranks", batches, tmp_path, steps, ranks=ranks, limit=300)
+    assert done.returncode == 0, done.stderr
+    alone: dict[str, dict[str, Tensor]] = {}
+    for name, (_, settings, n) in layouts(ranks, steps).items():
+        key = str((settings, n))
+        if key not in alone:
+            save(trained(ALONE, batches, 1, settings, n), tmp_path / "alone")
+            alone[key] = safetensors.torch.load_file(tmp_path / "alone")
+        together = safetensors.torch.load_file(tmp_path / f"{name}.safetensors")
+        assert together.keys() == alone[key].keys()
+        exact = settings.get("dtype") == "float64"
+        for tensor_name, tensor in alone[key].items():
+            other = together[tensor_name]
+            if exact and not tensor.is_floating_point():  # counts of tokens and rows
+                assert torch.equal(tensor, other), (name, tensor_name)
+            elif exact or (n == 1 and tensor_name.startswith("sae.")):
+                error = (tensor - other).norm() / tensor.norm().clamp_min(1e-30)
+                assert error <= (1e-10 if exact else 1e-6), (name, tensor_name, error)
+        assert together["fvu"] == pytest.approx(float(alone[key]["fvu"]), rel=1e-9 if exact else 0.005)
+    if ranks == 2:
+        _whole_runs_agree(batches, tmp_path)
+    stopped = tmp_path / ("stopped" if ranks == 2 else "resumed")
     assert [path.name for path in (stopped / "checkpoints").iterdir()] == ["step-00000005"]
     for out in (stopped, tmp_path / "whole"):
-        run(config(batches, out, dtype="float64", checkpoint_every=0), ALONE)
+        run(double_run(batches, out), ALONE)
     begun, whole = (load(folder / "sae", dtype=torch.float64) for folder in (stopped, tmp_path / "whole"))
     for name, parameter in begun.named_parameters():
         torch.testing.assert_close(parameter, getattr(whole, name), rtol=1e-9, atol=1e-11)
-    assert [line["step"] for line in read_metrics(stopped)] == [line["step"] for line in read_metrics(tmp_path / "whole")]
+    for mine, theirs in zip(read_metrics(stopped), read_metrics(tmp_path / "whole"), strict=True):
+        assert mine["step"] == theirs["step"]
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-9)
+
+
+def _stop_at(n: int, settings: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run until SIGTERM comes in step `n` - 1; step `n` is the last."""
+    step = Trainer.train_step
+
+    def interrupted(trainer: Trainer, *wishes: Any) -> Any:
+        if trainer.step == n - 2:
+            for _ in range(2):  # as a process group and its launcher do
+                os.kill(os.getpid(), signal.SIGTERM)  # the wish of this step was read already
+        return step(trainer, *wishes)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    with pytest.raises(SystemExit) as end:
+        run(settings, ALONE)
+    monkeypatch.setattr(Trainer, "train_step", step)
+    assert end.value.code == 128 + signal.SIGTERM
+
+
+def _whole_runs_agree(batches: Path, together: Path) -> None:
+    """What two ranks wrote as a run."""
+    alone = together / "one"
+    run(config(batches, alone, checkpoint_every=1000), ALONE)
+    for name, tensor in weights(alone).items():
+        assert (tensor - weights(together / "float32")[name]).norm() / tensor.norm() < 1e-5
+    for mine, theirs in zip(read_metrics(alone), read_metrics(together / "float32"), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        for name in ("dead_fraction", "tokens", "since_fired_histogram", "density_histogram"):
+            assert mine[name] == theirs[name]
 
 
 def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(batches: Path, tmp_path: Path) -> None:

@@ -163,7 +163,7 @@ def convert(path: Path, monkeypatch: pytest.MonkeyPatch) -> Trainee:
 
 @needs_real
 def test_real_tokenizer_gives_the_ids_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """2,000 lines of real text, the texts above, and 1,000 made ones."""
+    """2,000 lines of real text, the texts above, and 10,000 made ones."""
     from transformers import PreTrainedTokenizerFast
 
     theirs = PreTrainedTokenizerFast(tokenizer_object=convert(REAL, monkeypatch))
@@ -173,7 +173,7 @@ def test_real_tokenizer_gives_the_ids_of_transformers(monkeypatch: pytest.Monkey
     assert len(lines) == 2000
     compare(ours, theirs, [*lines, *TEXTS])
 
-    @settings(QUIET, max_examples=50)  # of 20 texts each
+    @settings(QUIET, max_examples=500)  # of 20 texts each
     @given(st.lists(STRINGS, min_size=20, max_size=20))
     def compare_made(texts: list[str]) -> None:
         compare(ours, theirs, texts)

@@ -1,6 +1,7 @@
 """Top sentences of every latent: against brute force, across ranks, and what is refused."""
 
 import hashlib
+import math
 import os
 import subprocess
 import sys
@@ -12,16 +13,22 @@ import pytest
 import safetensors.torch
 import torch
 
+from capture.activations import ActivationsConfig
+from capture.activations import run as capture_activations
 from capture.store import open_activations, open_corpus
 from core import files
 from core.artifact import building, open_artifact, verify
 from core.cli import parse
+from interpretability.background import Background, cofiring
+from interpretability.ngrams import NgramCounter, ngrams_of
 from interpretability.promoted import promoted_by
-from interpretability.records import HISTOGRAM_BINS, open_top
+from interpretability.records import HISTOGRAM_BINS, HISTOGRAM_FIRST_EXPONENT, TopSentences, open_top
+from interpretability.selection import Hits, Ragged, Sentences, offsets_of
 from interpretability.top_sentences import TopSentencesConfig, run
 from llama3 import load_model, load_tokenizer
 from sae.model import load
-from tests.interp_folders import SITE, ChunkConfig, Folders, make_folders, random_texts, solo
+from tests.interp_folders import SITE, ChunkConfig, Folders, make_folders, make_sae, random_texts, solo
+from tests.tiny import tiny_llama
 
 
 def config(folders: Folders, out: Path, *flags: str) -> TopSentencesConfig:
@@ -85,6 +92,13 @@ def test_equal_to_brute_force(tmp_path: Path, n_sentences: int) -> None:
                 assert sentence.activations == sentences[sentence.sentence_id][:, latent].tolist()
                 assert sentence.text == texts[sentence.sentence_id] == "".join(sentence.tokens)
     assert ties > 100  # the order among equals was put to the test
+    peaks = torch.stack([dense.amax(0) for dense in sentences], 1)
+    for latent in range(n_latents):
+        found = top.levels(latent)
+        assert [s.sentence_id for s in found] == reference_levels(peaks[latent].tolist(), latent, 2)
+        assert [s.rank for s in found] == list(range(len(found)))
+        assert all(s.value == max(s.activations) == peaks[latent, s.sentence_id] for s in found)
+    check_background(top, sentences, texts)
 
 
 def test_texts_names_and_labels_are_those_of_the_sentence(folders: Folders, top: Path) -> None:
@@ -269,5 +283,113 @@ def test_readers_refuse_what_is_not_there(top: Path) -> None:
 def test_the_pool_holds_each_sentence_once(top: Path) -> None:
     opened = open_top(top)
     ids = [s.sentence_id for latent in range(64) for a in ("max", "mean", "last") for s in opened.sentences(latent, a)]
+    ids += [s.sentence_id for latent in range(64) for s in opened.levels(latent)]
     pool = opened.pool()
     assert [s.sentence_id for s in pool] == sorted(set(ids))
+
+
+def plain_hash(*keys: int) -> int:
+    """SplitMix64's finaliser over each key, in Python's own integers; the upper bits are left out."""
+    mixed, mask = 0, 2**64 - 1
+    for key in keys:
+        mixed = (mixed + key + 0x9E3779B97F4A7C15) & mask
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & mask
+        mixed ^= mixed >> 31
+    return mixed % 2**31
+
+
+def reference_levels(peaks: list[float], latent: int, n: int) -> list[int]:
+    """Ids of the `n` sentences of least hash in each bin of the peak, the highest bin first."""
+    found: list[int] = []
+    for level in reversed(range(HISTOGRAM_BINS)):
+        low = 0 if level == 0 else 2.0 ** (level + HISTOGRAM_FIRST_EXPONENT)
+        high = math.inf if level == HISTOGRAM_BINS - 1 else 2.0 ** (level + 1 + HISTOGRAM_FIRST_EXPONENT)
+        there = [i for i, peak in enumerate(peaks) if peak > 0 and low <= peak < high]
+        found += sorted(there, key=lambda i: (plain_hash(latent, i, 0), i))[:n]
+    return found
+
+
+def check_background(top: TopSentences, sentences: list[torch.Tensor], texts: list[str]) -> None:
+    """The sample and the latents that fire together, against every pair of columns of the dense activations."""
+    background = top.background()
+    limit = 2**31 * 1000 // len(texts)
+    assert [s.sentence_id for s in background] == [i for i in range(len(texts)) if plain_hash(i, 0, 1) < limit]
+    for found in background:
+        dense = torch.zeros_like(sentences[found.sentence_id])
+        dense[torch.from_numpy(found.positions), torch.from_numpy(found.latents)] = torch.from_numpy(found.activations)
+        assert torch.equal(dense, sentences[found.sentence_id])
+        assert found.text == texts[found.sentence_id] == "".join(found.tokens)
+    fires = torch.cat([sentences[s.sentence_id] for s in background]) > 0
+    both = (fires.double().T @ fires.double()).long()
+    alone = both.diagonal()
+    for latent in range(top.n_latents):
+        others = [i for i in range(top.n_latents) if i != latent and both[latent, i]]
+        share = {i: int(both[latent, i]) / int(alone[latent] + alone[i] - both[latent, i]) for i in others}
+        expected = sorted(others, key=lambda i: (-share[i], i))[:8]
+        together = top.statistics(latent).cofiring
+        assert [row["latent"] for row in together] == expected
+        assert [row["count"] for row in together] == [int(both[latent, i]) for i in expected]
+        assert [row["jaccard"] for row in together] == pytest.approx([share[i] for i in expected], rel=1e-6)
+
+
+def test_straight_from_the_model_gives_the_same_folder(tmp_path: Path) -> None:
+    """Stored by capture.activations and read back, or never stored: the same tables to the last bit."""
+    stored = make_folders(tmp_path, random_texts(60), integers=False)
+    capture = parse(ActivationsConfig, "", [
+        "--model", str(stored.model), "--corpus", str(stored.corpus), "--out", str(tmp_path / "acts"), "--sites", SITE,
+        "--max-length", "100", "--device", "cpu", "--threads", "1",
+    ])  # fmt: skip
+    capture_activations(capture, solo())
+    captured = stored._replace(activations=tmp_path / "acts", sae=tmp_path / "sae2")
+    make_sae(captured.sae, captured.activations, 64, 6)
+    run(config(captured, tmp_path / "from-disk"), solo())
+    argv = ["--sae", str(captured.sae), "--model", str(captured.model), "--corpus", str(captured.corpus)]
+    run(parse(TopSentencesConfig, "", [*argv, "--out", str(tmp_path / "live"), "--device", "cpu", "--threads", "1"]), solo())
+    one, other = digest(tmp_path / "from-disk"), digest(tmp_path / "live")
+    assert {name: one[name] for name in one if name != "manifest.json"} == {
+        name: other[name] for name in other if name != "manifest.json"
+    }
+    left, right = (open_artifact(tmp_path / name).manifest for name in ("from-disk", "live"))
+    assert (left.counts, left.provenance) == (right.counts, right.provenance)
+
+
+def test_another_model_is_refused_when_it_is_asked_live(folders: Folders, tmp_path: Path) -> None:
+    other = tiny_llama(tmp_path / "other", seed=9)
+    argv = ["--sae", str(folders.sae), "--model", str(other), "--corpus", str(folders.corpus), "--out", str(tmp_path / "top")]
+    with pytest.raises(ValueError, match="the model of --model: model_hash is") as refused:
+        run(parse(TopSentencesConfig, "", argv), solo())
+    assert str(load(folders.sae).cfg.provenance["model_hash"]) in str(refused.value)
+
+
+def test_many_blocks_of_cofiring_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 9, (40,), generator=generator)
+    tokens = Ragged(torch.zeros(int(lengths.sum()), dtype=torch.int32), offsets_of(lengths))
+    fires = torch.rand(len(tokens.values), 30, generator=generator) < 0.2
+    token, latents = fires.nonzero(as_tuple=True)
+    rows = torch.searchsorted(tokens.offsets, token, right=True) - 1
+    hits = Hits(latents, torch.ones(len(token)), token - tokens.offsets[rows], rows)
+    background = Background(Sentences(torch.arange(40), torch.zeros(40), tokens), hits)
+    whole = cofiring(background, 30, 5)
+    monkeypatch.setattr("interpretability.background.PAIRS_AT_ONCE", 10)
+    assert cofiring(background, 30, 5) == whole
+    assert all(len(row) == 5 for row in whole)
+
+
+def test_ngrams_against_the_formula() -> None:
+    rest = [
+        "the old harbour master slept",
+        "the harbour was calm",
+        "bread and butter",
+        "a calm sea",
+        *["nothing of note"] * 4000,
+    ]
+    top = ["old harbour lights", "the old harbour burned", "an old harbour"]
+    found = NgramCounter(rest).strongest([ngrams_of(text) for text in top], 3)
+    assert found[0]["text"] == "old harbour"  # "old" alone is in the same sentences
+    n_here, n_rest = (sum(len(gram) == 2 for text in texts for gram in ngrams_of(text)) for texts in (top, rest))
+    a = 1000 * 4 / (n_here + n_rest)
+    z = math.log((3 + a) / (n_here + 1000 - 3 - a)) - math.log((1 + a) / (n_rest + 1000 - 1 - a))
+    assert found[0]["z"] == pytest.approx(z / math.sqrt(1 / (3 + a) + 1 / (1 + a)), abs=0.01)
+    assert found[0]["count"] == 3

@@ -69,7 +69,7 @@ def tiny_sae(model_path: Path, site: str, n_latents: int = 48, k: int = 6, seed:
     x = torch.cat([model.capture(torch.tensor([tokenizer.encode(s)]), sites=[site])[site][0, 1:] for s in SENTENCES])
     scale = float(x.shape[1] ** 0.5 / x.norm(dim=1).mean()) if norm == "dataset" else 1.0
     provenance = {
-        "model_hash": model.weights_hash, "tokenizer_hash": tokenizer.hash, "site": site, "dtype": "float32", "bos": "none"
+        "model_hash": model.weights_hash, "tokenizer_hash": tokenizer.hash, "site": site, "dtype": "fp32", "bos": "none"
     }  # fmt: skip
     sae = SAE(
         SAEConfig(d_model=model.params.dim, n_latents=n_latents, k=k, norm=norm, scale=scale, provenance=provenance)

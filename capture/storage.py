@@ -1,0 +1,70 @@
+"""The types in which activations are stored: bf16, fp32, or int8 with one scale per row.
+
+Shapes: N rows, D d_model.
+"""
+
+from typing import Literal, NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+Storage = Literal["bf16", "fp32", "int8"]
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
+INT8_MAX = 127
+
+
+def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` (N, D) as int8, and the scales (N,) float32 that give it back: the greatest absolute value of a row becomes 127.
+
+    The error of a value is at most half a scale. A row of zeros has scale 0; one with NaN or Inf a scale that is not finite.
+    """
+    x = x.float()
+    scales = x.abs().amax(dim=1) / INT8_MAX
+    return (x / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round_().to(torch.int8), scales
+
+
+def dequantise(values: Tensor, scales: Tensor) -> Tensor:
+    """The float32 rows (N, D) that `quantise` was given, as far as int8 holds them."""
+    return values.float() * scales[:, None]
+
+
+class StoredRows(NamedTuple):
+    """Rows as they lie in a file."""
+
+    activations: Tensor
+    """(N, D) bfloat16, float32 or int8."""
+    scales: Tensor | None
+    """(N,) float32 for int8, else None."""
+
+    @classmethod
+    def empty(cls, n_rows: int, d_model: int, storage: Storage, device: torch.device) -> Self:
+        scales = torch.empty(n_rows, device=device) if storage == "int8" else None
+        return cls(torch.empty(n_rows, d_model, dtype=DTYPES[storage], device=device), scales)
+
+    def put_(self, places: Tensor, x: Tensor) -> None:
+        """Store the rows `x` at `places`."""
+        if self.scales is None:
+            self.activations.index_copy_(0, places, x.to(self.activations.dtype))
+        else:
+            values, scales = quantise(x)
+            self.activations.index_copy_(0, places, values)
+            self.scales.index_copy_(0, places, scales)
+
+    def norms(self) -> Tensor:
+        """(N,) float32; not finite where a value is not, or where squares overflow."""
+        rows = self.activations if self.scales is None else dequantise(self.activations, self.scales)
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+        return norms
+
+    def finite(self, rows: Tensor) -> Tensor:
+        """Whether each of `rows` holds finite values alone; bool, like `rows`."""
+        return self.activations[rows].isfinite().all(dim=1) if self.scales is None else self.scales[rows].isfinite()
+
+    def kept(self, mask: Tensor) -> "StoredRows":
+        """The rows where `mask` (N,) is True."""
+        return StoredRows(self.activations[mask], None if self.scales is None else self.scales[mask])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By their names in the file."""
+        named = {"activations": self.activations, "scales": self.scales}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}

@@ -1,0 +1,175 @@
+"""The askers that answer at once: a server that speaks OpenAI's chat completions, and a Llama in this process."""
+
+import io
+import json
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.artifact import verify
+from core.cli import parse
+from interpretability.explain import ExplainConfig, chosen, run
+from interpretability.records import read_explanations
+from tests import written_latents as written
+from tests.fake_batches import GOOD
+from tests.interp_folders import solo
+from tests.tiny import tiny_llama
+
+KEY = "sk-test-9876543210"
+
+
+class ChatHandler(BaseHTTPRequestHandler):
+    """Answers with what `script` says for the n-th call: a status, or the text of a reply; GOOD behind its end."""
+
+    script: list[Any]
+    seen: list[dict[str, Any]]
+    lock: threading.Lock
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        with self.lock:
+            said = self.script.pop(0) if self.script else GOOD
+            self.seen.append(body | {"path": self.path, "key": self.headers.get("authorization", "")})
+        status, text = (said, "") if isinstance(said, int) else (200, said)
+        reply: Any = {"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
+        if text == "length":
+            reply["choices"][0]["finish_reason"] = "length"
+        elif text == "no chat":
+            reply = {"error": KEY}
+        content = json.dumps(reply).encode() if status == 200 else f"no: {self.headers.get('authorization')}".encode()
+        self.send_response(status)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[str, type[ChatHandler]]]:
+    handler = type("Handler", (ChatHandler,), {"script": [], "seen": [], "lock": threading.Lock()})
+    http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    yield f"http://127.0.0.1:{http.server_address[1]}/v1", handler
+    http.shutdown()
+    http.server_close()
+
+
+@pytest.fixture(scope="module")
+def top(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    fires = [written.on("soldiers"), written.on("she", "her"), lambda s, i: 0.0, written.on("?"), written.on("of")]
+    return written.write_top(tmp_path_factory.mktemp("written") / "top", written.sentences(600), fires, n=10)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("interpretability.chat_server.time.sleep", lambda seconds: None)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+def config(top: Path, out: Path, *flags: str) -> ExplainConfig:
+    return parse(ExplainConfig, "", ["run", "--top", str(top), "--out", str(out), *flags])
+
+
+def openai(top: Path, out: Path, url: str, *flags: str) -> ExplainConfig:
+    return config(top, out, "--backend", "openai", "--base-url", url, "--model", "m", "--concurrency", "1", "--yes", *flags)
+
+
+def test_a_server_is_asked_again_where_it_is_busy(top: Path, tmp_path: Path, server: tuple[str, type[ChatHandler]]) -> None:
+    url, handler = server
+    handler.script[:] = [429, 503, GOOD, "length", "no chat", "It is about {ships."]
+    run(openai(top, tmp_path / "out", url), solo())
+    found = read_explanations(tmp_path / "out")
+    states = Counter(explanation.state for explanation in found.values())
+    assert states == {"valid": 1, "failed": 4}
+    reasons = {explanation.reason.split(":")[0] for explanation in found.values() if explanation.state == "failed"}
+    assert reasons == {"never fired", "cut off at --max-tokens", "the server's reply is no chat completion", "malformed reply"}
+    assert any(explanation.reply == "It is about {ships." for explanation in found.values())
+    assert len(handler.seen) == 6
+    assert {(call["path"], call["model"], call["key"]) for call in handler.seen} == {
+        ("/v1/chat/completions", "m", f"Bearer {KEY}")
+    }
+    verify(tmp_path / "out")
+
+
+def test_refusals_end_at_once_and_do_not_tell_the_key(top: Path, tmp_path: Path, server: tuple[str, type[ChatHandler]]) -> None:
+    url, handler = server
+    handler.script[:] = [GOOD, 401]
+    with pytest.raises(ValueError, match=r"HTTP 401: no: Bearer \[API key\]") as refused:
+        run(openai(top, tmp_path / "out", url), solo())
+    assert KEY not in str(refused.value)
+    asked = len(handler.seen)
+    run(openai(top, tmp_path / "out", url), solo())  # what was answered is not asked again
+    assert len(handler.seen) == asked + 3
+    for path in (tmp_path / "out").rglob("*"):
+        assert path.is_dir() or KEY.encode() not in path.read_bytes()
+
+
+def test_a_server_that_is_away(top: Path, tmp_path: Path, server: tuple[str, type[ChatHandler]]) -> None:
+    url, handler = server
+    handler.script[:] = [500] * 9
+    with pytest.raises(ConnectionError, match=r"HTTP 500: .*, 2 times; the same command goes on"):
+        run(openai(top, tmp_path / "a", url, "--attempts", "2"), solo())
+    with pytest.raises(ConnectionError, match=r"127.0.0.1:9/v1/chat/completions"):
+        run(openai(top, tmp_path / "b", "http://127.0.0.1:9/v1", "--attempts", "1"), solo())
+
+
+def test_cost_of_a_server(
+    top: Path, tmp_path: Path, server: tuple[str, type[ChatHandler]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, handler = server
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    prices = ("--price-in", "1", "--price-out", "2")
+    with pytest.raises(ValueError, match="give --price-in and --price-out"):
+        run(openai(top, tmp_path / "a", url, "--budget", "1"), solo())
+    with pytest.raises(ValueError, match=r"--budget 0.01: "):  # 4 answers of 2,048 tokens cost more
+        run(openai(top, tmp_path / "b", url, "--budget", "0.01", *prices), solo())
+    with pytest.raises(ValueError, match="add --yes"):
+        run(config(top, tmp_path / "c", "--backend", "openai", "--base-url", url, "--model", "m"), solo())
+    assert not handler.seen
+
+
+def test_a_llama_in_this_process(top: Path, tmp_path: Path) -> None:
+    """A random model rambles: nothing it says is stored as an explanation, and what does not fit its context is told."""
+    roomy = tiny_llama(tmp_path / "roomy", max_seq_len=16_384)
+    flags = ("--backend", "llama", "--max-tokens", "5", "--examples", "2", "--latents", "0-2")
+    run(config(top, tmp_path / "out", "--model", str(roomy), *flags), solo())
+    found = read_explanations(tmp_path / "out")
+    assert list(found) == [0, 1, 2]
+    assert {explanation.state for explanation in found.values()} == {"failed"}
+    assert found[0].method == "llama"
+    assert found[0].model.startswith("roomy ")
+    assert found[0].reason.startswith(("cut off", "malformed"))
+    narrow = tiny_llama(tmp_path / "narrow")
+    run(config(top, tmp_path / "narrow-out", "--model", str(narrow), *flags), solo())
+    assert "the context holds 128" in read_explanations(tmp_path / "narrow-out")[0].reason
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--backend", "openai"], "--model is missing"),
+    (["--backend", "llama"], "--model is missing"),
+    (["--latents", "3-9", "--backend", "token_statistics"], "'3-9' is no latent or range of latents from 0 to 4"),
+    (["--max-tokens", "0"], "--max-tokens must be at least 1"),
+])  # fmt: skip
+def test_bad_flags(top: Path, tmp_path: Path, flags: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(config(top, tmp_path / "out", *flags), solo())
+
+
+def test_steps_are_for_batches(top: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"submit: only the backend anthropic works in steps; give run for token_statistics"):
+        parse(ExplainConfig, "", ["submit", "--top", str(top), "--out", str(tmp_path / "out")])
+
+
+def test_latents_by_number_and_range() -> None:
+    assert chosen("", 3) == [0, 1, 2]
+    assert chosen("5, 1-2,2", 6) == [1, 2, 5]
+    for text in ("6", "2-1", "a", "-1", "1-"):
+        with pytest.raises(ValueError, match="is no latent"):
+            chosen(text if text != "1-" else "1-x", 6)
