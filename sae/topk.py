@@ -1,38 +1,47 @@
-"""Exact top-k of the latents' pre-activations, in two levels.
+"""Exact top-k of the latents' pre-activations, level by level.
 
 Shapes: N rows, n latents, k kept, G latents in a group, m groups.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+GROUPS = (64, 32, 16, 8)  # sizes tried, the largest first
+SPARE = 6  # groups per element kept: with fewer, the next level has too many candidates (measured, docs/performance.md)
 
 
 def top_k(h: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row of `h` [N, n] in falling order: values [N, k] and indices [N, k] int64.
 
-    Exact in values: an element of the top k lies in one of the k groups with the largest maxima, so it is enough to look there.
-    Where values tie, the choice depends on the input alone. NaN must be refused before: it would rank first.
+    Exact in values: an element of the top k lies in one of the k groups with the largest maxima, so it is enough to look there,
+    and to look there in the same way. Where values tie, the choice depends on the input alone. NaN must be refused before: it
+    would rank first.
     """
-    n = h.shape[-1]
+    n = h.shape[1]
     group = group_size(n, k)
-    m = n // group
-    if m < 2 * k:
+    if group == 1 or len(h) == 0:
         return torch.topk(h, k)
-    # Group j holds the latents j, j + m, j + 2m, ...: the maxima then run over whole rows of m, which vectorises.
-    grouped = h[:, : group * m].reshape(-1, group, m)  # (N, G, m), a view
-    best = torch.topk(grouped.amax(1), k, sorted=False).indices  # (N, k)
-    candidates = grouped.gather(2, best[:, None].expand(-1, group, -1)).flatten(1)  # (N, G * k)
-    columns = (best[:, None] + m * torch.arange(group, device=h.device)[:, None]).flatten(1)  # their latents, (N, G * k)
-    if group * m < n:
-        rest = torch.arange(group * m, n, device=h.device).expand(h.shape[0], -1)
-        candidates, columns = torch.cat((candidates, h[:, group * m :]), 1), torch.cat((columns, rest), 1)
-    values, where = torch.topk(candidates, k)
-    return values, columns.gather(1, where)
+    m = n // group
+    grouped = h[:, : m * group].unflatten(1, (m, group))  # (N, m, G), a view
+    best = torch.topk(grouped.amax(2), k, sorted=False).indices  # (N, k)
+    candidates = _take_groups(grouped, best).flatten(1)  # (N, k * G)
+    if m * group < n:
+        candidates = torch.cat((candidates, h[:, m * group :]), 1)
+    values, where = top_k(candidates, k)
+    slot = where.div(group, rounding_mode="floor")
+    inside = best.gather(1, slot.clamp_max(k - 1)) * group + where % group
+    return values, torch.where(slot < k, inside, where - k * group + m * group)
+
+
+def _take_groups(grouped: Tensor, chosen: Tensor) -> Tensor:
+    """`out[i, j] = grouped[i, chosen[i, j]]`: [N, k, G] from [N, m, G] and [N, k]."""
+    rows = torch.arange(len(grouped), device=grouped.device)[:, None]
+    if grouped.is_contiguous():  # whole rows of a matrix: many times faster than a gather of single elements
+        return F.embedding(chosen + rows * grouped.shape[1], grouped.flatten(0, 1))
+    return grouped[rows, chosen]
 
 
 def group_size(n: int, k: int) -> int:
-    """A power of two near sqrt(n / k), at most 32: there the maxima (n / G) and the candidates (G * k) cost about the same."""
-    size = 2
-    while size < 32 and 2 * size * size * k <= n:
-        size *= 2
-    return size
+    """The largest group that leaves `SPARE * k` maxima to choose from; 1 where none does."""
+    return next((size for size in GROUPS if n // size >= SPARE * k), 1)

@@ -1,0 +1,181 @@
+"""A training step of ours beside the encoder's forward product alone, the dense step, and three libraries; pairs, in one run.
+
+    python -m benchmarks.bench_sae --dead 0                            # nothing dead; likewise 0.01 and 0.4
+    python -m benchmarks.bench_sae --dead 0.01 --d 3072 --n 65536 --k 64 --batch 8192 --device cuda      # benchmarks/gpu.sh
+
+In each round everything is timed once, one after another, so that a machine that slows down slows all; a ratio is the median over
+rounds of neighbouring timings, with its quartiles. Libraries that are not installed are left out and named.
+"""
+
+import ctypes
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+from benchmarks.sae_peers import DenseStep, DictionaryLearning, Library, Ours, SAELens, Setup, Sparsify
+from sae.product import dense_product
+from sae.step import CPU_ELEMENTS
+
+REACH = {
+    "product, PyTorch": 1.8,
+    "product, fastest": 1.8,
+    "dense step": 4.0,
+    "sparsify": 1.5,
+    "SAELens": 5.0,
+    "dictionary_learning": 5.0,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """What is measured and where."""
+
+    out: Path | None = None
+    """JSON with every timing."""
+    d: int = 512
+    n: int = 16_384
+    k: int = 32
+    batch: int = 2048
+    dead: float = 0.0
+    """Share of the latents that count as dead: AuxK is off at 0."""
+    rounds: int = 15
+    device: str = "cpu"
+    threads: int = 0
+    """CPU threads; 0 keeps PyTorch's choice."""
+    only: tuple[str, ...] = ()
+    """Names from the table to time besides ours; empty: all."""
+
+
+class Timed:
+    """Something run once a round, with what it took."""
+
+    def __init__(self, name: str, run: Callable[[], object]) -> None:
+        self.name, self.run, self.seconds = name, run, list[float]()
+
+
+def products(z: Tensor, W: Tensor, b: Tensor) -> list[Timed]:
+    """The encoder's forward product: as PyTorch computes it, and the fastest way known on this machine."""
+    blocks = torch.split(z, max(1, CPU_ELEMENTS // len(W))) if z.device.type == "cpu" else [z]
+
+    @torch.no_grad()
+    def fastest() -> None:
+        for block in blocks:
+            dense_product(block, W, b)
+
+    @torch.no_grad()
+    def usual() -> None:
+        F.linear(z, W, b)
+
+    return [Timed("product, PyTorch", usual), Timed("product, fastest", fastest)]
+
+
+def libraries(setup: Setup) -> dict[str, Library]:
+    """Those that are installed."""
+    found: dict[str, Library] = {"ours": Ours(setup), "dense step": DenseStep(setup)}
+    for name, make in {"sparsify": Sparsify, "SAELens": SAELens, "dictionary_learning": DictionaryLearning}.items():
+        try:
+            found[name] = make(setup)
+        except ImportError as error:
+            print(f"{name} is not installed ({error}); see benchmarks/requirements.txt")
+    return found
+
+
+def measure(timed: list[Timed], rounds: int, device: str) -> None:
+    for round_ in range(-2, rounds):  # two rounds to warm up
+        for item in timed:
+            start = time.perf_counter()
+            item.run()
+            if device != "cpu":
+                torch.cuda.synchronize()
+            if round_ >= 0:
+                item.seconds.append(time.perf_counter() - start)
+
+
+def peak_bytes(run: Callable[[], object], device: str) -> int:
+    """Memory that `run` takes beyond what is held before and after it."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    if platform.system() != "Linux":
+        return 0
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier steps left in the allocator would hide what this one takes
+
+    def status(name: str) -> int:
+        text = Path("/proc/self/status").read_text(encoding="ascii")
+        return 1024 * int(text.split(f"{name}:")[1].split()[0])
+
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak starts anew
+    before = status("VmRSS")
+    run()
+    return status("VmHWM") - before
+
+
+def main(config: BenchConfig) -> None:
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    setup = Setup(d=config.d, n=config.n, k=config.k, batch=config.batch, device=config.device)
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(config.batch, config.d, generator=generator).to(config.device)
+    dead = torch.randperm(config.n, generator=generator)[: round(config.dead * config.n)].sort().values.to(config.device)
+    found = libraries(setup)
+    ours = found["ours"]
+    assert isinstance(ours, Ours)
+
+    def step(library: Library) -> Callable[[], None]:
+        def run() -> None:
+            library.set_dead(dead)
+            library.step(z)
+
+        return run
+
+    timed = [Timed(name, step(library)) for name, library in found.items()]
+    timed[1:1] = products(z, ours.sae.W_enc.detach(), ours.sae.b_enc.detach())
+    if config.only:
+        timed = [item for item in timed if item.name in ("ours", *config.only)]
+    measure(timed, config.rounds, config.device)
+    extra = peak_bytes(timed[0].run, config.device)
+    report(config, timed, extra)
+
+
+def report(config: BenchConfig, timed: list[Timed], extra: int) -> None:
+    mine = timed[0].seconds
+    print(f"d {config.d}, n {config.n}, k {config.k}, batch {config.batch}, {100 * config.dead:g} % dead, {config.rounds} rounds, "
+          f"{config.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")  # fmt: skip
+    print(f"{'':<22}{'ms':>9}{'ratio':>8}{'quartiles':>16}   reach")
+    for item in timed:
+        ms = 1e3 * statistics.median(item.seconds)
+        if item.name == "ours":
+            print(f"{item.name:<22}{ms:>9.1f}")
+            continue
+        is_product = item.name.startswith("product")
+        ratios = [a / b if is_product else b / a for a, b in zip(mine, item.seconds, strict=True)]
+        ratio, reach = statistics.median(ratios), REACH[item.name]
+        low, _, high = statistics.quantiles(ratios, n=4)
+        asked = not (is_product and config.dead)
+        met = "yes" if (ratio <= reach if is_product else ratio >= reach) else "NO"
+        mark = f"{'<=' if is_product else '>='} {reach:g}: {met}" if asked else ""
+        print(f"{item.name:<22}{ms:>9.1f}{ratio:>8.2f}{low:>8.2f}{high:>8.2f}   {mark}")
+    rate = config.batch / statistics.median(mine)
+    tensors = extra / (2 * config.batch * config.n)
+    print(f"{rate:,.0f} activations/s; memory beyond weights and optimizer: {extra / 2**20:,.0f} MiB = {tensors:.2f} tensors "
+          f"[batch, n] in bf16 (<= 3)")  # fmt: skip
+    if config.out:
+        settings = {name: str(value) for name, value in asdict(config).items()}
+        result = {"config": settings, "seconds": {item.name: item.seconds for item in timed}, "extra_bytes": extra}
+        config.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(BenchConfig, description=__doc__))

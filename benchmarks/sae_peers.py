@@ -1,0 +1,297 @@
+"""One training step and one reconstruction of each library, behind the same two calls.
+
+Each class drives the library's own model, loss and optimizer the way its own training loop does, without that loop's data loading,
+logging and saving. Rows come in normalised to a mean norm of sqrt(d), for all alike. Snapshots: see benchmarks/requirements.txt.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "0" if torch.cuda.is_available() else "1")
+
+from sae.loss import aux_weight, default_k_aux
+from sae.model import SAE, SAEConfig
+from sae.step import Weights, topk_step
+from sae.update import update_
+
+NEVER = 10**9  # since when a latent that is to count as dead has not fired
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What all libraries are given alike."""
+
+    d: int
+    n: int
+    k: int
+    batch: int
+    steps: int = 10_000
+    """Length of the run, for schedules."""
+    seed: int = 0
+    device: str = "cpu"
+    dead_after: int = 10_000_000
+    """Rows without firing after which a latent is dead."""
+
+    @property
+    def lr(self) -> float:
+        """2e-4 / sqrt(n / 16,384): Gao et al. 2024, figure 3; ours, sparsify's (Adam) and dictionary_learning's default."""
+        return 2e-4 / (self.n / 2**14) ** 0.5
+
+
+class Library(Protocol):
+    """What is timed and compared."""
+
+    def step(self, z: Tensor) -> None:
+        """One training step on rows `z` [N, d]."""
+
+    def reconstruct(self, z: Tensor) -> Tensor:
+        """`z_hat` [N, d]."""
+
+    def set_dead(self, dead: Tensor) -> None:
+        """Have the latents `dead` count as dead in the next step, and keep them from firing."""
+
+    def dead_count(self) -> int:
+        """Latents dead by the library's own count."""
+
+
+def decayed(step: int, steps: int) -> float:
+    """Share of the peak learning rate at `step`: linear warm-up over 5 %, then a cosine to zero. Our trainer's schedule."""
+    warmup = max(1, steps // 20)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * (step - warmup) / max(1, steps - 1 - warmup)))))
+
+
+class Ours:
+    """This repository."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.sae = SAE(SAEConfig(d_model=setup.d, n_latents=setup.n, k=setup.k, norm="none"))
+        self.sae.initialise_("tied", torch.Generator().manual_seed(setup.seed))
+        self.sae.to(setup.device)
+        self.optimizer = torch.optim.Adam(
+            self.sae.parameters(), lr=setup.lr, eps=6.25e-10, decoupled_weight_decay=True, fused=True
+        )
+        self.since = torch.zeros(setup.n, dtype=torch.long, device=setup.device)
+        self.k_aux = default_k_aux(setup.d)
+        self.count = 0
+
+    @torch.no_grad()
+    def step(self, z: Tensor) -> None:
+        if self.count == 0:
+            self.sae.b_pre.copy_(z.mean(0))
+        dead = (self.since >= self.setup.dead_after).nonzero()[:, 0]
+        weights = Weights(1 / z.numel(), aux_weight(len(dead), self.k_aux, 1 / 32) / z.numel())
+        part = topk_step(self.sae, z, weights, dead, self.k_aux)
+        assert part.gradients.finite()
+        self.optimizer.param_groups[0]["lr"] = self.setup.lr * decayed(self.count, self.setup.steps)
+        update_(self.sae, self.optimizer, part.gradients)
+        self.since += len(z)
+        self.since[part.fired > 0] = 0
+        self.count += 1
+
+    @torch.no_grad()
+    def reconstruct(self, z: Tensor) -> Tensor:
+        return self.sae(z)
+
+    @torch.no_grad()
+    def set_dead(self, dead: Tensor) -> None:
+        self.since.zero_()[dead] = NEVER
+        self.sae.b_enc[dead] = -10
+
+    def dead_count(self) -> int:
+        return int((self.since >= self.setup.dead_after).sum())
+
+
+class DenseStep:
+    """The reference run's step, from its formula: everything dense, autograd, AdamW; decoder rows kept at unit norm.
+
+    Its two slips (no averaging over GPUs, the wrong axis of the decoder) are left out: they would not change the time.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        generator = torch.Generator().manual_seed(setup.seed)
+        rows = F.normalize(torch.randn(setup.n, setup.d, generator=generator), dim=1)
+        self.W_enc = rows.clone().to(setup.device).requires_grad_()
+        self.W_dec = rows.T.contiguous().to(setup.device).requires_grad_()  # (d, n), as nn.Linear holds it
+        self.b_enc = torch.zeros(setup.n, device=setup.device, requires_grad=True)
+        self.b_pre = torch.zeros(setup.d, device=setup.device, requires_grad=True)
+        self.optimizer = torch.optim.AdamW(
+            [self.W_enc, self.W_dec, self.b_enc, self.b_pre], lr=5e-5, betas=(0.85, 0.9999), eps=6.25e-10
+        )
+        self.since = torch.zeros(setup.n, dtype=torch.long, device=setup.device)
+        self.k_aux = default_k_aux(setup.d)
+
+    def _kept(self, h: Tensor, k: int) -> Tensor:
+        values, indices = h.topk(k)
+        return torch.zeros_like(h).scatter(1, indices, values.relu())
+
+    def step(self, z: Tensor) -> None:
+        h = F.linear(z - self.b_pre, self.W_enc, self.b_enc)
+        kept = self._kept(h, self.setup.k)
+        z_hat = F.linear(kept, self.W_dec) + self.b_pre
+        loss = F.mse_loss(z_hat, z)
+        dead = self.since >= self.setup.dead_after
+        if n_dead := int(dead.sum()):
+            among_dead = self._kept(h.masked_fill(~dead, float("-inf")), min(self.k_aux, n_dead))
+            e_hat = F.linear(among_dead, self.W_dec)
+            loss = loss + aux_weight(n_dead, self.k_aux, 1 / 32) * F.mse_loss(e_hat, (z - z_hat).detach())
+        loss.backward()
+        with torch.no_grad():
+            self.W_dec.grad -= (self.W_dec.grad * self.W_dec).sum(0) * self.W_dec
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.W_dec /= self.W_dec.norm(dim=0)
+            self.since += len(z)
+            self.since[(kept > 0).any(0)] = 0
+
+    @torch.no_grad()
+    def reconstruct(self, z: Tensor) -> Tensor:
+        kept = self._kept(F.linear(z - self.b_pre, self.W_enc, self.b_enc), self.setup.k)
+        return F.linear(kept, self.W_dec) + self.b_pre
+
+    @torch.no_grad()
+    def set_dead(self, dead: Tensor) -> None:
+        self.since.zero_()[dead] = NEVER
+        self.b_enc[dead] = -10
+
+    def dead_count(self) -> int:
+        return int((self.since >= self.setup.dead_after).sum())
+
+
+class Sparsify:
+    """sparsify (eai-sparsify): the body of Trainer.fit. `defaults`: signum, no AuxK; else Adam and AuxK at 1/32."""
+
+    def __init__(self, setup: Setup, defaults: bool = False) -> None:
+        from schedulefree import ScheduleFreeWrapper
+        from sparsify import SparseCoderConfig
+        from sparsify.sign_sgd import SignSGD
+        from sparsify.sparse_coder import SparseCoder
+
+        torch.manual_seed(setup.seed)
+        self.setup, self.defaults = setup, defaults
+        self.sae = SparseCoder(setup.d, SparseCoderConfig(num_latents=setup.n, k=setup.k), setup.device, dtype=torch.float32)
+        self.alpha = 0.0 if defaults else 1 / 32
+        if defaults:
+            self.optimizer: Any = ScheduleFreeWrapper(
+                SignSGD(self.sae.parameters(), lr=5e-3 / (setup.n / 2**14) ** 0.5), momentum=0.95
+            )
+            self.optimizer.train()
+        else:
+            self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=setup.lr)
+        self.since = torch.zeros(setup.n, dtype=torch.long, device=setup.device)
+        self.count = 0
+
+    def step(self, z: Tensor) -> None:
+        if self.count == 0:
+            self.sae.b_dec.data = z.mean(0)
+        self.sae.set_decoder_norm_to_unit_norm()
+        dead_mask = self.since > self.setup.dead_after if self.alpha > 0 else None
+        out = self.sae(z, dead_mask=dead_mask)
+        (out.fvu + self.alpha * out.auxk_loss).backward()
+        self.sae.remove_gradient_parallel_to_decoder_directions()
+        if not self.defaults:
+            self.optimizer.param_groups[0]["lr"] = self.setup.lr * decayed(self.count, self.setup.steps)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.since += len(z)
+        self.since[out.latent_indices.flatten()] = 0
+        self.count += 1
+
+    @torch.no_grad()
+    def reconstruct(self, z: Tensor) -> Tensor:
+        if self.defaults:
+            self.optimizer.eval()
+        z_hat = self.sae(z).sae_out
+        if self.defaults:
+            self.optimizer.train()
+        return z_hat
+
+    @torch.no_grad()
+    def set_dead(self, dead: Tensor) -> None:
+        self.since.zero_()[dead] = NEVER
+        self.sae.encoder.bias[dead] = -10
+
+    def dead_count(self) -> int:
+        return int((self.since > self.setup.dead_after).sum())
+
+
+class SAELens:
+    """SAELens: TopKTrainingSAE in SAETrainer.step. `defaults`: lr 3e-4 constant, AuxK at 1; else our rate, schedule and 1/32."""
+
+    def __init__(self, setup: Setup, defaults: bool = False) -> None:
+        from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+        from sae_lens.config import SAETrainerConfig
+        from sae_lens.training.sae_trainer import SAETrainer
+
+        torch.manual_seed(setup.seed)
+        self.setup, self.defaults = setup, defaults
+        coefficient = {} if defaults else {"aux_loss_coefficient": 1 / 32}
+        cfg = TopKTrainingSAEConfig(d_in=setup.d, d_sae=setup.n, k=setup.k, device=setup.device, **coefficient)
+        options = {"lr_end": 3e-5} if defaults else {"lr": setup.lr, "lr_end": setup.lr / 10}
+        trainer_cfg = SAETrainerConfig(
+            total_training_samples=setup.steps * setup.batch,
+            train_batch_size_samples=setup.batch,
+            device=setup.device,
+            **({"dead_feature_window": setup.dead_after // setup.batch} | options),
+        )
+        self.trainer = SAETrainer(cfg=trainer_cfg, sae=TopKTrainingSAE(cfg), data_provider=iter(()))
+
+    def step(self, z: Tensor) -> None:
+        if not self.defaults:
+            rate = self.setup.lr * decayed(self.trainer.n_training_steps, self.setup.steps)
+            self.trainer.optimizer.param_groups[0]["lr"] = rate
+        self.trainer.step(z)
+        self.trainer.n_training_steps += 1
+
+    @torch.no_grad()
+    def reconstruct(self, z: Tensor) -> Tensor:
+        return self.trainer.sae(z)
+
+    @torch.no_grad()
+    def set_dead(self, dead: Tensor) -> None:
+        self.trainer.n_forward_passes_since_fired.zero_()[dead] = NEVER
+        self.trainer.sae.b_enc[dead] = -10
+
+    def dead_count(self) -> int:
+        return int(self.trainer.dead_neurons.sum())
+
+
+class DictionaryLearning:
+    """dictionary_learning: TopKTrainer.update. `defaults`: its warm-up of 1,000 steps and no decay; else our schedule."""
+
+    def __init__(self, setup: Setup, defaults: bool = False) -> None:
+        from dictionary_learning.trainers.top_k import TopKTrainer
+
+        self.setup, self.defaults = setup, defaults
+        self.trainer = TopKTrainer(
+            steps=setup.steps, activation_dim=setup.d, dict_size=setup.n, k=setup.k, layer=0, lm_name="", seed=setup.seed,
+            device=setup.device, warmup_steps=min(1000, setup.steps // 20),
+        )  # fmt: skip
+        self.trainer.dead_feature_threshold = setup.dead_after
+        self.count = 0
+
+    def step(self, z: Tensor) -> None:
+        if not self.defaults:
+            self.trainer.optimizer.param_groups[0]["lr"] = self.setup.lr * decayed(self.count, self.setup.steps)
+        self.trainer.update(self.count, z)
+        self.count += 1
+
+    @torch.no_grad()
+    def reconstruct(self, z: Tensor) -> Tensor:
+        return self.trainer.ae(z)
+
+    @torch.no_grad()
+    def set_dead(self, dead: Tensor) -> None:
+        self.trainer.num_tokens_since_fired.zero_()[dead] = NEVER
+        self.trainer.ae.encoder.bias[dead] = -10
+
+    def dead_count(self) -> int:
+        return int((self.trainer.num_tokens_since_fired >= self.setup.dead_after).sum())

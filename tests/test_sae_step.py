@@ -1,0 +1,128 @@
+"""The hand-written training step and its fused update, against autograd in float64 and torch.optim.Adam."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from sae import step
+from sae.loss import Recipe, aux_weight, losses
+from sae.model import SAE, SAEConfig
+from sae.product import dense_product
+from sae.step import StepLosses, Weights, topk_step
+from sae.update import update_
+
+K_AUX = 4
+NO_AUX = torch.empty(0, dtype=torch.long)
+
+
+def make_sae(dtype: torch.dtype = torch.float64, n: int = 40, k: int = 5) -> SAE:
+    """A small SAE with every parameter away from its initial value, and some latents that seldom pass the ReLU."""
+    generator = torch.Generator().manual_seed(0)
+    sae = SAE(SAEConfig(d_model=12, n_latents=n, k=k, norm="none")).to(dtype)
+    sae.initialise_("tied", generator)
+    with torch.no_grad():
+        for parameter in (sae.b_enc, sae.b_pre, sae.W_enc):
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=dtype)
+        sae.b_enc -= 1.6
+    return sae
+
+
+def rows(n: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> Tensor:
+    return torch.randn(n, 12, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def some_dead(n_dead: int, n: int = 40) -> Tensor:
+    return torch.randperm(n, generator=torch.Generator().manual_seed(2))[:n_dead].sort().values
+
+
+def by_autograd(sae: SAE, z: Tensor, dead: Tensor) -> StepLosses:
+    """Gradients in `.grad` by autograd, of the mean loss; values as `topk_step` returns them."""
+    part = losses(sae, z, Recipe(sae.cfg.k, K_AUX, 1 / 32), dead, len(dead))
+    (part.objective / z.numel()).backward()
+    return part
+
+
+def weights(z: Tensor, dead: Tensor) -> Weights:
+    return Weights(1 / z.numel(), aux_weight(len(dead), K_AUX, 1 / 32) / z.numel())
+
+
+@pytest.mark.parametrize("n_dead", [0, 1, 4, 17, 30])  # none, all of them chosen, by dense products, by sparse ones
+def test_gradients_equal_autograd(n_dead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 17 <= step.DENSE_FACTOR * K_AUX < 30
+    monkeypatch.setattr(step, "CPU_ELEMENTS", 7 * 40)  # blocks of 7, 7 and 6 rows
+    sae, z, dead = make_sae(), rows(20), some_dead(n_dead)
+    ours, theirs = topk_step(sae, z, weights(z, dead), dead, K_AUX), by_autograd(sae, z, dead)
+    torch.testing.assert_close(ours.main, theirs.main.detach())
+    torch.testing.assert_close(ours.aux, theirs.aux.detach())
+    assert ours.l0 == theirs.l0
+    assert int(ours.l0) < 20 * 5  # the ReLU cut some of them off
+    assert torch.equal(ours.fired, theirs.fired)
+    enc, dec = ours.gradients.rows(0, 40)
+    found = {"W_enc": enc, "W_dec": dec, "b_enc": ours.gradients.b_enc, "b_pre": ours.gradients.b_pre}
+    for name, parameter in sae.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, rtol=1e-11, atol=1e-13)
+    for start, stop in ((0, 13), (13, 14), (14, 40)):
+        for whole, part in zip((enc, dec), ours.gradients.rows(start, stop), strict=True):
+            torch.testing.assert_close(part, whole[start:stop], rtol=1e-12, atol=1e-14)
+
+
+def test_gradients_tell_that_they_are_not_finite() -> None:
+    sae, z = make_sae(), rows(20)
+    assert bool(topk_step(sae, z, Weights(1.0)).gradients.finite())
+    with torch.no_grad():
+        sae.W_dec[topk_step(sae, z, Weights(1.0)).fired.argmax(), 3] = float("nan")
+    assert not bool(topk_step(sae, z, Weights(1.0)).gradients.finite())
+
+
+def adam(sae: SAE, decay: float) -> torch.optim.Adam:
+    return torch.optim.Adam(
+        sae.parameters(),
+        lr=3e-3,
+        betas=(0.85, 0.999),
+        eps=6.25e-10,
+        weight_decay=decay,
+        decoupled_weight_decay=True,
+        fused=True,
+    )
+
+
+@pytest.mark.parametrize(("clip_norm", "decay", "unit_decoder"), [(0.0, 0.0, True), (1e-3, 0.01, True), (0.0, 0.0, False)])
+def test_fused_update_equals_adam_in_separate_steps(
+    clip_norm: float, decay: float, unit_decoder: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five steps, with AuxK in all but the first, in blocks of 7 latents."""
+    monkeypatch.setattr("sae.update.BLOCK_ELEMENTS", 7 * 12)
+    ours = make_sae()
+    theirs = copy.deepcopy(ours)
+    mine, twin = adam(ours, decay), adam(theirs, decay)
+    for i in range(5):
+        z, dead = rows(20, seed=i), some_dead(9) if i else NO_AUX
+        norm = update_(ours, mine, topk_step(ours, z, weights(z, dead), dead, K_AUX).gradients, clip_norm, unit_decoder)
+        by_autograd(theirs, z, dead)
+        if unit_decoder:
+            theirs.remove_parallel_gradient_()
+        expected = torch.nn.utils.get_total_norm([p.grad for p in theirs.parameters() if p.grad is not None])
+        if clip_norm:
+            assert expected > clip_norm
+            torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip_norm)
+        twin.step()
+        twin.zero_grad()
+        if unit_decoder:
+            theirs.normalise_decoder_()
+        torch.testing.assert_close(norm, expected)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+        for moment in ("exp_avg", "exp_avg_sq", "step"):
+            torch.testing.assert_close(mine.state[a][moment], twin.state[b][moment], rtol=1e-9, atol=1e-14)
+    twin.load_state_dict(mine.state_dict())  # the same form
+
+
+@pytest.mark.parametrize("n_rows", [0, 1, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dense_product(n_rows: int, dtype: torch.dtype) -> None:
+    sae, z = make_sae(dtype), rows(n_rows, dtype)
+    found = dense_product(z, sae.W_enc, sae.b_enc)
+    torch.testing.assert_close(found, z @ sae.W_enc.T + sae.b_enc)
+    assert not found.requires_grad
