@@ -154,7 +154,7 @@ def _check_finite(model: Transformer, layout: Layout) -> None:
     """ValueError for NaN and infinity, as a flipped bit or too narrow a dtype makes; other flips change `weights_hash`."""
     for name, parameter in model.named_parameters():
         # In parts: a sum in float32 first makes a float32 copy of what it sums.
-        if not all(math.isfinite(part.sum(dtype=torch.float32).item()) for part in parameter.split(1024)):
+        if not all(math.isfinite(part.sum(dtype=torch.float32).item()) for part in torch.split(parameter, 1024)):
             raise ValueError(
                 f"{layout.files[0].parent}: {name} holds NaN or infinity in {parameter.dtype}; the file is damaged, "
                 "or the dtype too narrow for it"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 # oneDNN's own float32 product, which torch.addmm reaches only for reduced precision: on an AMD EPYC with AVX-512 it takes half
 # the time of MKL's, which keeps its AVX-512 code for Intel (docs/performance.md).
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")  # type: ignore[no-untyped-call]
 
 
 def dense_product(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

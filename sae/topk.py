@@ -23,7 +23,7 @@ def top_k(h: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if group == 1 or len(h) == 0:
         return torch.topk(h, k)
     m = n // group
-    grouped = h[:, : m * group].unflatten(1, (m, group))  # (N, m, G), a view
+    grouped = h[:, : m * group].view(len(h), m, group)  # (N, m, G)
     best = torch.topk(grouped.amax(2), k, sorted=False).indices  # (N, k)
     candidates = _take_groups(grouped, best).flatten(1)  # (N, k * G)
     if m * group < n:

@@ -52,7 +52,8 @@ def _blocks(sae: SAE) -> list[slice]:
 
 
 def _square(gradient: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(gradient).double().square()
+    square: Tensor = torch.linalg.vector_norm(gradient).double().square()
+    return square
 
 
 def _projected(sae: SAE, gradients: RowGradients, block: slice, unit_decoder: bool) -> list[Tensor]:

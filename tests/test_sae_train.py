@@ -288,7 +288,7 @@ def logged_run(batches: str, out: str) -> None:
 def test_killed_at_any_moment_it_ends_with_the_same_state(
     batches: Path, memory_path: Path, fork_server: ForkServer, n_kills: int
 ) -> None:
-    """SIGKILL at random moments, again and again until the run ends: its state and the rows it read are those of a run left alone."""
+    """SIGKILL at random moments, again until the run ends: state and rows read are those of a run left alone."""
 
     def rows_read(out: Path) -> set[str]:
         return set(out.with_suffix(".rows").read_text().splitlines())
