@@ -12,8 +12,11 @@ import pytest
 
 from core.artifact import verify
 from core.cli import parse
+from interpretability.batch_api import DEFAULT_MODEL, LIST_PRICES, open_client
+from interpretability.batch_journal import JOURNAL
+from interpretability.batch_results import checked
 from interpretability.explain import ExplainConfig, run
-from interpretability.message_batches import DEFAULT_MODEL, JOURNAL, LIST_PRICES, BatchJob, _checked, open_client
+from interpretability.message_batches import BatchJob
 from interpretability.records import read_explanations
 from tests import written_latents as written
 from tests.batch_client import REPLIES, client_config, complete, requests, run_client
@@ -235,7 +238,7 @@ def line(key: str, text: str = "x") -> bytes:
     ([], "0 of 2 results arrived"),
 ])  # fmt: skip
 def test_only_whole_downloads_are_taken(lines: list[bytes], problem: str) -> None:
-    found, told = _checked(b"\n".join(lines), {"a", "b"}, {"succeeded": 2})
+    found, told = checked(b"\n".join(lines), {"a", "b"}, {"succeeded": 2})
     assert problem in told
     assert len(found) == (0 if problem else 2)
 
@@ -243,7 +246,7 @@ def test_only_whole_downloads_are_taken(lines: list[bytes], problem: str) -> Non
 def test_a_download_cut_at_any_byte_is_noticed() -> None:
     content = line("a") + b"\n" + line("b")
     for length in range(len(content)):
-        assert _checked(content[:length], {"a", "b"}, {"succeeded": 2})[1], length
+        assert checked(content[:length], {"a", "b"}, {"succeeded": 2})[1], length
 
 
 def test_the_default_model_is_one_that_the_sdk_lists() -> None:
