@@ -50,7 +50,7 @@ class Feature:
 
 def showcase(model: str, out: Path) -> list[Feature]:
     """Pick three features of the finished demo in `out` and print them; returns what was printed."""
-    run = InferenceConfig(model=model, sae=out / "run" / "sae", top=out / "top", explanations=out / "explanations")
+    run = InferenceConfig(model=model, sae=(out / "run" / "sae",), top=(out / "top",), explanations=(out / "explanations",))
     session = open_session(run, torch.device("cpu"))
     features = pick(session)
     if not features:

@@ -1,6 +1,6 @@
 """Talk with a model in the terminal, steered or not.
 
-    python -m inference.chat [--system "You are a gardener."] [--steer recipe.json]
+    python -m inference.chat [--system "You are a gardener."] [--steer recipe.json] [--watch 896,1204 --alarm 0.5]
     printf 'Hello.\\nWhat grows in winter?\\n' | python -m inference.chat --json
 
 One message a line; /reset forgets the conversation, /quit or Ctrl-D ends it. Answers go to stdout, everything else to stderr.
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from core.cli import machine, run_stage
 from core.runtime import Runtime
-from inference.complete import SamplingConfig
+from inference.complete import SamplingConfig, watched_lines, watched_record
 from inference.dialogue import prepare, style_of
 from inference.session import Session, open_session
 from inference.steering import Recipe
@@ -45,6 +45,7 @@ def run(config: ChatConfig, runtime: Runtime) -> None:
     config.sampling()
     session = open_session(config, runtime.device)
     recipe = config.recipe(session)
+    config.watcher(session)  # refuses a latent that does not exist before the first message
     opening = [Message("system", config.system)] if config.system else []
     messages = list(opening)
     while (line := _ask(config)) is not None:
@@ -73,18 +74,21 @@ def _answer(config: ChatConfig, session: Session, recipe: Recipe, messages: list
         log.info("the context is full: the oldest %d message(s) are left out", turn.dropped)
     row = new_row(session, messages[-1].content, turn.ids)
     sampling = replace(fitted(session, config.sampling(), [row]), stop=(*config.stop, *turn.stop))
-    hooks = None
-    if recipe.active:
-        hooks = session.needs_features().steering.hooks_for([recipe], [row.prompt_length])
+    watch = config.watcher(session)
+    hooks = config.hooks(session, recipe, [row], watch)
     for piece in generate(session.model, session.tokenizer, [row.ids], sampling, hooks):
         row = row.grown(piece)
         if not config.json:
             print(piece.text, end="", flush=True)
     text = row.text.strip()
     if config.json:
-        print(json.dumps({"message": row.prompt, "answer": text, "finished": row.finished}, ensure_ascii=False), flush=True)
-    else:
-        print(flush=True)
+        record = {"message": row.prompt, "answer": text, "finished": row.finished, "steered": bool(recipe.edits)}
+        record |= watched_record(session, row, 0, watch, row.prompt_length) if watch else {}
+        print(json.dumps(record, ensure_ascii=False), flush=True)
+        return text
+    print(flush=True)
+    for line in watched_lines(session, row, 0, watch, row.prompt_length) if watch else ():
+        print(line, flush=True)
     return text
 
 

@@ -18,10 +18,10 @@ from typing import Any
 from core.cli import machine, run_stage
 from core.runtime import Runtime
 from inference.session import InferenceConfig, Session, open_session
-from inference.steering import Recipe, chain
+from inference.steering import Recipe, chain, check_all, hooks_for_all
 from inference.watch import Alarm, Watch, parse_latents
 from inference.workbench import Row, fitted, new_row
-from llama3.generate import Sampling, generate
+from llama3.generate import HooksFor, Sampling, generate
 
 log = logging.getLogger("inference.complete")
 
@@ -46,8 +46,20 @@ class SamplingConfig(InferenceConfig):
     """Strings that end an answer."""
     steer: Path | None = machine(None)
     """Recipe of edits, as the app saves it. None: no steering."""
+    watch: str = ""
+    """Latents of the first SAE to read at every token, such as 896,1204; empty watches none."""
+    alarm: float | None = None
+    """Warn where a watched latent exceeds this multiple of its maximum. None: never."""
     json: bool = machine(False)
     """Print one JSON object a line instead of text."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alarm is not None and not self.watch:
+            raise ValueError("--alarm: no latent is watched; give --watch too")
+        if self.alarm is not None and not self.alarm >= 0:
+            raise ValueError(f"--alarm: expected a multiple of the maximum, 0 or more; found {self.alarm}")
+        parse_latents(self.watch)
 
     def sampling(self) -> Sampling:
         """ValueError where a flag is out of range."""
@@ -59,8 +71,32 @@ class SamplingConfig(InferenceConfig):
         if self.steer is None:
             return Recipe()
         recipe = Recipe.read(self.steer)
-        session.needs_features().steering.check(recipe)
+        check_all(session.steerings(), recipe)
         return recipe
+
+    def watcher(self, session: Session) -> Watch | None:
+        """What reads the latents of --watch in one request, and logs its alarms; None without the flag."""
+        latents = parse_latents(self.watch)
+        if not latents:
+            return None
+        features = session.needs_features()
+
+        def alarm(found: Alarm) -> None:
+            label = features.label(found.latent) or "no label"
+            log.warning(
+                "ALARM prompt %d, token %d: latent %d (%s) is at %.3g, %.0f %% of its maximum",
+                found.row, found.position, found.latent, label, found.value, 100 * found.share,
+            )  # fmt: skip
+
+        return Watch(features, latents, self.alarm, alarm)
+
+    def hooks(self, session: Session, recipe: Recipe, rows: Sequence[Row], watch: Watch | None) -> HooksFor | None:
+        """The recipe for every row, and the watch over what it leaves; None where there is neither."""
+        steered = None
+        if recipe.active:
+            lengths = [row.prompt_length for row in rows]
+            steered = hooks_for_all(session.steerings(), [recipe] * len(rows), lengths)
+        return chain(steered, watch.hooks_for if watch else None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,20 +111,11 @@ class CompleteConfig(SamplingConfig):
     """Put <|begin_of_text|> before each prompt, as the model was trained."""
     compare: bool = False
     """Continue each prompt without and with the recipe."""
-    watch: str = ""
-    """Latents to read at every token, such as 896,1204; empty watches none."""
-    alarm: float | None = None
-    """Warn where a watched latent exceeds this multiple of its maximum. None: never."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.compare and self.steer is None:
             raise ValueError("--compare: there is nothing to compare with; give --steer recipe.json too")
-        if self.alarm is not None and not self.watch:
-            raise ValueError("--alarm: no latent is watched; give --watch too")
-        if self.alarm is not None and not self.alarm >= 0:
-            raise ValueError(f"--alarm: expected a multiple of the maximum, 0 or more; found {self.alarm}")
-        parse_latents(self.watch)
 
 
 def run(config: CompleteConfig, runtime: Runtime) -> None:
@@ -97,6 +124,7 @@ def run(config: CompleteConfig, runtime: Runtime) -> None:
     prompts = read_prompts(config)
     session = open_session(config, runtime.device)
     recipe = config.recipe(session)
+    config.watcher(session)  # refuses a latent that does not exist before anything is printed
     try:
         for steered in [False, True] if config.compare else [config.steer is not None]:
             shown = recipe if steered else Recipe()
@@ -125,12 +153,8 @@ def read_prompts(config: CompleteConfig) -> list[str]:
 
 def _complete(config: CompleteConfig, session: Session, recipe: Recipe, prompts: Sequence[str], sampling: Sampling) -> None:
     rows = [new_row(session, prompt, session.tokenizer.encode(prompt, bos=config.bos)) for prompt in prompts]
-    steering = None
-    if recipe.active:
-        lengths = [row.prompt_length for row in rows]
-        steering = session.needs_features().steering.hooks_for([recipe] * len(rows), lengths)
-    watch = _watch(config, session, rows)
-    hooks = chain(steering, watch.hooks_for if watch else None)
+    watch = config.watcher(session)
+    hooks = config.hooks(session, recipe, rows, watch)
     streaming = len(rows) == 1 and not config.json
     if streaming:
         _say(f"{_heading(config, recipe)}{rows[0].prompt}")
@@ -147,7 +171,7 @@ def _complete(config: CompleteConfig, session: Session, recipe: Recipe, prompts:
         if not streaming:
             _say(f"{_heading(config, recipe)}{row.prompt}{row.text}\n")
         if watch:
-            for line in _watched_lines(session, row, index, watch):
+            for line in watched_lines(session, row, index, watch):
                 _say(line + "\n")
 
 
@@ -155,37 +179,28 @@ def _heading(config: CompleteConfig, recipe: Recipe) -> str:
     return ("[steered] " if recipe.edits else "[baseline] ") if config.compare else ""
 
 
-def _watch(config: CompleteConfig, session: Session, rows: Sequence[Row]) -> Watch | None:
-    latents = parse_latents(config.watch)
-    if not latents:
-        return None
-    features = session.needs_features()
-
-    def alarm(found: Alarm) -> None:
-        label = features.label(found.latent) or "no label"
-        log.warning(
-            "ALARM prompt %d, token %d: latent %d (%s) is at %.3g, %.0f %% of its maximum",
-            found.row, found.position, found.latent, label, found.value,
-            100 * found.value / max(1e-9, float(features.max_values[found.latent])),
-        )  # fmt: skip
-
-    return Watch(features, latents, config.alarm, alarm)
-
-
 def _record(session: Session, row: Row, index: int, recipe: Recipe, watch: Watch | None) -> dict[str, Any]:
     record: dict[str, Any] = {"prompt": row.prompt, "completion": row.text, "finished": row.finished}
     record["steered"] = bool(recipe.edits)
-    if watch:
-        record["tokens"] = session.tokenizer.pieces(row.ids)
-        record["watch"] = {str(latent): watch.values(index, latent, len(row.ids)) for latent in watch.latents}
-    return record
+    return record | (watched_record(session, row, index, watch) if watch else {})
 
 
-def _watched_lines(session: Session, row: Row, index: int, watch: Watch) -> Iterator[str]:
-    """A table: one line a token, one column a latent; a dot where it does not fire."""
+def watched_record(session: Session, row: Row, index: int, watch: Watch, start: int = 0) -> dict[str, Any]:
+    """What a watch found in one row from the token `start` on, for JSON; an alarm names its token by its place in `tokens`."""
+    values = {str(latent): watch.values(index, latent, len(row.ids))[start:] for latent in watch.latents}
+    alarms = [
+        {"token": alarm.position - start, "latent": alarm.latent, "value": alarm.value, "share_of_maximum": alarm.share}
+        for alarm in watch.alarms
+        if alarm.row == index and alarm.position >= start
+    ]
+    return {"tokens": session.tokenizer.pieces(row.ids[start:]), "watch": values, "alarms": alarms}
+
+
+def watched_lines(session: Session, row: Row, index: int, watch: Watch, start: int = 0) -> Iterator[str]:
+    """A table: one line a token from `start` on, one column a latent; a dot where it does not fire, blank where not read."""
     yield "  ".join([f"{'token':<16}", *(f"{'#' + str(latent):>9}" for latent in watch.latents)])
     values = [watch.values(index, latent, len(row.ids)) for latent in watch.latents]
-    for position, piece in enumerate(session.tokenizer.pieces(row.ids)):
+    for position, piece in list(enumerate(session.tokenizer.pieces(row.ids)))[start:]:
         cells = ["" if v is None else "." if v == 0 else f"{v:.3f}" for v in (column[position] for column in values)]
         yield "  ".join([f"{piece.strip() or '␣':<16.16}", *(f"{cell:>9}" for cell in cells)])
 

@@ -3,12 +3,14 @@
 A session is read by all requests and changed by none.
 """
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +29,9 @@ from sae.model import load as load_sae
 log = logging.getLogger("inference")
 
 EMBEDDED = Path(llama3.__file__).parent.parent / "demo"
-"""The folder that ships beside the packages: `model/`, `sae/`, `top/`, `explanations/`."""
+"""The folder that ships beside the packages: `model/`, `sae/`, `top/`, `explanations/`, `steering/`."""
+BEST_STRENGTHS = "best_strengths.json"
+"""In a folder of kind `steering`: an object of latents with the strength that raises each most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,17 +40,22 @@ class InferenceConfig(StageConfig):
 
     model: str = "demo"
     """Folder in Meta's or Hugging Face's layout, a Hub id, or demo: the embedded model."""
-    sae: Path | None = machine(None)
-    """Folder of an SAE (run/sae). None: the embedded one with --model demo, no steering with other models."""
-    top: Path | None = machine(None)
-    """Top sentences of that SAE, where the maxima of its latents are read. None: the embedded ones with --model demo."""
-    explanations: Path | None = machine(None)
-    """Explanations of its latents. None: the embedded ones with --model demo, else latents go by number."""
+    sae: tuple[Path, ...] = machine(())
+    """Folder of an SAE (run/sae). None: the embedded one with --model demo, no steering with other models. Several, each at a
+    site of its own, for recipes over several sites; pages show the first."""
+    top: tuple[Path, ...] = machine(())
+    """Top sentences of each SAE, in the order of --sae, where the maxima of its latents are read. None: the embedded ones with
+    --model demo."""
+    explanations: tuple[Path, ...] = machine(())
+    """Explanations of its latents, in the same order. None: the embedded ones with --model demo, else latents go by number."""
+    strengths: tuple[Path, ...] = machine(())
+    """Folders of inference.steering_eval, in any order, whose best strengths are offered first. None: the embedded one with
+    --model demo."""
 
     def __post_init__(self) -> None:
-        if self.top is not None and self.sae is None and self.model != "demo":
+        if len(self.top) > len(self.sae) and (self.sae or self.model != "demo"):
             raise ValueError("--top: its SAE is missing; give --sae too")
-        if self.explanations is not None and self.top is None and self.model != "demo":
+        if len(self.explanations) > len(self.top) and (self.sae or self.model != "demo"):
             raise ValueError("--explanations: the top sentences they explain are missing; give --top too")
 
 
@@ -58,6 +67,8 @@ class Features:
     site: str
     top: TopSentences
     explanations: Mapping[int, Explanation]
+    best_strengths: Mapping[int, float] = field(default_factory=dict)
+    """Measured by `inference.steering_eval`, in multiples of the maximum, for the latents that it could raise."""
 
     @cached_property
     def steering(self) -> Steering:
@@ -87,6 +98,9 @@ class Session:
     name: str
     """How the model is called in pages and logs."""
     features: Features | None = None
+    """Those that pages show, of the first SAE."""
+    others: tuple[Features, ...] = ()
+    """Of further SAEs, for recipes over several sites."""
 
     @property
     def context(self) -> int:
@@ -98,6 +112,10 @@ class Session:
         if self.features is None:
             raise ValueError("no SAE is loaded; steering and watching need --sae and --top")
         return self.features
+
+    def steerings(self) -> list[Steering]:
+        """One for each SAE, for `steering.hooks_for_all`; ValueError where none was loaded."""
+        return [features.steering for features in (self.needs_features(), *self.others)]
 
     @torch.no_grad()
     def read(self, ids: Sequence[int]) -> "Reading":
@@ -127,45 +145,76 @@ def open_session(config: InferenceConfig, device: torch.device) -> Session:
     tokenizer = llama3.load_tokenizer(config.model)
     model.eval()
     name = "embedded model" if config.model == "demo" else Path(config.model).name or config.model
-    return Session(model, tokenizer, name, open_features(config, model, tokenizer, device))
+    features = open_features(config, model, tokenizer, device)
+    return Session(model, tokenizer, name, features[0] if features else None, tuple(features[1:]))
 
 
-def open_features(config: InferenceConfig, model: Transformer, tokenizer: Tokenizer, device: torch.device) -> Features | None:
-    """The SAE, top sentences and explanations of `config`, or None where it names none."""
-    paths = {name: getattr(config, name) for name in ("sae", "top", "explanations")}
-    if config.sae is None and config.model == "demo":
-        paths = {name: path or EMBEDDED / name for name, path in paths.items()}
-        if not paths["sae"].is_dir():
-            log.info("no features: %s holds no SAE; `python -m demo` makes one, or give --sae", EMBEDDED)
-            return None
-    if paths["sae"] is None:
-        return None
-    if paths["top"] is None:
-        raise ValueError(f"--top is missing: the maxima of the latents of {paths['sae']}, the unit of steering, are read there")
-    return _checked(paths, model, tokenizer, device)
+class Folders(NamedTuple):
+    """What is read of one SAE."""
+
+    sae: Path
+    top: Path
+    explanations: Path | None
 
 
-def _checked(paths: Mapping[str, Path | None], model: Transformer, tokenizer: Tokenizer, device: torch.device) -> Features:
-    assert paths["sae"] is not None
-    assert paths["top"] is not None
-    autoencoder = load_sae(paths["sae"], device)
+def folders_of(config: InferenceConfig) -> list[Folders]:
+    """The folders that `config` names, an entry an SAE; ValueError where top sentences are missing."""
+    if config.sae or config.model != "demo":
+        if len(config.top) < len(config.sae):
+            missing = config.sae[len(config.top)]
+            raise ValueError(f"--top is missing: the maxima of the latents of {missing}, the unit of steering, are read there")
+        return [Folders(*paths) for paths in zip_longest(config.sae, config.top, config.explanations)]
+    if not (EMBEDDED / "sae").is_dir():
+        log.info("no features: %s holds no SAE; `python -m demo` makes one, or give --sae", EMBEDDED)
+        return []
+    given = [(*paths, EMBEDDED / name)[0] for name, paths in (("top", config.top), ("explanations", config.explanations))]
+    return [Folders(EMBEDDED / "sae", *given)]
+
+
+def open_features(config: InferenceConfig, model: Transformer, tokenizer: Tokenizer, device: torch.device) -> list[Features]:
+    """The SAEs of `config`, each with its top sentences, explanations and best strengths; empty where it names none."""
+    found: list[Features] = []
+    for folders in folders_of(config):
+        features = _checked(folders, model, tokenizer, device)
+        if features.site in [other.site for other in found]:
+            raise ValueError(f"--sae {folders.sae}: a second SAE at {features.site}; expected each at a site of its own")
+        found.append(features)
+    embedded = EMBEDDED / "steering"
+    for path in config.strengths or ([embedded] if found and not config.sae and embedded.is_dir() else []):
+        wanted = open_artifact(path, "steering").manifest.provenance.get("sae_hash")
+        at = [i for i, features in enumerate(found) if features.sae.weights_hash == wanted]
+        if not at:
+            loaded = ", ".join(repr(features.sae.weights_hash) for features in found) or "none"
+            raise ValueError(f"--strengths {path}: measured on the SAE {wanted!r}, but loaded is {loaded}")
+        found[at[0]] = replace(found[at[0]], best_strengths=read_strengths(path))
+    return found
+
+
+def read_strengths(path: Path) -> dict[int, float]:
+    """The best strength of each latent that `inference.steering_eval` could raise."""
+    text = open_artifact(path, "steering").file(BEST_STRENGTHS).read_text(encoding="utf-8")
+    return {int(latent): float(strength) for latent, strength in json.loads(text).items()}
+
+
+def _checked(folders: Folders, model: Transformer, tokenizer: Tokenizer, device: torch.device) -> Features:
+    autoencoder = load_sae(folders.sae, device)
     origin: dict[str, Any] = {"model_hash": model.weights_hash, "tokenizer_hash": tokenizer.hash}
     provenance = autoencoder.cfg.provenance
-    check_provenance(f"SAE {paths['sae']}", origin, provenance, origin)
+    check_provenance(f"SAE {folders.sae}", origin, provenance, origin)
     site = str(provenance.get("site"))
     try:
         check_sites([site], model.params.n_layers)
     except ValueError as error:
-        raise ValueError(f"SAE {paths['sae']}: {error}") from None
+        raise ValueError(f"SAE {folders.sae}: {error}") from None
     if autoencoder.cfg.d_model != model.params.dim:
-        raise ValueError(f"SAE {paths['sae']}: d_model is {autoencoder.cfg.d_model}, but the model's is {model.params.dim}")
+        raise ValueError(f"SAE {folders.sae}: d_model is {autoencoder.cfg.d_model}, but the model's is {model.params.dim}")
     wanted = origin | {"site": site, "sae_hash": autoencoder.weights_hash}
-    top = open_top(paths["top"])
-    check_provenance(f"top sentences {paths['top']}", wanted, top.provenance, wanted)
+    top = open_top(folders.top)
+    check_provenance(f"top sentences {folders.top}", wanted, top.provenance, wanted)
     explanations: Mapping[int, Explanation] = {}
-    if paths["explanations"] is not None:
-        found = open_artifact(paths["explanations"], "explanations").manifest.provenance
-        check_provenance(f"explanations {paths['explanations']}", wanted, found, ["sae_hash"])
-        explanations = read_explanations(paths["explanations"])
-    log.info("%s: %d latents at %s, %d with a label", paths["sae"], len(top.max_values), site, len(explanations))
+    if folders.explanations is not None:
+        found = open_artifact(folders.explanations, "explanations").manifest.provenance
+        check_provenance(f"explanations {folders.explanations}", wanted, found, ["sae_hash"])
+        explanations = read_explanations(folders.explanations)
+    log.info("%s: %d latents at %s, %d with a label", folders.sae, len(top.max_values), site, len(explanations))
     return Features(autoencoder, site, top, explanations)

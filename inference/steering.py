@@ -8,7 +8,7 @@ Shapes: B batch, T tokens of this pass, D model width, N = B * T, E distinct edi
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -24,6 +24,8 @@ Mode = Literal["add", "clamp", "ablate", "replace"]
 MODES: tuple[str, ...] = get_args(Mode)
 PLACES = ("all", "prompt", "generated")
 FORMAT = "steering-recipe/1"
+FORMAT_OF_SEVERAL = "steering-recipe/2"
+"""Where edits may name SAEs of their own; all else is as in FORMAT, which is written where one SAE is enough."""
 MAX_EDITS = 32
 MAX_STRENGTH = 1000.0
 MAX_POSITION = 10**7
@@ -51,6 +53,8 @@ class Edit:
     positions: str | int = "all"
     """`all`, `prompt`, `generated` (the tokens produced, not the one that predicts the first of them), or p: from position p
     on, counted with BOS from 0. Position 0 is left alone in every case."""
+    sae_hash: str = ""
+    """`SAE.weights_hash` of the SAE whose latent it is; empty: that of the recipe."""
 
     def __post_init__(self) -> None:
         if type(self.latent) is not int or self.latent < 0:
@@ -68,6 +72,8 @@ class Edit:
             raise ValueError(
                 f"latent {self.latent}: positions must be {', '.join(PLACES)} or a position from 0; found {self.positions!r}"
             )
+        if not isinstance(self.sae_hash, str):
+            raise ValueError(f"latent {self.latent}: sae_hash must be text; found {self.sae_hash!r:.40}")
 
     @property
     def changes_nothing(self) -> bool:
@@ -83,20 +89,21 @@ class Edit:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Edits that apply together, with the identity of the SAE whose latents they name."""
+    """Edits that apply together, with the identity of the SAE whose latents they name; single edits may name another one."""
 
     edits: tuple[Edit, ...] = ()
     sae_hash: str = ""
-    """`SAE.weights_hash`. Empty only where there are no edits."""
+    """`SAE.weights_hash`. Empty only where no edit needs it."""
 
     def __post_init__(self) -> None:
         if len(self.edits) > MAX_EDITS:
             raise ValueError(f"a recipe holds at most {MAX_EDITS} edits; found {len(self.edits)}")
-        if self.edits and not self.sae_hash:
+        if not all(self.sae_of(edit) for edit in self.edits):
             raise ValueError("a recipe with edits must name its SAE; sae_hash is empty")
         for i, edit in enumerate(self.edits):
             for other in self.edits[:i]:
-                if edit.latent == other.latent and {edit.positions, other.positions} != {"prompt", "generated"}:
+                same = edit.latent == other.latent and self.sae_of(edit) == self.sae_of(other)
+                if same and {edit.positions, other.positions} != {"prompt", "generated"}:
                     raise ValueError(
                         f"latent {edit.latent} is edited twice at the same positions; keep one of the two edits, or let "
                         "one act on the prompt and the other on what is generated"
@@ -107,10 +114,23 @@ class Recipe:
         """The edits that change anything."""
         return tuple(edit for edit in self.edits if not edit.changes_nothing)
 
+    def sae_of(self, edit: Edit) -> str:
+        """Identity of the SAE whose latent `edit` changes."""
+        return edit.sae_hash or self.sae_hash
+
+    def of(self, sae_hash: str) -> "Recipe":
+        """The part that edits latents of one SAE."""
+        edits = [replace(edit, sae_hash="") for edit in self.edits if self.sae_of(edit) == sae_hash]
+        return Recipe(tuple(edits), sae_hash)
+
     def to_json(self) -> str:
         """The recipe as text that `from_json` reads, stable and fit for sharing."""
-        edits = [{item.name: getattr(edit, item.name) for item in fields(Edit)} for edit in self.edits]
-        return json.dumps({"format": FORMAT, "sae_hash": self.sae_hash, "edits": edits}, indent=2) + "\n"
+        edits = [
+            {item.name: value for item in fields(Edit) if (value := getattr(edit, item.name)) != "" or item.name != "sae_hash"}
+            for edit in self.edits
+        ]
+        form = FORMAT_OF_SEVERAL if any(edit.sae_hash for edit in self.edits) else FORMAT
+        return json.dumps({"format": form, "sae_hash": self.sae_hash, "edits": edits}, indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Recipe":
@@ -121,14 +141,17 @@ class Recipe:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"the recipe is not valid JSON: {error}") from None
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
+        if not isinstance(data, dict) or data.get("format") not in (FORMAT, FORMAT_OF_SEVERAL):
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
-            raise ValueError(f"not a steering recipe: expected an object with format {FORMAT!r}, found {found!r}")
+            raise ValueError(
+                f"not a steering recipe: expected an object with format {FORMAT!r} or {FORMAT_OF_SEVERAL!r}, found "
+                f"{found!r:.80}"
+            )
         if not isinstance(data.get("edits"), list) or not isinstance(data.get("sae_hash"), str):
             raise ValueError("the recipe needs edits (a list) and sae_hash (a string)")
         if unknown := sorted(set(data) - {"format", "sae_hash", "edits"}):
             raise ValueError(f"the recipe has an unknown key {unknown[0]!r}; expected format, sae_hash and edits")
-        return cls(tuple(_edit_from_json(item) for item in data["edits"]), data["sae_hash"])
+        return cls(tuple(_edit_from_json(item, data["format"]) for item in data["edits"]), data["sae_hash"])
 
     @classmethod
     def read(cls, path: Path) -> "Recipe":
@@ -139,8 +162,8 @@ class Recipe:
             raise ValueError(f"{path}: {error}") from None
 
 
-def _edit_from_json(item: Any) -> Edit:
-    known = [field.name for field in fields(Edit)]
+def _edit_from_json(item: Any, form: str) -> Edit:
+    known = [field.name for field in fields(Edit) if field.name != "sae_hash" or form == FORMAT_OF_SEVERAL]
     if not isinstance(item, dict) or "latent" not in item:
         raise ValueError(f"each edit must be an object with at least a latent; found {item!r:.80}")
     if unknown := sorted(set(item) - set(known)):
@@ -182,12 +205,12 @@ class Steering:
 
     def check(self, recipe: Recipe) -> None:
         """ValueError where the recipe is for another SAE, or names a latent that is out of range or never fired."""
-        if recipe.edits and recipe.sae_hash != self.sae.weights_hash:
-            raise ValueError(
-                f"the recipe belongs to the SAE {recipe.sae_hash!r}, but {self.sae.weights_hash!r} is loaded; latents of "
-                "different SAEs have nothing in common"
-            )
         for edit in recipe.edits:
+            if recipe.sae_of(edit) != self.sae.weights_hash:
+                raise ValueError(
+                    f"the recipe belongs to the SAE {recipe.sae_of(edit)!r}, but {self.sae.weights_hash!r} is loaded; latents "
+                    "of different SAEs have nothing in common"
+                )
             if edit.latent >= len(self.max_values):
                 raise ValueError(f"latent {edit.latent} is out of range; this SAE has latents 0 to {len(self.max_values) - 1}")
             if edit.mode != "ablate" and edit.strength and not self.max_values[edit.latent] > 0:
@@ -259,6 +282,31 @@ class Steering:
             delta = amounts @ plan.directions
         edited = torch.where(masks.any(1, keepdim=True), base + delta, flat)
         return edited.to(x.dtype).view_as(x)
+
+
+def check_all(steerings: Sequence[Steering], recipe: Recipe) -> None:
+    """ValueError where an edit's SAE is none of those of `steerings`, or as `Steering.check` raises."""
+    if len(steerings) == 1:
+        steerings[0].check(recipe)
+        return
+    known = {steering.sae.weights_hash: steering for steering in steerings}
+    for edit in recipe.edits:
+        if recipe.sae_of(edit) not in known:
+            loaded = ", ".join(f"{name!r} ({steering.site})" for name, steering in known.items())
+            raise ValueError(
+                f"latent {edit.latent} belongs to the SAE {recipe.sae_of(edit)!r}, but the ones loaded are {loaded}; give its "
+                "folder to --sae too"
+            )
+    for name, steering in known.items():
+        steering.check(recipe.of(name))
+
+
+def hooks_for_all(steerings: Sequence[Steering], recipes: Sequence[Recipe], prompt_lengths: Sequence[int]) -> HooksFor | None:
+    """As `Steering.hooks_for`, for recipes over several SAEs, each at a site of its own."""
+    for recipe in set(recipes):
+        check_all(steerings, recipe)
+    parts = [[recipe.of(steering.sae.weights_hash) for recipe in recipes] for steering in steerings]
+    return chain(*(one.hooks_for(part, prompt_lengths) for one, part in zip(steerings, parts, strict=True)))
 
 
 def read_latents(latents: Latents, wanted: Tensor) -> Tensor:

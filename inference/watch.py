@@ -22,6 +22,8 @@ class Alarm(NamedTuple):
     position: int
     latent: int
     value: float
+    share: float
+    """Of the latent's maximum."""
 
 
 class Watch:
@@ -36,14 +38,19 @@ class Watch:
         features: Features,
         latents: Sequence[int],
         threshold: float | None = None,
-        on_alarm: Callable[[Alarm], None] = print,
+        on_alarm: Callable[[Alarm], None] | None = None,
     ) -> None:
-        """`threshold` in units of each latent's maximum; None raises no alarm. ValueError for a latent that does not exist."""
+        """`threshold` in units of each latent's maximum; None raises no alarm. `on_alarm` is called with each as it is raised;
+        `alarms` holds all of them. ValueError for a latent that does not exist, or, with a threshold, that never fired."""
         for latent in latents:
             if not 0 <= latent < features.n_latents:
                 raise ValueError(f"--watch {latent}: out of range; this SAE has latents 0 to {features.n_latents - 1}")
+            if threshold is not None and not float(features.max_values[latent]) > 0:
+                raise ValueError(f"--watch {latent}: never fired on the corpus, so --alarm has no maximum to compare it with")
         self._features, self._threshold, self._on_alarm = features, threshold, on_alarm
         self.latents = tuple(latents)
+        self.alarms: list[Alarm] = []
+        self._maxima = [float(features.max_values[latent]) for latent in latents]
         self._index = torch.tensor(self.latents, device=features.sae.W_dec.device)
         self._values: dict[tuple[int, int], list[float]] = {}
 
@@ -64,9 +71,11 @@ class Watch:
     def _judge(self, row: int, position: int, values: Sequence[float]) -> None:
         if self._threshold is None:
             return
-        for latent, value in zip(self.latents, values, strict=True):
-            if value > self._threshold * float(self._features.max_values[latent]) and value > 0:
-                self._on_alarm(Alarm(row, position, latent, value))
+        for latent, value, maximum in zip(self.latents, values, self._maxima, strict=True):
+            if value > self._threshold * maximum and value > 0:
+                self.alarms.append(Alarm(row, position, latent, value, value / maximum))
+                if self._on_alarm is not None:
+                    self._on_alarm(self.alarms[-1])
 
     def values(self, row: int, latent: int, length: int) -> list[float | None]:
         """The latent's value at positions 0 to `length` - 1 of one row; None where it was not read."""

@@ -327,11 +327,14 @@ def neighbours(features: Features, latent: int, n: int = 8) -> list[Hit]:
 
 
 def default_strength(features: Features, latent: int) -> float:
-    """A strength that is felt and leaves the text readable: the edit is as long as EDIT_SHARE of a typical activation.
+    """The strength that raised the feature most where that was measured; else one that is felt and leaves the text readable:
+    the edit is as long as EDIT_SHARE of a typical activation.
 
     Normalised activations have a mean norm of about sqrt(d_model) under both `dataset` and `layer`, and decoder rows have unit
     norm, so the length of the edit is strength * maximum there.
     """
+    if latent in features.best_strengths:
+        return min(STRENGTHS[1], features.best_strengths[latent])
     largest = float(features.max_values[latent])
     if largest <= 0 or features.sae.cfg.norm == "none":
         return 1.0

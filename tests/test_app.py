@@ -43,7 +43,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> Features:
 @pytest.fixture(scope="module")
 def session(paths: Features) -> Session:
     return open_session(
-        InferenceConfig(model=str(paths.model), sae=paths.sae, top=paths.top, explanations=paths.explanations),
+        InferenceConfig(model=str(paths.model), sae=(paths.sae,), top=(paths.top,), explanations=(paths.explanations,)),
         torch.device("cpu"),
     )
 

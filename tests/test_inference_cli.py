@@ -3,26 +3,24 @@
 import io
 import json
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import inference.chat
 import inference.complete
-import inference.steering_eval
-from core.artifact import open_artifact
-from core.cli import parse
+from core.cli import parse, run_stage
 from inference.chat import ChatConfig
 from inference.complete import CompleteConfig
 from inference.dialogue import prepare, style_of
 from inference.session import InferenceConfig, Session, open_session
 from inference.steering import Edit, Recipe
-from inference.steering_eval import EvalConfig, add_vector, prompts_of, write
-from inference.workbench import default_strength
 from llama3.chat_format import Message, encode_dialog
 from sae.model import load
 from tests.tiny import tiny_llama
@@ -96,6 +94,10 @@ def test_complete_watches(paths: Features, capsys: pytest.CaptureFixture[str], c
     loud = sum(bool(value) for values in record["watch"].values() for value in values)
     assert 0 < len(caplog.records) <= loud
     assert "ALARM prompt 0" in caplog.records[0].getMessage()
+    assert len(record["alarms"]) == len(caplog.records)
+    for alarm in record["alarms"]:
+        assert record["watch"][str(alarm["latent"])][alarm["token"]] == alarm["value"]
+        assert alarm["share_of_maximum"] > 0.1
     table = complete(flags, capsys).splitlines()
     header = next(i for i, line in enumerate(table) if line.startswith("token"))
     assert len(table) - header - 1 == len(record["tokens"])
@@ -104,7 +106,7 @@ def test_complete_watches(paths: Features, capsys: pytest.CaptureFixture[str], c
 def test_chat_answers_each_line(
     paths: Features, recipe_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def talk(*flags: str) -> list[dict[str, str]]:
+    def talk(*flags: str) -> list[dict[str, Any]]:
         stdin(monkeypatch, b"hello\n\nonce more\n/reset\nhello\n/quit\nnot read\n")
         config = parse(ChatConfig, "", [*paths.flags, "--max-new-tokens", "5", "--temperature", "0", "--json", *flags])
         inference.chat.run(config, alone())
@@ -114,6 +116,11 @@ def test_chat_answers_each_line(
     assert [first["message"], second["message"], third["message"]] == ["hello", "once more", "hello"]
     assert first == third, "/reset did not start anew"
     assert talk("--steer", str(recipe_file))[0]["answer"] != first["answer"]
+    watched = talk("--watch", "3,5", "--alarm", "0")[1]
+    assert watched["answer"] == second["answer"]
+    assert len(watched["tokens"]) == len(watched["watch"]["3"]) == 5
+    fired = {(latent, t) for latent in (3, 5) for t, value in enumerate(watched["watch"][str(latent)]) if value}
+    assert {(alarm["latent"], alarm["token"]) for alarm in watched["alarms"]} == fired
     assert talk("--system", "Be brief.")[0]["answer"] != first["answer"]
 
 
@@ -193,29 +200,68 @@ def test_session_without_features(paths: Features) -> None:
         session.needs_features()
 
 
-def test_steering_eval_measures_what_it_says(paths: Features, tmp_path: Path) -> None:
-    """Records, table and best strengths agree with one another, and one record with a run by hand."""
-    flags = [*paths.flags, "--out", str(tmp_path / "steering"), "--features", "3", "--relative-strengths", "1", "6"]
-    config = parse(EvalConfig, "", [*flags, "--max-new-tokens", "6", "--resamples", "50"])
-    inference.steering_eval.run(config, alone())
-    artifact = open_artifact(tmp_path / "steering", "steering")
-    rows = [json.loads(line) for line in artifact.file("steering.jsonl").read_text().splitlines()]
-    assert [(row["latent"], row["relative"]) for row in rows] == [(i, s) for i in range(3) for s in (1.0, 6.0)]
-    session = open_session(config, torch.device("cpu"))
-    features = session.needs_features()
-    edit = Edit(latent=2, strength=rows[5]["strength"])
-    hooks = features.steering.hooks_for([Recipe((edit,), features.sae.weights_hash)] * 8, [len(p) for p in prompts_of(session)])
-    assert rows[5]["steered"]["firing"] == pytest.approx(float(write(session, config, hooks).fired[2]))
-    assert rows[5]["steered"] != rows[5]["baseline"]
-    size = edit.strength * float(features.max_values[2])
-    control = add_vector(features, torch.full((32,), size / 32**0.5))
-    x, positions = torch.randn(1, 4, 32), torch.arange(4)[None]
-    assert hooks is not None
-    moved = [source(positions.expand(8, 4))[features.site](x.expand(8, 4, 32)) - x for source in (hooks, control)]
-    torch.testing.assert_close(moved[0].norm(dim=-1), moved[1].norm(dim=-1))  # the control is as long as the edit
-    assert rows[5]["strength"] == pytest.approx(6 * default_strength(features, 2))
-    best = json.loads(artifact.file("best_strengths.json").read_text())
-    assert set(best) <= {"0", "1", "2"}
-    assert artifact.file("steering.md").read_text().count("\n| ") == 3
-    assert artifact.file("steering.png").read_bytes().startswith(b"\x89PNG")
-    inference.steering_eval.run(config, alone())
+# What does not belong together, as a user meets it: exit code 2 and one line
+
+
+@pytest.fixture
+def strangers(paths: Features, tmp_path: Path) -> dict[str, Path]:
+    """Parts that exist and are whole, but belong to something else."""
+    other_model = tiny_llama(tmp_path / "other", seed=9)
+    other_run = write_features(tmp_path / "run", paths.model, tiny_sae(paths.model, "layers.0.resid_post", seed=5))
+    deeper = tiny_sae(paths.model, "layers.1.resid_post", seed=6)
+    deeper.cfg.provenance["site"] = "layers.7.resid_post"
+    found = {
+        "sae_of_another_model": write_features(tmp_path / "m", other_model, tiny_sae(other_model, "layers.1.resid_post")).sae
+    }
+    deeper.save(tmp_path / "deeper")
+    recipe = Recipe((Edit(latent=3),), load(other_run.sae).weights_hash)
+    (tmp_path / "recipe_of_another.json").write_text(recipe.to_json())
+    (tmp_path / "out_of_range.json").write_text(Recipe((Edit(latent=48),), load(paths.sae).weights_hash).to_json())
+    (tmp_path / "broken.json").write_text("{")
+    names = {name: tmp_path / f"{name}.json" for name in ("recipe_of_another", "out_of_range", "broken")}
+    return (
+        found
+        | names
+        | {"other_sae": other_run.sae, "other_explanations": other_run.explanations, "deeper": tmp_path / "deeper"}
+    )
+
+
+@pytest.mark.parametrize("command", ["complete", "chat"])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sae", "sae_of_another_model"], "model_hash is "),
+        (["--sae", "deeper"], "unknown site 'layers.7.resid_post'"),
+        (["--sae", "other_sae"], "top sentences .*site is 'layers.1.resid_post', but 'layers.0.resid_post' is needed"),
+        (["--explanations", "other_explanations"], "explanations .*sae_hash is"),
+        (["--steer", "recipe_of_another"], "the recipe belongs to the SAE"),
+        (["--steer", "out_of_range"], "latent 48 is out of range; this SAE has latents 0 to 47"),
+        (["--steer", "broken"], "broken.json: the recipe is not valid JSON"),
+        (["--watch", "99"], "--watch 99: out of range; this SAE has latents 0 to 47"),
+        (["--watch", "3;4"], "separated by commas"),
+    ],
+)
+def test_one_line_says_what_does_not_belong(
+    paths: Features,
+    strangers: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    flags: list[str],
+    message: str,
+) -> None:
+    stage, config = {
+        "complete": (inference.complete, CompleteConfig),
+        "chat": (inference.chat, ChatConfig),
+    }[command]
+    stdin(monkeypatch, b"hello\n")
+    given = [str(strangers.get(flag, flag)) for flag in flags]
+    monkeypatch.setattr(sys, "argv", [command, *paths.flags, "--device", "cpu", *given])
+    with pytest.raises(SystemExit) as ended:
+        run_stage(config, stage.run, "")
+    shown = capsys.readouterr()
+    errors = [line for line in shown.err.splitlines() if line.startswith("error:")]
+    assert ended.value.code == 2
+    assert len(errors) == 1
+    assert re.search(message, errors[0]), errors[0]
+    assert shown.out == "", "something was said before the mistake was found"

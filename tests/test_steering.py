@@ -3,16 +3,20 @@
 import json
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from inference.session import Features as Features_
 from inference.session import InferenceConfig, Session, open_session
-from inference.steering import Edit, Recipe, Steering, chain
+from inference.steering import MODES, Edit, Recipe, Steering, chain, hooks_for_all
 from inference.watch import Alarm, Watch, parse_latents
 from llama3.generate import HooksFor, Sampling, generate
+from llama3.sites import Hook
 from tests.tiny import tiny_llama
 from tests.tiny_features import SENTENCES, Features, tiny_sae, write_features
 
@@ -30,15 +34,19 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> Features:
 
 @pytest.fixture(scope="module")
 def session(paths: Features) -> Session:
-    return open_session(
-        InferenceConfig(**{k: str(v) if k == "model" else v for k, v in paths._asdict().items()}), torch.device("cpu")
-    )
+    return open_session(config_of(paths), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
 def layer_steering(paths: Features, session: Session) -> Steering:
     sae = tiny_sae(paths.model, SITE, seed=3, norm="layer")
     return Steering(sae, SITE, torch.full((sae.cfg.n_latents,), 2.0))
+
+
+def config_of(*runs: Features, **changes: Any) -> InferenceConfig:
+    """Flags for the SAEs of `runs`, which share a model."""
+    flags: dict[str, Any] = {name: tuple(getattr(run, name) for run in runs) for name in ("sae", "top", "explanations")}
+    return InferenceConfig(**({"model": str(runs[0].model)} | flags | changes))
 
 
 def recipe(steering: Steering, *edits: Edit) -> Recipe:
@@ -143,6 +151,7 @@ def test_nothing_to_do_is_bit_identical(session: Session) -> None:
     plain = logits(session, [ids], None)
     for empty in (Recipe(), recipe(steering, Edit(latent=3, strength=0.0)), recipe(steering, Edit(latent=3, strength=-0.0))):
         assert steering.hooks_for([empty], [len(ids)]) is None
+    assert hooks_for_all([steering], [Recipe()], [len(ids)]) is None
     far = steering.hooks_for([recipe(steering, Edit(latent=3, strength=9.0, positions=500))], [len(ids)])
     assert torch.equal(logits(session, [ids], far), plain)
     assert not torch.equal(logits(session, [ids], steering.hooks_for([recipe(steering, Edit(latent=3))], [len(ids)])), plain)
@@ -194,6 +203,18 @@ def test_cache_and_padding_do_not_matter(session: Session) -> None:
             assert float(at.max() - at[token]) < 1e-3, f"token {i} is not the best one under the same edits"
     assert together[0] != text_of(session, rows[:1], None)[0]
     assert together[1] == text_of(session, rows[1:2], None)[0]
+
+
+def test_a_row_beside_steered_ones_keeps_its_bits(session: Session) -> None:
+    steering = session.needs_features().steering
+    rows = [prompt(session, 0)[:6], prompt(session, 1)[:6], prompt(session, 2)[:6]]
+    nothing = recipe(steering, Edit(latent=3, strength=0.0))
+    for mode in MODES:
+        strong = recipe(steering, Edit(latent=5, strength=4.0, mode=mode))  # type: ignore[arg-type]
+        found = logits(session, rows, steering.hooks_for([strong, Recipe(), nothing], [6, 6, 6]))
+        plain = logits(session, rows, None)
+        assert torch.equal(found[1:], plain[1:])
+        assert not torch.equal(found[0], plain[0]) or mode == "ablate"
 
 
 def test_nothing_is_left_behind(session: Session) -> None:
@@ -318,6 +339,93 @@ def test_prompt_and_answer_may_differ() -> None:
     Recipe((Edit(latent=1, positions="prompt"), Edit(latent=1, strength=3.0, positions="generated")), "x")
 
 
+# Several SAEs
+
+
+@pytest.fixture(scope="module")
+def two(paths: Features, tmp_path_factory: pytest.TempPathFactory) -> Session:
+    """A session with an SAE at each of two layers."""
+    earlier = write_features(
+        tmp_path_factory.mktemp("earlier"), paths.model, tiny_sae(paths.model, "layers.0.resid_post", seed=8)
+    )
+    return open_session(config_of(paths, earlier), torch.device("cpu"))
+
+
+def test_edits_at_several_sites(two: Session) -> None:
+    """One recipe over two SAEs against a pass that adds both directions by hand, and against the order of its edits."""
+    later, earlier = two.steerings()
+    ids = prompt(two)
+    edits = (Edit(latent=3, strength=2.0), Edit(latent=3, strength=1.5, sae_hash=earlier.sae.weights_hash))
+    hooks = hooks_for_all([later, earlier], [Recipe(edits, later.sae.weights_hash)], [len(ids)])
+
+    def adding(steering: Steering, strength: float) -> Hook:
+        vector = steering.sae.W_dec[3] / steering.sae.cfg.scale * strength * float(steering.max_values[3])
+        return lambda x: torch.cat([x[:, :1], x[:, 1:] + vector], dim=1)
+
+    with torch.no_grad(), two.model.hooks({later.site: adding(later, 2.0), earlier.site: adding(earlier, 1.5)}):
+        expected = two.model(torch.tensor([ids]))
+    torch.testing.assert_close(logits(two, [ids], hooks), expected, atol=1e-4, rtol=1e-4)
+    named = tuple(replace(edit, sae_hash=edit.sae_hash or later.sae.weights_hash) for edit in reversed(edits))
+    again = hooks_for_all([earlier, later], [Recipe(named)], [len(ids)])
+    torch.testing.assert_close(logits(two, [ids], again), expected, atol=1e-4, rtol=1e-4)
+    assert hooks_for_all([later, earlier], [Recipe()], [len(ids)]) is None
+    only = hooks_for_all([later, earlier], [Recipe(edits[:1], later.sae.weights_hash)], [len(ids)])
+    alone_ = later.hooks_for([Recipe(edits[:1], later.sae.weights_hash)], [len(ids)])
+    assert torch.equal(logits(two, [ids], only), logits(two, [ids], alone_))
+
+
+def test_rows_at_different_sites(two: Session) -> None:
+    """In one batch a row steered at one layer, one at the other, one not at all: each as if alone."""
+    later, earlier = two.steerings()
+    rows = [prompt(two, 0)[:10], prompt(two, 1)[:6], prompt(two, 2)[:8]]
+    recipes = [
+        recipe(later, Edit(latent=3, strength=6.0)),
+        recipe(earlier, Edit(latent=5, strength=5.0, mode="clamp")),
+        Recipe(),
+    ]
+    lengths = [len(row) for row in rows]
+    together = text_of(two, rows, hooks_for_all([later, earlier], recipes, lengths))
+    for row, one, found in zip(rows, recipes, together, strict=True):
+        assert found == text_of(two, [row], hooks_for_all([later, earlier], [one], [len(row)]))[0]
+    assert together[2] == text_of(two, rows[2:], None)[0]
+    assert together[1] != text_of(two, rows[1:2], None)[0]
+
+
+def test_recipes_over_several_saes_survive_their_text(two: Session) -> None:
+    later, earlier = (steering.sae.weights_hash for steering in two.steerings())
+    original = Recipe((Edit(latent=3), Edit(latent=3, sae_hash=earlier, strength=2.5)), later)
+    text = original.to_json()
+    assert Recipe.from_json(text) == original
+    assert json.loads(text)["format"] == "steering-recipe/2"
+    assert [set(edit) - {"latent", "strength", "mode", "positions"} for edit in json.loads(text)["edits"]] == [
+        set(),
+        {"sae_hash"},
+    ]
+    assert original.of(earlier) == Recipe((Edit(latent=3, strength=2.5),), earlier)
+    with pytest.raises(ValueError, match="edited twice"):
+        Recipe((Edit(latent=3), Edit(latent=3, sae_hash=later)), later)
+    with pytest.raises(ValueError, match="unknown key 'sae_hash'"):
+        Recipe.from_json(text.replace("recipe/2", "recipe/1"))
+    with pytest.raises(ValueError, match="sae_hash must be text"):
+        Recipe.from_json(text.replace(f'"{earlier}"', "7"))
+
+
+def test_saes_that_are_not_there_are_named(two: Session, session: Session, paths: Features) -> None:
+    later, earlier = two.steerings()
+    both = Recipe((Edit(latent=3), Edit(latent=4, sae_hash=earlier.sae.weights_hash)), later.sae.weights_hash)
+    with pytest.raises(ValueError, match=f"belongs to the SAE '{earlier.sae.weights_hash}', but"):
+        hooks_for_all(session.steerings(), [both], [3])
+    stranger = Recipe((Edit(latent=4),), "stranger")
+    with pytest.raises(ValueError, match=r"latent 4 belongs to the SAE 'stranger', but the ones loaded are .*layers\.0"):
+        hooks_for_all([later, earlier], [stranger], [3])
+    with pytest.raises(ValueError, match="latents 0 to 47"):
+        hooks_for_all([later, earlier], [recipe(earlier, Edit(latent=48))], [3])
+    with pytest.raises(ValueError, match=r"a second SAE at layers\.1\.resid_post"):
+        open_session(config_of(paths, paths), torch.device("cpu"))
+    with pytest.raises(ValueError, match="--top is missing"):
+        open_session(config_of(paths, top=(), explanations=()), torch.device("cpu"))
+
+
 def test_recipes_that_do_not_fit_are_refused(session: Session) -> None:
     steering = session.needs_features().steering
     cases = [
@@ -365,10 +473,16 @@ def test_watch_reads_what_steering_leaves(session: Session) -> None:
     assert min(value for value in watch.values(0, 3, 8)[1:] if value is not None) > 0
     with pytest.raises(ValueError, match="out of range"):
         Watch(features, (48,))
+    silent = Features_(features.sae, SITE, features.top, {})
+    silent.__dict__["max_values"] = torch.zeros(48)  # where the cached property keeps what it read
+    Watch(silent, (3,))
+    with pytest.raises(ValueError, match="never fired on the corpus"):
+        Watch(silent, (3,), threshold=0.5)
 
 
 def test_parse_latents() -> None:
     assert parse_latents(" 896, 1204,896 ") == (896, 1204)
+    assert parse_latents("") == ()
     with pytest.raises(ValueError, match="separated by commas"):
         parse_latents("896;x")
 
@@ -390,4 +504,4 @@ def test_parts_of_other_runs_are_refused(paths: Features, session: Session, tmp_
     ]
     for change, message in cases:
         with pytest.raises(ValueError, match=message):
-            open_session(InferenceConfig(**({**paths._asdict(), "model": str(paths.model)} | change)), torch.device("cpu"))  # type: ignore[arg-type]
+            open_session(config_of(paths, **{name: (path,) for name, path in change.items()}), torch.device("cpu"))

@@ -1,0 +1,255 @@
+"""The steering evaluation: each figure against a count by hand, the choice of strengths against the prompts it may look at."""
+
+import json
+import math
+from pathlib import Path
+from string import ascii_lowercase
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import inference.complete
+import inference.steering_eval
+from core.artifact import open_artifact
+from core.cli import parse
+from inference.session import Session, open_session
+from inference.steered_texts import Panel, continued, first_tokens, hooks_for, label_words, pushed
+from inference.steering import Edit, Recipe
+from inference.steering_eval import EvalConfig, best_explained, read_prompts, typical_length
+from inference.steering_report import as_table, best_strengths, median_interval, summarise
+from inference.workbench import default_strength
+from llama3.generate import Sampling
+from tests.tiny import tiny_llama
+from tests.tiny_features import Features, alone, tiny_sae, write_features
+
+PROMPTS = ["the storm", "she read", "a", "rain fell on the"]
+SAMPLING = Sampling(max_new_tokens=6, temperature=1.0, top_p=1.0, seed=0)
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> Features:
+    folder = tmp_path_factory.mktemp("eval")
+    model = tiny_llama(folder / "model")
+    return write_features(folder, model, tiny_sae(model, "layers.1.resid_post"))
+
+
+@pytest.fixture(scope="module")
+def config(paths: Features, tmp_path_factory: pytest.TempPathFactory) -> EvalConfig:
+    folder = tmp_path_factory.mktemp("out")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    flags = [*paths.flags, "--out", str(folder / "steering"), "--features", "3", "--lengths", "0.5", "3", "--directions", "2"]
+    flags += ["--prompts", str(folder / "prompts.txt"), "--max-new-tokens", "6", "--resamples", "50"]
+    return parse(EvalConfig, "", flags)
+
+
+@pytest.fixture(scope="module")
+def session(config: EvalConfig) -> Session:
+    return open_session(config, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def panel(session: Session) -> Panel:
+    features = session.needs_features()
+    chosen = tuple(best_explained(features, 3))
+    wanted = tuple(label_words(features.label(latent)) for latent in chosen)
+    ids = tuple(tuple(session.tokenizer.encode(prompt, bos=True)) for prompt in PROMPTS)
+    return Panel(session, chosen, wanted, ids, SAMPLING)
+
+
+def recipes(session: Session, strength: float, latents: tuple[int, ...]) -> list[Recipe]:
+    sae = session.needs_features().sae
+    return [Recipe((Edit(latent=latent, strength=strength),), sae.weights_hash) for latent in latents]
+
+
+def test_what_is_read_is_what_one_text_at_a_time_shows(session: Session, panel: Panel) -> None:
+    """Firing, words, tokens and loss of a batch of padded rows, against each text alone with the session's own reader."""
+    one = recipes(session, 2.0, panel.chosen)
+    found = panel.write(one)
+    which = [m for m in range(3) for _ in PROMPTS]
+    rows = [list(prompt) for _ in range(3) for prompt in panel.prompts]
+    texts = continued(session, rows, SAMPLING, hooks_for(panel.features, one, which, [len(row) for row in rows]))
+    for b, (row, text) in enumerate(zip(rows, texts, strict=True)):
+        m, p = divmod(b, len(PROMPTS))
+        reading = session.read(text)
+        assert found.tokens[m, p] == len(text) - len(row)
+        for f, latent in enumerate(panel.chosen):
+            assert found.fired[m, p, f] == sum(value > 0 for value in reading.of(latent)[len(row) :])
+            letters = "".join(c if c in ascii_lowercase else " " for c in session.tokenizer.decode(text[len(row) :]).lower())
+            assert found.words[m, p, f] == sum(panel.wanted[f].has(word) for word in letters.split() if len(word) > 1)
+        with torch.no_grad():
+            scores = session.model(torch.tensor([text]))[0].log_softmax(-1)
+        loss = -sum(float(scores[t - 1, text[t]]) for t in range(len(row), len(text)))
+        assert found.loss[m, p] == pytest.approx(loss, abs=1e-3)
+    assert float(found.fired.sum()) > 0
+
+
+def test_next_tokens_are_the_steered_model_s(session: Session, panel: Panel) -> None:
+    texts = [[*panel.prompts[0], 40, 41], [*panel.prompts[3], 50]]
+    starts = [len(panel.prompts[0]), len(panel.prompts[3])]
+    one = recipes(session, 3.0, panel.chosen[:2])
+    found = panel.next_tokens(one, texts, starts)
+    steering = session.needs_features().steering
+    for m, recipe in enumerate(one):
+        chances = []
+        for text, start in zip(texts, starts, strict=True):
+            hooks = steering.hooks_for([recipe], [start])
+            assert hooks is not None
+            with torch.no_grad(), session.model.hooks(hooks(torch.arange(len(text))[None])):
+                scores = session.model(torch.tensor([text]))[0]
+            chances += [scores[t - 1].softmax(-1) for t in range(start, len(text))]
+        torch.testing.assert_close(found[m], torch.stack(chances).mean(0)[: session.tokenizer.n_vocab], atol=1e-6, rtol=1e-4)
+    assert found.sum(1).tolist() == pytest.approx([1.0, 1.0], abs=1e-3)
+
+
+def test_controls_are_as_long_as_the_edit(session: Session) -> None:
+    features = session.needs_features()
+    edit = Edit(latent=2, strength=1.7)
+    size = edit.strength * float(features.max_values[2])
+    vectors = torch.nn.functional.normalize(torch.randn(3, features.sae.cfg.d_model), dim=1) * size
+    x, positions = torch.randn(3, 4, features.sae.cfg.d_model), torch.arange(4).expand(3, 4)
+    steered = features.steering.hooks_for([Recipe((edit,), features.sae.weights_hash)] * 3, [2] * 3)
+    assert steered is not None
+    moved = [source(positions)[features.site](x) - x for source in (steered, pushed(features, vectors))]
+    torch.testing.assert_close(moved[0].norm(dim=-1), moved[1].norm(dim=-1))
+    assert float(moved[1][:, 0].norm()) == 0, "the sink was pushed"
+
+
+@pytest.mark.parametrize(
+    ("label", "yes", "no"),
+    [
+        ('"nobody"', ["nobody"], ["body", "nobodys"]),
+        ('words beginning "lin-": linear', ["linear", "line"], ["words", "beginning", "online"]),
+        ('words ending "-ing"', ["sing", "running"], ["ingot", "words"]),
+        ('"copy", "view": array', ["copy", "view"], ["array", "copying"]),
+        ("storms at sea", ["storms", "sea"], ["at"]),
+        ("words like unequal, uncovers", ["unequal", "uncovers"], ["words", "like"]),
+        ('"`": header', ["header"], ["the"]),
+    ],
+)
+def test_words_of_a_label(label: str, yes: list[str], no: list[str]) -> None:
+    wanted = label_words(label)
+    assert all(wanted.has(word) for word in yes)
+    assert not any(wanted.has(word) for word in no)
+
+
+def test_first_tokens_begin_the_words(session: Session) -> None:
+    tokenizer = session.tokenizer
+    table = first_tokens([label_words('"storm"'), label_words('words beginning "st-"')], tokenizer)
+    assert table[tokenizer.encode(" storm")[0], 0] == table[tokenizer.encode(" Storm")[0], 0] == 1
+    for token in table[:, 1].nonzero()[:, 0].tolist():
+        assert tokenizer.decode([token]).strip().lower().startswith("st")
+
+
+# Choosing and summing up
+
+
+def row(latent: int, length: float, half: str, steered: float, random: float, perplexity: float = 10.0) -> dict[str, Any]:
+    def measured(firing: float, surprise: float = 10.0) -> dict[str, float]:
+        return {"firing": firing, "words": firing, "next_token": firing, "perplexity": surprise}
+
+    kinds = {"baseline": measured(0.01), "random": measured(random), "others": measured(random)}
+    base = {"latent": latent, "label": "x", "length": length, "strength": length * 3, "prompts": half}
+    return base | kinds | {"steered": measured(steered, perplexity)}
+
+
+ROWS = [
+    row(0, 0.5, "choosing", 0.10, 0.02), row(0, 1.0, "choosing", 0.20, 0.02), row(0, 2.0, "choosing", 0.90, 0.02, 99.0),
+    row(0, 0.5, "judging", 0.50, 0.02), row(0, 1.0, "judging", 0.30, 0.02), row(0, 2.0, "judging", 0.90, 0.02, 99.0),
+    row(1, 0.5, "choosing", 0.01, 0.02), row(1, 1.0, "choosing", 0.00, 0.02), row(1, 2.0, "choosing", 0.00, 0.02),
+    row(1, 0.5, "judging", 0.40, 0.02), row(1, 1.0, "judging", 0.40, 0.02), row(1, 2.0, "judging", 0.40, 0.02),
+]  # fmt: skip
+
+
+def test_strengths_are_chosen_on_their_own_prompts() -> None:
+    """The judging prompts would choose otherwise: they like 0.5 best for feature 0, and any strength for feature 1."""
+    assert best_strengths(ROWS, 2.0) == {"0": 3.0}
+    assert best_strengths(ROWS, 20.0) == {"0": 6.0}
+
+
+def test_summary_is_of_the_judging_prompts() -> None:
+    summary = summarise(ROWS, {"0": 3.0}, 200, 0)
+    assert [one["length"] for one in summary] == [0.5, 1.0, 2.0, "best"]
+    assert summary[0]["steered_firing_mean"] == pytest.approx(0.45)
+    best = summary[-1]
+    assert best["features"] == 2
+    assert best["steered_firing_mean"] == pytest.approx((0.30 + 0.01) / 2), "a feature that nothing raises stays as it is"
+    assert best["firing_over_random"][0] == pytest.approx(np.median([0.28, 0.0]))
+    assert as_table(summary).count("\n| best |") == 4
+    assert "nan" not in as_table(summary)
+
+
+def test_intervals_cover_the_median() -> None:
+    """Of 200 samples from a known distribution the interval holds the true median in about 95 %."""
+    random = np.random.default_rng(0)
+    intervals = [median_interval(random.exponential(size=60), 300, seed) for seed in range(200)]
+    held = np.mean([low <= math.log(2) <= high for _, low, high in intervals])
+    assert 0.90 <= held <= 0.99
+
+
+# The folder
+
+
+def test_the_folder_agrees_with_itself(config: EvalConfig, session: Session, panel: Panel, paths: Features) -> None:
+    inference.steering_eval.run(config, alone())
+    artifact = open_artifact(config.out, "steering")
+    rows = [json.loads(line) for line in artifact.file("steering.jsonl").read_text().splitlines()]
+    assert [(r["latent"], r["length"], r["prompts"]) for r in rows] == [
+        (latent, length, half) for length in (0.5, 3.0) for latent in panel.chosen for half in ("choosing", "judging")
+    ]
+    texts = continued(session, [list(prompt) for prompt in panel.prompts], SAMPLING, None)
+    size, features = typical_length(session, texts), session.needs_features()
+    assert rows[-1]["strength"] == pytest.approx(3 * size / float(features.max_values[panel.chosen[2]]))
+    written = panel.write(
+        [Recipe((Edit(latent=r["latent"], strength=r["strength"]),), features.sae.weights_hash) for r in rows[7::2]]
+    )
+    for f, record in enumerate(rows[7::2]):  # at length 3, judging: the prompts at odd places
+        share = float(written.fired[f, 1::2, f].sum() / written.tokens[f, 1::2].sum())
+        assert record["steered"]["firing"] == pytest.approx(share)
+        others = [g for g in range(3) if g != f]
+        share = float(written.fired[others, 1::2, f].sum() / written.tokens[others, 1::2].sum())
+        assert record["others"]["firing"] == pytest.approx(share)
+    summary = json.loads(artifact.file("steering.json").read_text())
+    best = json.loads(artifact.file("best_strengths.json").read_text())
+    assert summary == json.loads(json.dumps(summarise(rows, best, config.resamples, config.seed)))
+    assert best == best_strengths(rows, config.max_perplexity_ratio)
+    assert artifact.file("steering.png").read_bytes().startswith(b"\x89PNG")
+    inference.steering_eval.run(config, alone())  # finished: nothing to do
+    flags = [*paths.flags, "--prompt", "x", "--strengths", str(config.out)]
+    again = open_session(parse(inference.complete.CompleteConfig, "", flags), torch.device("cpu")).needs_features()
+    assert dict(again.best_strengths) == {int(latent): strength for latent, strength in best.items()}
+    for latent, strength in again.best_strengths.items():
+        assert default_strength(again, latent) == min(30.0, strength)
+
+
+def test_strengths_of_another_sae_are_refused(config: EvalConfig, paths: Features, tmp_path: Path) -> None:
+    inference.steering_eval.run(config, alone())
+    other = write_features(tmp_path, paths.model, tiny_sae(paths.model, "layers.1.resid_post", seed=4))
+    flags = [*other.flags, "--prompt", "x", "--strengths", str(config.out)]
+    with pytest.raises(ValueError, match="measured on the SAE"):
+        open_session(parse(inference.complete.CompleteConfig, "", flags), torch.device("cpu"))
+
+
+def test_prompts_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("one\n\n")
+    with pytest.raises(ValueError, match="two prompts or more, one a line; found 1"):
+        read_prompts(path)
+    path.write_text("one\n\ntwo\n")
+    assert read_prompts(path) == ["one", "two"]
+    assert len(read_prompts(None)) == 32
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--features", "1"], "--features: expected at least 2"),
+        (["--max-new-tokens", "0"], "--max-new-tokens: expected at least 1"),
+        (["--lengths", "nan"], "above 0, at most 100"),
+        (["--lengths", "-1"], "above 0, at most 100"),
+    ],
+)
+def test_flags_out_of_range(flags: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse(EvalConfig, "", ["--out", "x", *flags])
