@@ -112,7 +112,7 @@ class Panel:
             rows = [list(prompt) for _ in block for prompt in self.prompts]
             hooks = hooks_for(self.features, interventions, which, [len(row) for row in rows])
             texts = continued(self.session, rows, self.sampling, hooks)
-            parts.append([part.unflatten(0, (len(block), -1)) for part in self._read(rows, texts)])
+            parts.append([part.view(len(block), -1, *part.shape[1:]) for part in self._read(rows, texts)])
             progress(len(block))
         return Written(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
@@ -130,7 +130,7 @@ class Panel:
             positions = torch.arange(tokens.shape[1], device=tokens.device).masked_fill(~mask, -1).repeat(n, 1)
             with self.session.model.hooks(hooks(positions) if hooks else {}):
                 logits = self.session.model(tokens.repeat(n, 1), mask=mask.repeat(n, 1))
-            chances = logits.unflatten(0, (n, -1))[:, predicting].float().softmax(-1)  # (n, new tokens, V)
+            chances = logits.view(n, -1, *logits.shape[1:])[:, predicting].float().softmax(-1)  # (n, new tokens, V)
             found.append(chances.mean(1)[:, : self.session.tokenizer.n_vocab].cpu())
         return torch.cat(found)
 

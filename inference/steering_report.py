@@ -1,7 +1,7 @@
 """What a steering evaluation found: medians over features with intervals, best strengths, a table and a plot."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,13 +30,13 @@ def best_strengths(rows: Sequence[Mapping[str, Any]], max_ratio: float) -> dict[
 def summarise(rows: Sequence[Mapping[str, Any]], best: Mapping[str, float], resamples: int, seed: int) -> list[dict[str, Any]]:
     """For each length, and last for each feature's best strength (a feature without one counts as not steered, with a rise of
     0): medians over the features of the judging prompts. `NAME_over_KIND` is the median of the paired differences with its 95 %
-    bootstrap interval over features, `NAME_wins` the share of features above random directions."""
+    bootstrap interval over features, `NAME_over_KIND_mean` their mean, `NAME_wins` the share of features above random."""
     judging = [row for row in rows if row["prompts"] == "judging"]
     groups: list[tuple[float | str, list[Mapping[str, Any]]]] = []
     for length in sorted({row["length"] for row in judging}):
         groups.append((length, [row for row in judging if row["length"] == length]))
     chosen = [row for row in judging if best.get(str(row["latent"])) == round(row["strength"], 3)]
-    unchosen = [row | dict.fromkeys(KINDS, row["baseline"]) for row in groups[0][1] if str(row["latent"]) not in best]
+    unchosen = [dict(row) | dict.fromkeys(KINDS, row["baseline"]) for row in groups[0][1] if str(row["latent"]) not in best]
     groups.append(("best", [*chosen, *unchosen]))
     return [_summary(length, group, resamples, seed) for length, group in groups]
 
@@ -50,16 +50,19 @@ def _summary(length: float | str, rows: Sequence[Mapping[str, Any]], resamples: 
     for name in NAMES:
         steered = columns["steered", name]
         for kind in ("random", "others"):
-            found[f"{name}_over_{kind}"] = median_interval(steered - columns[kind, name], resamples, seed)
+            found[f"{name}_over_{kind}"] = interval(np.median, steered - columns[kind, name], resamples, seed)
+            found[f"{name}_over_{kind}_mean"] = interval(np.mean, steered - columns[kind, name], resamples, seed)
         found[f"{name}_wins"] = float(np.mean(steered > columns["random", name]))
     return found
 
 
-def median_interval(values: npt.NDArray[np.float64], resamples: int, seed: int) -> tuple[float, float, float]:
-    """The median of `values` and its 95 % percentile interval, by bootstrap (Efron 1979)."""
-    draws = np.median(np.random.default_rng(seed).choice(values, (resamples, len(values))), axis=1)
+def interval(
+    middle: Callable[..., Any], values: npt.NDArray[np.float64], resamples: int, seed: int
+) -> tuple[float, float, float]:
+    """The `middle` (np.median or np.mean) of `values` and its 95 % percentile interval, by bootstrap (Efron 1979)."""
+    draws = middle(np.random.default_rng(seed).choice(values, (resamples, len(values))), axis=1)
     low, high = np.percentile(draws, [2.5, 97.5])
-    return float(np.median(values)), float(low), float(high)
+    return float(middle(values)), float(low), float(high)
 
 
 def as_table(summary: Sequence[Mapping[str, Any]]) -> str:
@@ -69,15 +72,16 @@ def as_table(summary: Sequence[Mapping[str, Any]]) -> str:
         "# Does it steer?\n",
         f"{n} features. Lengths are shares of a typical activation; `best`: each feature at the strength that the other half "
         "of the prompts chose. Medians over features, read on the unsteered model; in brackets means. Random directions and "
-        "the other features' directions have the length of the edit. Differences are medians of pairs with 95 % bootstrap "
-        "intervals over features.",
+        "the other features' directions have the length of the edit. Differences are medians and means of pairs, with 95 % "
+        "bootstrap intervals over features.",
     ]
     for name, title in NAMES.items():
-        head = "| length | baseline | random | others | steered | steered - random | steered - others | above random |\n"
-        lines = [f"\n## {title[0].upper()}{title[1:]}\n", head + "|---" * 8 + "|"]
+        head = "| length | baseline | random | others | steered | steered - random | its mean | steered - others | its mean | "
+        head += "above random |\n" + "|---" * 10 + "|"
+        lines = [f"\n## {title[0].upper()}{title[1:]}\n", head]
         for one in summary:
             cells = [f"{100 * one[f'{kind}_{name}']:.2f} ({100 * one[f'{kind}_{name}_mean']:.2f})" for kind in KINDS]
-            cells += [_interval(one[f"{name}_over_{kind}"]) for kind in ("random", "others")]
+            cells += [_interval(one[f"{name}_over_{kind}"]) for kind in ("random", "random_mean", "others", "others_mean")]
             lines.append(f"| {one['length']} | {' | '.join(cells)} | {one[f'{name}_wins']:.0%} |")
         parts.append("\n".join(lines))
     lines = ["\n## Perplexity under the unsteered model\n", "| length | baseline | random | steered |\n|---|---|---|---|"]
