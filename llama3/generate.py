@@ -4,7 +4,7 @@ Shapes: B rows, T tokens of this pass, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -41,6 +41,8 @@ class Sampling:
     """Divides positive and multiplies negative logits of tokens that the row already holds (Keskar et al. 2019); 1 is off."""
     seed: int = 0
     """Row i draws from a generator seeded with (seed, i), so that its text does not depend on its neighbours."""
+    first_row: int = 0
+    """Number of the first row, where a caller cuts a long list of prompts into batches."""
     stop: tuple[str, ...] = ()
     """A row ends before the first of these strings in its text."""
 
@@ -48,6 +50,7 @@ class Sampling:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         limits: tuple[tuple[str, bool, str], ...] = (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("first_row", self.first_row >= 0, "0 or more"),
             ("temperature", 0 <= self.temperature <= 100, "0 (greedy) to 100"),
             ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
@@ -176,8 +179,9 @@ def _generate(
     if min(map(len, prompts)) < longest:
         mask = torch.tensor([[False] * (longest - len(p)) + [True] * len(p) for p in prompts], device=model.device)
     # Padding takes slots, not positions: a short row beside a long one still has its whole context.
-    cache = model.new_cache(len(prompts), longest + sampling.max_new_tokens)
-    chooser = Chooser(sampling, prompts, tokenizer, model.device)
+    steps = min(sampling.max_new_tokens, model.params.max_seq_len - min(map(len, prompts)))
+    cache = model.new_cache(len(prompts), longest + steps)
+    chooser = Chooser(replace(sampling, max_new_tokens=steps), prompts, tokenizer, model.device)
     while True:
         hooks: Mapping[str, Hook] = {}
         if hooks_for is not None:
@@ -213,7 +217,7 @@ class Chooser:
         # One uniform number per row and step, drawn on the CPU: the same numbers whatever the device and the batch.
         draws = [
             torch.rand(sampling.max_new_tokens, dtype=torch.float64, generator=_generator(sampling.seed, row))
-            for row in range(len(prompts))
+            for row in range(sampling.first_row, sampling.first_row + len(prompts))
         ]
         self._uniform = torch.stack(draws).to(device)
         self._seen: Tensor | None = None
