@@ -16,8 +16,8 @@ import xxhash
 from torch import Tensor, nn
 
 from core.artifact import Builder, building, open_artifact
+from core.product import linear
 from core.runtime import Runtime, Solo
-from sae.product import dense_product
 from sae.sparse import decode, encode_at
 from sae.topk import top_k
 
@@ -151,8 +151,8 @@ class SAE(nn.Module):
         return Normalised(z, torch.zeros_like(like), torch.full_like(like, self.cfg.scale))
 
     def pre_activations(self, z: Tensor) -> Tensor:
-        """`h` [N, n_latents] of normalised rows `z` [N, d]: dense, for those who need all of it; without gradients."""
-        return dense_product(z - self.b_pre, self.W_enc, self.b_enc)
+        """`h` [N, n_latents] of normalised rows `z` [N, d]: dense, for those who need all of it."""
+        return linear(z - self.b_pre, self.W_enc, self.b_enc)
 
     def select(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """The active latents of pre-activations `h` [N, n_latents]: values [N, K] >= 0 in falling order, and indices [N, K].
