@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import tyro
 
-from core.cli import machine
+from core.cli import machine, one_line_errors, parse
 from core.runtime import pick_device
 from inference.session import InferenceConfig, Session, open_session
 from inference.steering import MODES, Edit, Recipe
@@ -181,11 +180,12 @@ def measured(session: Session, config: BenchConfig) -> Iterator[Row]:
 
 
 def main() -> None:
-    config = tyro.cli(BenchConfig, description=__doc__)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    session = open_session(config, pick_device(config.device, 0))
-    features = session.needs_features()
+    with one_line_errors():
+        config = parse(BenchConfig, __doc__ or "")
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        session = open_session(config, pick_device(config.device, 0))
+        features = session.needs_features()
     gpu = session.model.device.type == "cuda"
     where = torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     shape = f"d_model {features.sae.cfg.d_model}, {features.n_latents} latents, k {features.sae.cfg.k}"

@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-import tyro
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from core.cli import one_line_errors, parse
 from core.product import linear
 from core.runtime import pick_device
 from llama3 import ModelArgs, RopeScaling, Sampling, Tokenizer, Transformer, generate, load_model
@@ -400,12 +400,13 @@ def measured(config: BenchConfig, device: str) -> Iterator[Row]:
 
 
 def main() -> None:
-    config = tyro.cli(BenchConfig, description=__doc__)
+    with one_line_errors():
+        config = parse(BenchConfig, __doc__ or "")
+        device = pick_device(config.device, 0).type
     if config.threads:
         torch.set_num_threads(config.threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    device = pick_device(config.device, 0).type
     where = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     print(f"{where}, {config.dtype}, torch {torch.__version__}, transformers {transformers.__version__}")
     print(f"{'measure':<74} {'ours':>12} {'theirs':>12} {'ratio':>8}  {'to reach':<10} reached")

@@ -87,7 +87,8 @@ def generate(
 
     `hooks_for(positions)` gets the positions (B, T), int64, of the tokens of the pass to come, -1 at padding and in finished
     rows, and returns the hooks for that pass alone. They are entered and left within one step, so that the iterator may be
-    resumed by another thread. Raises ValueError at once for prompts that are empty, too long or of another vocabulary.
+    resumed by another thread; they run in inference mode, so that what they keep takes no part in autograd unless it is cloned.
+    Raises ValueError at once for prompts that are empty, too long or of another vocabulary.
     """
     check_prompts(model, tokenizer, prompts)
     return _generate(model, tokenizer, [list(prompt) for prompt in prompts], sampling, hooks_for)
@@ -180,16 +181,15 @@ def _generate(
         mask = torch.tensor([[False] * (longest - len(p)) + [True] * len(p) for p in prompts], device=model.device)
     # Padding takes slots, not positions: a short row beside a long one still has its whole context.
     steps = min(sampling.max_new_tokens, model.params.max_seq_len - min(map(len, prompts)))
-    cache = model.new_cache(len(prompts), longest + steps)
+    with torch.inference_mode():  # in which the passes run: a step of a small model is mostly the cost of calling operations
+        cache = model.new_cache(len(prompts), longest + steps)
     chooser = Chooser(replace(sampling, max_new_tokens=steps), prompts, tokenizer, model.device)
+    positions = [[-1] * (longest - len(p)) + list(range(len(p))) for p in prompts]
     while True:
-        hooks: Mapping[str, Hook] = {}
-        if hooks_for is not None:
-            starts = torch.tensor([row.position for row in rows], device=model.device)[:, None]
-            positions = starts + torch.arange(-tokens.shape[1], 0, device=model.device)
-            hooks = hooks_for(positions if mask is None else positions.masked_fill(~mask, -1))
-        with torch.no_grad(), model.hooks(hooks):
-            logits = model(tokens, mask=mask, cache=cache, last_only=True)[:, -1]
+        with torch.inference_mode():
+            hooks = hooks_for(torch.tensor(positions, device=model.device)) if hooks_for is not None else {}
+            with model.hooks(hooks):
+                logits = model(tokens, mask=mask, cache=cache, last_only=True)[:, -1]
         chosen = chooser.choose(logits)
         for i, (row, token_id) in enumerate(zip(rows, chosen.tolist(), strict=True)):
             if not row.done:
@@ -199,6 +199,7 @@ def _generate(
         going = [not row.done for row in rows]
         if not any(going):
             return
+        positions = [[-1 if row.done else row.position - 1] for row in rows]
         tokens, mask = chosen[:, None], None
         if not all(going):
             mask = torch.tensor(going, device=model.device)[:, None]
@@ -226,7 +227,7 @@ class Chooser:
             for row, prompt in enumerate(prompts):
                 self._seen[row, torch.tensor(prompt, device=device)] = True
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def choose(self, logits: Tensor) -> Tensor:
         """Token ids (B), int64, for logits (B, V) of any floating dtype."""
         logits = logits[:, : self._n_vocab].float()  # a model may have more rows than the tokenizer has tokens

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 GROUPS = (64, 32, 16, 8)  # sizes tried, the largest first
+SMALL = 2**12  # numbers in all; for fewer, as for one token while a text is generated, the calls cost more than the looking
 SPARE = 6  # groups per element kept: with fewer, the next level has too many candidates (measured, docs/performance.md)
 
 
@@ -20,7 +21,7 @@ def top_k(h: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     n = h.shape[1]
     group = group_size(n, k)
-    if group == 1 or len(h) == 0:
+    if group == 1 or h.numel() <= SMALL:
         return torch.topk(h, k)
     m = n // group
     grouped = h[:, : m * group].view(len(h), m, group)  # (N, m, G)

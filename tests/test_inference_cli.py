@@ -80,7 +80,7 @@ def test_texts_do_not_depend_on_the_batch(
     paths: Features, recipe_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sampled, steered and watched: all five at once, two at a time, or each alone; a long one takes no room from others."""
-    long = "the other one and then the storm " * 8
+    long = "the other one and then the storm " * 5
     flags = [*paths.flags, "--steer", str(recipe_file), "--watch", "3", "--json", "--max-new-tokens", "30", "--seed", "5"]
     answers = []
     for size in ("5", "2", "1"):
