@@ -272,7 +272,7 @@ def present_values(sae: SAE, flat: Tensor, wanted: Tensor, where: Tensor) -> Ten
     own = linear(z - sae.b_pre, sae.W_enc[wanted], sae.b_enc[wanted])
     rows = ((own > 0) & where).any(1).nonzero().squeeze(1)
     present = torch.zeros_like(own)
-    for part in rows.split(ROWS) if len(rows) else ():
+    for part in torch.split(rows, ROWS) if len(rows) else ():
         values, indices = sae.select(sae.pre_activations(z[part]))  # (M, K)
         fires = indices[:, :, None] == wanted  # (M, K, E)
         present[part] = (values[:, :, None] * fires).sum(1)
