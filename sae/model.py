@@ -17,12 +17,15 @@ import xxhash
 from torch import Tensor, nn
 
 from core.artifact import Builder, building, open_artifact
+from core.product import linear
 from core.runtime import Runtime, Solo
 from sae.sparse import decode, encode_at
 from sae.topk import top_k
 
 ARCHITECTURES = ("topk", "batchtopk", "relu", "jumprelu", "matryoshka")
-BLOCK_ELEMENTS = 2**24  # pre-activations held at once where no gradient is asked for
+# Pre-activations held at once where no gradient is asked for. On a CPU 16 MB stay in the last level of cache, and malloc gives
+# the same pages again; on a GPU larger blocks keep it busy.
+CPU_ELEMENTS, GPU_ELEMENTS = 2**22, 2**29
 
 
 class Latents(NamedTuple):
@@ -173,7 +176,7 @@ class SAE(nn.Module):
 
     def pre_activations(self, z: Tensor) -> Tensor:
         """`h` [N, n_latents] of normalised rows `z` [N, d]: dense, for those who need all of it."""
-        return torch.addmm(self.b_enc, z - self.b_pre, self.W_enc.T)
+        return linear(z - self.b_pre, self.W_enc, self.b_enc)
 
     def select(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """The active latents of pre-activations `h` [N, n_latents]: values [N, K] >= 0 in falling order, and indices [N, K].
@@ -199,7 +202,10 @@ class SAE(nn.Module):
         if not bool(torch.isfinite(x).all()):
             raise ValueError("activations hold NaN or infinite values, which no top-k can rank; find where they come from")
         rows = self.normalise(x).z.reshape(-1, self.cfg.d_model)
-        step = len(rows) if torch.is_grad_enabled() else max(1, BLOCK_ELEMENTS // self.cfg.n_latents)
+        if torch.is_grad_enabled():
+            step = len(rows)
+        else:
+            step = (CPU_ELEMENTS if rows.device.type == "cpu" else GPU_ELEMENTS) // self.cfg.n_latents
         blocks = [self._encode_block(block, h_bias) for block in torch.split(rows, max(1, step))]
         K = max(values.shape[1] for values, _ in blocks)
         values, indices = (

@@ -4,7 +4,7 @@ import io
 import json
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,20 @@ import pytest
 
 from core.artifact import verify
 from core.cli import parse
+from interpretability.asking import Reply, Request, writable
+from interpretability.batch_api import DEFAULT_MODEL, LIST_PRICES, open_client
+from interpretability.batch_journal import JOURNAL
+from interpretability.batch_results import checked
 from interpretability.explain import ExplainConfig, run
-from interpretability.message_batches import DEFAULT_MODEL, JOURNAL, LIST_PRICES, BatchJob, _checked, open_client
-from interpretability.records import read_explanations
+from interpretability.llm_explainer import LLMExplainer
+from interpretability.message_batches import BatchJob
+from interpretability.records import explanation_lines, open_top, read_explanations
 from tests import written_latents as written
 from tests.batch_client import REPLIES, client_config, complete, requests, run_client
-from tests.fake_batches import BatchServer, succeeded
+from tests.fake_batches import BatchServer, pretended, succeeded
 from tests.faults import ForkServer
 from tests.interp_folders import solo
+from tests.test_prompts import malformed
 
 KEY = "sk-ant-test-0123456789"
 
@@ -72,6 +78,17 @@ def test_run_explains_every_latent_that_fires_and_keeps_what_came(top: Path, tmp
     calls = server.calls.copy()
     run(flags("run", top, tmp_path / "out", server, "--yes"), solo())
     assert server.calls == calls  # a finished folder asks nothing
+
+
+def test_the_five_pieces_reach_the_folder(top: Path, tmp_path: Path) -> None:
+    with BatchServer(answer=pretended) as server:
+        run(flags("run", top, tmp_path / "out", server, "--yes", "--style", "title"), solo())
+        assert '"dominant_tokens"' in next(iter(server.batches.values()))["requests"][0]["params"]["system"]
+    found = read_explanations(tmp_path / "out")[0]
+    assert (found.state, found.title) == ("valid", "rehearsal: soldiers")
+    assert found.explanation == "Rehearsal, not an explanation: fires most on soldiers."
+    assert set(found.details) == {"style", "dominant_tokens", "patterns", "context"}
+    assert found.details["dominant_tokens"] == ["soldiers"]
 
 
 def test_steps(top: Path, tmp_path: Path, server: BatchServer, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,6 +161,31 @@ def test_invalid_requests_are_not_sent_again_and_others_are(tmp_path: Path) -> N
         assert server.sent()["r3"] == 1
         assert max(server.sent().values()) > 2
         assert set(server.successes().values()) == {1}
+
+
+def test_a_thousand_malformed_replies_are_failed_with_reason_and_text(top: Path, tmp_path: Path) -> None:
+    """From the server's answer to the line on disk: none is taken for an explanation, and what was said is kept."""
+    said = list(malformed(1000))
+    with BatchServer(answer=lambda custom_id, prompt: said[int(custom_id.rsplit("r", 1)[1])]) as server:
+        replies = complete(tmp_path / "out", client_config(server.url, 1000), solo())
+        assert set(server.sent().values()) == {1}  # a malformed answer was paid for: it is not bought again
+    explainer = LLMExplainer(Named(), open_top(top), "semantic", 20)
+    by_latent = {f"latent-{i}": replies[f"r{i}"] for i in range(1000)}
+    lines = [json.loads(line) for line in explanation_lines(explainer.explanations(range(1000), by_latent))]
+    assert [line["latent"] for line in lines] == list(range(1000))
+    assert {line["state"] for line in lines} == {"failed"}
+    assert {line["title"] + line["explanation"] for line in lines} == {""}
+    assert all(line["reason"].startswith("malformed reply: ") for line in lines)
+    assert [line["reply"] for line in lines] == [writable(text) for text in said]
+
+
+class Named:
+    """An asker that is never asked."""
+
+    name, model = "anthropic", "m"
+
+    def ask(self, requests: Sequence[Request]) -> Iterator[Reply]:
+        raise AssertionError
 
 
 def test_attempts_run_out(tmp_path: Path) -> None:
@@ -235,7 +277,7 @@ def line(key: str, text: str = "x") -> bytes:
     ([], "0 of 2 results arrived"),
 ])  # fmt: skip
 def test_only_whole_downloads_are_taken(lines: list[bytes], problem: str) -> None:
-    found, told = _checked(b"\n".join(lines), {"a", "b"}, {"succeeded": 2})
+    found, told = checked(b"\n".join(lines), {"a", "b"}, {"succeeded": 2})
     assert problem in told
     assert len(found) == (0 if problem else 2)
 
@@ -243,7 +285,7 @@ def test_only_whole_downloads_are_taken(lines: list[bytes], problem: str) -> Non
 def test_a_download_cut_at_any_byte_is_noticed() -> None:
     content = line("a") + b"\n" + line("b")
     for length in range(len(content)):
-        assert _checked(content[:length], {"a", "b"}, {"succeeded": 2})[1], length
+        assert checked(content[:length], {"a", "b"}, {"succeeded": 2})[1], length
 
 
 def test_the_default_model_is_one_that_the_sdk_lists() -> None:

@@ -267,7 +267,7 @@ def test_encode_takes_any_leading_shape_and_pads() -> None:
 def test_encode_without_gradients_equals_encode_in_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     sae, x = make_sae(), rows(24, 12)
     whole = sae.encode(x)
-    monkeypatch.setattr("sae.model.BLOCK_ELEMENTS", 7 * 40)
+    monkeypatch.setattr("sae.model.CPU_ELEMENTS", 7 * 40)
     with torch.no_grad():
         blocks = sae.encode(x)
     torch.testing.assert_close(blocks.values, whole.values)
