@@ -1,4 +1,4 @@
-"""Which tensors go to the Triton kernels: those on a GPU, where Triton is installed. All others take PyTorch's own operations."""
+"""Which tensors go to the Triton kernels: those on a GPU, where Triton is installed. Others take PyTorch's operations."""
 
 from functools import cache
 from importlib import import_module

@@ -101,7 +101,8 @@ def _gathered(dense, index, j, last, d, column, BLOCK: tl.constexpr, ENTRIES: tl
     place = j + tl.arange(0, ENTRIES)
     real = place < last
     row = tl.load(index + place, mask=real, other=0).to(tl.int64)
-    return tl.load(dense + row[:, None] * d + column[None, :], mask=real[:, None] & (column < d)[None, :], other=0.0), place, real
+    rows = tl.load(dense + row[:, None] * d + column[None, :], mask=real[:, None] & (column < d)[None, :], other=0.0)
+    return rows, place, real
 
 
 @triton.jit
@@ -161,7 +162,7 @@ def _gradient(latent, weights, row, starts, dense, which, extra, d, column, acc_
     -1.
     """
     own = tl.load(which + latent).to(tl.int64)
-    total = tl.load(extra + own * d + column, mask=(column < d) & (own >= 0), other=0.0).to(acc_type)
+    total = tl.load(extra + own * d + column, mask=column < tl.where(own < 0, 0, d), other=0.0).to(acc_type)
     first, last = tl.load(starts + latent), tl.load(starts + latent + 1)
     for j in range(first, last, ENTRIES):
         rows, place, real = _gathered(dense, row, j, last, d, column, BLOCK, ENTRIES)
@@ -181,7 +182,8 @@ def _adam(weight, mean, square, offset, inside, g, numbers):
     tl.store(mean + offset, m, mask=inside)
     tl.store(square + offset, v, mask=inside)
     w = tl.load(weight + offset, mask=inside, other=0.0) * tl.load(numbers + 3).to(g.dtype)
-    return w - tl.load(numbers + 4).to(g.dtype) * m / (tl.sqrt(v) * tl.load(numbers + 5).to(g.dtype) + tl.load(numbers + 6).to(g.dtype))
+    root = tl.sqrt(v) * tl.load(numbers + 5).to(g.dtype) + tl.load(numbers + 6).to(g.dtype)
+    return w - tl.load(numbers + 4).to(g.dtype) * m / root
 
 
 @triton.jit
@@ -225,7 +227,7 @@ def update_rows(
 ) -> Tensor:
     """Sum of the squared gradients of `W_enc` and `W_dec` []; with `numbers` the gradients act.
 
-    `enc` and `dec` are a weight matrix and Adam's two moments of it, [n, d] each; the gradients are the sum of `parts`; `unit` as
+    `enc` and `dec` are a weight matrix and Adam's two moments of it, [n, d] each; gradients are the sum of `parts`; `unit` is
     `unit_decoder` of sae.update. `numbers` float64 [7]: factor of the gradient, 1 - beta1, 1 - beta2, factor of the weight,
     learning rate over the mean's correction, 1 over the root of the square's correction, epsilon.
     """

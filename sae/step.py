@@ -12,17 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core.product import linear
 from core.runtime import Comm, Mesh
 from sae.loss import ALONE, Losses, Recipe, aux_weight
-from sae.model import SAE
+from sae.model import CPU_ELEMENTS, GPU_ELEMENTS, SAE
 from sae.parallel import best
-from sae.product import dense_product
 from sae.sparse import bag, sampled_product, sums_by_latent, transpose
 from sae.topk import top_k
 
-# Pre-activations in memory at a time. On a CPU 16 MB stay in the last level of cache and, unlike larger blocks, are handed back
-# and forth by malloc without asking the kernel for zeroed pages, which costs as much as a quarter of the product itself.
-CPU_ELEMENTS, GPU_ELEMENTS = 2**22, 2**29
 DENSE_FACTOR = 6  # on a CPU an entry of a sparse product costs about as much as so many of a dense one
 
 
@@ -43,7 +40,12 @@ class Entries(NamedTuple):
         row, offsets = self.row[first:last], starts - first
         for out, dense, weights in ((enc, self.centred, self.g_values), (dec, self.g_decoded, self.values)):
             out += F.embedding_bag(
-                row, dense, offsets, mode="sum", per_sample_weights=weights[first:last], include_last_offset=True
+                row,
+                dense.to(weights.dtype),
+                offsets,
+                mode="sum",
+                per_sample_weights=weights[first:last],
+                include_last_offset=True,
             )
 
 
@@ -114,7 +116,7 @@ def topk_step(
     centred = exact.to(of_products)
     blocks, step = [], max(1, (CPU_ELEMENTS if on_cpu else GPU_ELEMENTS) // n)
     for block, rounded in zip(torch.split(exact, step), torch.split(centred, step), strict=True):
-        h = dense_product(rounded, weights.W_enc, weights.b_enc)
+        h = linear(rounded, weights.W_enc, weights.b_enc)
         values, indices = _largest(h, recipe.k, latent)
         values = values.to(z.dtype)
         error = block - latent.sum_(bag(values, indices, weights.W_dec))  # z - z_hat: b_pre cancels

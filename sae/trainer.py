@@ -99,7 +99,7 @@ class Trainer:
         self.lowest_val_loss, self.validations_above = math.inf, 0
 
     def _new_sae(self, seed: int, begin_with: SAE | None) -> SAE:
-        """This rank's latents of a fresh SAE, or of `begin_with`; `b_pre` starts at the mean of z."""
+        """This rank's latents of a fresh SAE, or of `begin_with`; `b_pre` starts at a centre of z."""
         config, statistics = self.config, self.batches.statistics
         sae = SAE(
             SAEConfig(
@@ -121,8 +121,9 @@ class Trainer:
         )
         with torch.no_grad():
             if begin_with is None:
-                sae.initialise_(config.init, torch.Generator().manual_seed(seed), self.first, config.n_latents)
-                sae.b_pre.copy_(statistics.mean(config.norm))
+                generator, norm = torch.Generator().manual_seed(seed), config.initial_encoder_norm(statistics.d_model)
+                sae.initialise_(config.init, generator, self.first, config.n_latents, norm)
+                sae.b_pre.copy_(statistics.centre(config.norm, config.b_pre))
                 if config.architecture == "jumprelu":
                     sae.threshold.fill_(config.jump_threshold)  # type: ignore[union-attr]
             else:
@@ -184,8 +185,8 @@ class Trainer:
         return int(self.mesh.latent.sum_(torch.tensor(count, device=self.runtime.device)))
 
     def _refuse_non_finite(self, part: Losses) -> list[float]:
-        """Sums over all rows and latents: main, aux, penalty, L0. NotFinite on all ranks alike where one of them, or a gradient,
-        is not finite.
+        """Sums over all rows and latents: main, aux, penalty, L0. NotFinite on all ranks where one of them or a gradient is not
+        finite.
         """
         counted = self.mesh.latent.rank == 0  # ranks that share rows have the same reconstruction
         values = [part.main * counted, part.aux * counted, part.penalty, part.l0, ~self.descent.finite()]
