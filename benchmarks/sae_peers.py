@@ -112,11 +112,12 @@ class Ours:
 class DenseStep:
     """The reference run's step, from its formula: everything dense, autograd, AdamW; decoder rows kept at unit norm.
 
-    Its two slips (no averaging over GPUs, the wrong axis of the decoder) are left out: they would not change the time.
+    Its two slips (no averaging over GPUs, the wrong axis of the decoder) are left out: they would not change the time. It computes
+    in float32; `autocast` has its products in bfloat16, for a stronger rival.
     """
 
-    def __init__(self, setup: Setup) -> None:
-        self.setup = setup
+    def __init__(self, setup: Setup, autocast: bool = False) -> None:
+        self.setup, self.autocast = setup, autocast
         generator = torch.Generator().manual_seed(setup.seed)
         rows = F.normalize(torch.randn(setup.n, setup.d, generator=generator), dim=1)
         self.W_enc = rows.clone().to(setup.device).requires_grad_()
@@ -134,15 +135,16 @@ class DenseStep:
         return torch.zeros_like(h).scatter(1, indices, values.relu())
 
     def step(self, z: Tensor) -> None:
-        h = F.linear(z - self.b_pre, self.W_enc, self.b_enc)
-        kept = self._kept(h, self.setup.k)
-        z_hat = F.linear(kept, self.W_dec) + self.b_pre
-        loss = F.mse_loss(z_hat, z)
         dead = self.since >= self.setup.dead_after
-        if n_dead := int(dead.sum()):
-            among_dead = self._kept(h.masked_fill(~dead, float("-inf")), min(self.k_aux, n_dead))
-            e_hat = F.linear(among_dead, self.W_dec)
-            loss = loss + aux_weight(n_dead, self.k_aux, 1 / 32) * F.mse_loss(e_hat, (z - z_hat).detach())
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=self.autocast):
+            h = F.linear(z - self.b_pre, self.W_enc, self.b_enc)
+            kept = self._kept(h, self.setup.k)
+            z_hat = F.linear(kept, self.W_dec) + self.b_pre
+            loss = F.mse_loss(z_hat, z)
+            if n_dead := int(dead.sum()):
+                among_dead = self._kept(h.masked_fill(~dead, float("-inf")), min(self.k_aux, n_dead))
+                e_hat = F.linear(among_dead, self.W_dec)
+                loss = loss + aux_weight(n_dead, self.k_aux, 1 / 32) * F.mse_loss(e_hat, (z - z_hat).detach())
         loss.backward()
         with torch.no_grad():
             self.W_dec.grad -= (self.W_dec.grad * self.W_dec).sum(0) * self.W_dec

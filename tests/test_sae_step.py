@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from sae import step
 from sae.loss import Losses, Recipe, losses
@@ -118,3 +119,27 @@ def test_fused_update_equals_adam_in_separate_steps(
         for moment in ("exp_avg", "exp_avg_sq", "step"):
             torch.testing.assert_close(mine.state[a][moment], twin.state[b][moment], rtol=1e-9, atol=1e-14)
     twin.load_state_dict(mine.state_dict())  # the same form
+
+
+@pytest.mark.parametrize("n_dead", [0, 6553])
+def test_memory_beyond_weights_and_state(n_dead: int) -> None:
+    """At the size of the benchmark on a CPU, with AuxK on two latents in five: at most three bf16 tensors of [batch, n]."""
+    n, d, n_rows = 16_384, 512, 2048
+    sae = SAE(SAEConfig(d_model=d, n_latents=n, k=32, norm="none"))
+    optimizer, z = adam(sae, 0.0), torch.randn(n_rows, d, generator=torch.Generator().manual_seed(0))
+    dead = torch.arange(0, n_dead * 2, 2)
+
+    def run() -> None:
+        part, gradients = topk_step(sae, z, Recipe(32, 256, 1 / 32), 1 / z.numel(), dead, n_dead)
+        assert int(part.l0) > 0
+        update_(sae, optimizer, gradients)
+
+    run()  # Adam's moments are made
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    held = peak = 0
+    for event in sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    assert n_rows * d * 4 < peak <= 3 * 2 * n_rows * n
