@@ -84,17 +84,22 @@ def products(z: Tensor, W: Tensor, b: Tensor) -> list[Timed]:
     return timed
 
 
-def libraries(setup: Setup) -> dict[str, Library]:
-    """Those that are installed."""
-    found: dict[str, Library] = {"ours": Ours(setup), "dense step": DenseStep(setup)}
+def libraries(setup: Setup, only: tuple[str, ...]) -> dict[str, Library]:
+    """Those asked for that are installed."""
+    found: dict[str, Library] = {"ours": Ours(setup)}
     others: dict[str, Callable[[Setup], Library]] = {
+        "dense step": DenseStep,
         "sparsify": Sparsify,
         "SAELens": SAELens,
         "dictionary_learning": DictionaryLearning,
     }
-    if setup.device != "cpu":
+    if setup.device == "cpu":
+        others |= {f"ours, --nominate {C}": partial(Ours, nominate=C) for C in (2, 3)}
+    else:
         others |= {"dense step, bf16": partial(DenseStep, autocast=True)}
     for name, make in others.items():
+        if only and name not in only:
+            continue
         try:
             found[name] = make(setup)
         except ImportError as error:
@@ -142,7 +147,7 @@ def main(config: BenchConfig) -> None:
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(config.batch, config.d, generator=generator).to(config.device)
     dead = torch.randperm(config.n, generator=generator)[: round(config.dead * config.n)].sort().values.to(config.device)
-    found = libraries(setup)
+    found = libraries(setup, config.only)
     ours = found["ours"]
     assert isinstance(ours, Ours)
 
