@@ -173,7 +173,9 @@ def speed_of(name: str, d: int, n: int, k: int, n_sentences: int, rounds: int, d
             rates.append(tokens / ours)
             both = [both[0] + alone, both[1] + ours]
     shape = f"{name}: d {d}, {n:,} latents, k {k}"
-    rate = f"{statistics.median(rates):,.0f} tokens/s, rounds {min(ratios):.2f} to {max(ratios):.2f}, all {both[0] / both[1]:.2f}"
+    rate = (
+        f"{statistics.median(rates):,.0f} tokens/s, rounds {min(ratios):.2f} to {max(ratios):.2f}, all {both[0] / both[1]:.2f}"
+    )
     ratio, factor = statistics.median(ratios), statistics.median(against)
     yield Row(f"pass / product alone, tokens/s ({shape})", ratio, ">= 0.6", ratio >= 0.6, rate)
     spread = f"rounds {min(against):.1f} to {max(against):.1f}; bound {statistics.median(bounds):.1f}"

@@ -14,11 +14,10 @@ from torch import Tensor
 
 os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "0" if torch.cuda.is_available() else "1")
 
+from sae.descent import descent
 from sae.hyperparameters import Hyperparameters
-from sae.loss import aux_weight, default_k_aux
+from sae.loss import ALONE, aux_weight, default_k_aux
 from sae.model import SAE, SAEConfig
-from sae.step import Weights, topk_step
-from sae.update import update_
 
 NEVER = 10**9  # since when a latent that is to count as dead has not fired
 
@@ -79,8 +78,10 @@ class Ours:
         self.optimizer = torch.optim.Adam(
             self.sae.parameters(), lr=setup.lr, eps=6.25e-10, decoupled_weight_decay=True, fused=True
         )
+        config = Hyperparameters(n_latents=setup.n, k=setup.k)
+        self.recipe = config.recipe(0, setup.d, torch.device(setup.device))
+        self.descent = descent(config, self.sae, self.optimizer, ALONE, 0)
         self.since = torch.zeros(setup.n, dtype=torch.long, device=setup.device)
-        self.k_aux = default_k_aux(setup.d)
         self.count = 0
 
     @torch.no_grad()
@@ -88,11 +89,9 @@ class Ours:
         if self.count == 0:
             self.sae.b_pre.copy_(z.mean(0))
         dead = (self.since >= self.setup.dead_after).nonzero()[:, 0]
-        weights = Weights(1 / z.numel(), aux_weight(len(dead), self.k_aux, 1 / 32) / z.numel())
-        part = topk_step(self.sae, z, weights, dead, self.k_aux)
-        assert part.gradients.finite()
-        self.optimizer.param_groups[0]["lr"] = self.setup.lr * decayed(self.count, self.setup.steps)
-        update_(self.sae, self.optimizer, part.gradients)
+        part = self.descent.add(z, self.recipe, 1 / z.numel(), dead, len(dead))
+        assert self.descent.finite()
+        self.descent.update(self.setup.lr * decayed(self.count, self.setup.steps))
         self.since += len(z)
         self.since[part.fired > 0] = 0
         self.count += 1

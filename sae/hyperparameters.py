@@ -4,6 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
+from sae import fast
 from sae.loss import Recipe, default_k_aux
 from sae.model import best_encoder_norm
 
@@ -38,6 +41,9 @@ class Hyperparameters:
     """Where b_pre starts: at the mean of z, or at its geometric median (sae.preprocess --median-rows)."""
     dtype: Literal["float32", "float64"] = "float32"
     """Of weights and products; float64 is for checks."""
+    products: Literal["auto", "float32", "bfloat16"] = "auto"
+    """topk on a GPU: type of what is multiplied; sums, weights and moments stay in --dtype. auto: bfloat16 where --dtype is
+    float32. A CPU multiplies in --dtype."""
     batch_size: int = 1024
     """Rows per step, all ranks together."""
     accumulate: int = 1
@@ -136,12 +142,14 @@ class Hyperparameters:
         left = max(0.0, 1 - step / self.k_anneal_steps) if self.k_anneal_steps else 0.0
         return self.k + round(extra * left)
 
-    def recipe(self, step: int, d_model: int) -> Recipe:
+    def recipe(self, step: int, d_model: int, device: torch.device) -> Recipe:
         """The loss of step `step`."""
+        in_bfloat16 = self.products == "bfloat16" or (self.products == "auto" and self.dtype == "float32")
         return Recipe(
             k=self.k_at(step),
             k_aux=self.aux_k or default_k_aux(d_model),
             aux_coefficient=self.aux_coefficient,
             sparsity=self.sparsity * min(1.0, (step + 1) / max(1, self.sparsity_warmup_steps)),
             bandwidth=self.jump_bandwidth,
+            products=torch.bfloat16 if in_bfloat16 and device.type == "cuda" and fast.has_kernels() else None,
         )

@@ -180,7 +180,7 @@ def _line(trainer: Trainer, result: StepResult) -> dict[str, Any]:
     measured = result._asdict()
     return (
         {"step": trainer.step, "tokens": trainer.tokens}
-        | {name: measured[name] for name in measured if name not in ("stop_signal", "busy")}
+        | {name: float(measured[name]) for name in measured if name not in ("stop_signal", "busy")}
         | trainer.firing_histograms()
     )
 

@@ -21,6 +21,7 @@ from core.artifact import verify
 from core.cli import parse
 from sae.batches import Batches, Schedule
 from sae.checkpoint import Checkpoints, complete, latents_name, read_state, remove_old_checkpoints
+from sae.descent import ByAutograd, ByHand
 from sae.model import SAEConfig, load
 from sae.preprocess import PreprocessConfig
 from sae.train import TrainConfig, run
@@ -69,7 +70,9 @@ def finish_run(batches: str, out: str) -> None:
 
 @pytest.mark.parametrize("norm", ["dataset", "layer", "none"])
 def test_decoder_rows_stay_units_and_their_gradients_orthogonal(batches: Path, norm: str, monkeypatch: Any) -> None:
-    trainer = Trainer(Hyperparameters(**SMALL, norm=norm), ALONE, Batches(batches))  # type: ignore[arg-type]
+    """Where autograd makes them; topk's are compared with it below."""
+    settings = Hyperparameters(**SMALL, norm=norm, architecture="batchtopk")  # type: ignore[arg-type]
+    trainer = Trainer(settings, ALONE, Batches(batches))
     cosines = []
     step = torch.optim.Adam.step
 
@@ -126,6 +129,27 @@ def test_a_step_equals_dense_autograd_and_torch_adam(batches: Path) -> None:
     assert torch.equal(trainer.last_fired, last_fired.long())
     for ours, theirs in zip((trainer.sae.W_dec, trainer.sae.W_enc, trainer.sae.b_enc, trainer.sae.b_pre), twin, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize(("accumulate", "clip_norm"), [(1, 0.0), (3, 0.05)])
+def test_by_hand_equals_autograd_over_200_steps(
+    batches: Path, accumulate: int, clip_norm: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64, with dead latents, shares of unequal size, and a last batch that is not whole."""
+    settings = {"dtype": "float64", "accumulate": accumulate, "clip_norm": clip_norm, "weight_decay": 0.01}
+    ours = trained(ALONE, batches, 1, settings, 200)
+    monkeypatch.setattr("sae.trainer.descent", ByAutograd)
+    theirs = trained(ALONE, batches, 1, settings, 200)
+    assert isinstance(ours.descent, ByHand)
+    assert len(ours.dead()) > 0
+    for mine, twin in zip(ours.state(), theirs.state(), strict=True):
+        assert mine.keys() == twin.keys()
+        for name, tensor in mine.items():
+            if name not in ("rng", "lowest_val_loss"):
+                assert (tensor - twin[name]).abs().max() <= 1e-10 * twin[name].abs().max(), name
+    a, b = ours.train_step(), theirs.train_step()
+    assert float(a.gradient_norm) == pytest.approx(float(b.gradient_norm), rel=1e-8)
+    assert (a.loss, a.aux_loss, a.l0) == pytest.approx((b.loss, b.aux_loss, b.l0), rel=1e-9)
 
 
 def test_learning_rate_warms_up_and_follows_a_cosine() -> None:
