@@ -44,6 +44,7 @@ class BatchServer:
         self.calls: Counter[str] = Counter()
         self.injected: Counter[str] = Counter()
         self.looks_until_ended = 2
+        self.bytes_per_token = 5.0
         self.invalid: set[str] = set()
         """Ends of custom ids whose requests are answered with invalid_request_error."""
         self.keys: set[str] = set()
@@ -150,7 +151,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         if path.endswith("/count_tokens"):
             self.server_state.calls["count_tokens"] += 1
-            self._json({"input_tokens": max(1, len(body) // 5)})
+            self._json({"input_tokens": max(1, round(len(body) / self.server_state.bytes_per_token))})
         elif path.endswith("/batches"):
             self._create(json.loads(body)["requests"])
         else:

@@ -113,19 +113,44 @@ def test_nothing_is_sent_without_consent_or_beyond_the_budget(
         run(flags("run", top, tmp_path / "b", server, "--yes", "--budget", "0.001"), solo())
     with pytest.raises(ValueError, match="price is not known"):
         run(flags("run", top, tmp_path / "c", server, "--yes", "--model", "claude-of-tomorrow"), solo())
-    assert server.calls["create"] == 0
+    assert not server.calls  # not so much as a count of tokens
     run(flags("run", top, tmp_path / "b", server, "--yes", "--budget", "1"), solo())
     assert server.calls["create"] == 1
 
 
+def test_a_count_above_the_guess_is_held_to_the_budget_and_asked_again(
+    top: Path, tmp_path: Path, server: BatchServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.bytes_per_token = 0.001  # a thousand times what the length of the text promised
+    with pytest.raises(ValueError, match=r"--budget 0.1: .*nothing was sent"):
+        run(flags("run", top, tmp_path / "a", server, "--yes", "--budget", "0.1"), solo())
+    questions: list[str] = []
+
+    def answer(question: str) -> str:
+        questions.append(question)
+        return "y" if len(questions) == 1 else "n"
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", answer)
+    with pytest.raises(ValueError, match="not sent"):
+        run(flags("run", top, tmp_path / "b", server), solo())
+    assert "3 bytes a token" in questions[0]
+    assert "by the server's count of a few" in questions[1]
+    assert server.calls["create"] == 0
+
+
 def test_the_cost_is_that_of_the_formula(tmp_path: Path, server: BatchServer) -> None:
-    """Half the list price; input as counted by the server (a fifth of the request's bytes), output at most --max-tokens."""
+    """Half the list price; input by length, then as the server counts it (a fifth of it), output at most --max-tokens."""
     config = client_config(server.url, 3, max_tokens=1000)
     from core.artifact import building
 
     with building(tmp_path / "out", "replies", config, solo()) as builder, open_client(config) as client:
         job = BatchJob(builder, config, requests(3), client)
+        guess = job.estimate(job.to_send())
+        assert guess.input_tokens == round(sum(request.bytes for request in requests(3)) / 3)
+        job.count()
         estimate = job.estimate(job.to_send())
+        assert estimate.input_tokens > guess.input_tokens  # these requests are all envelope
         price = LIST_PRICES[DEFAULT_MODEL]
         assert estimate.output_tokens == 3000
         assert estimate.dollars == pytest.approx(0.5 * (estimate.input_tokens * price.input + 3000 * price.output) / 1e6)
