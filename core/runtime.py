@@ -8,7 +8,7 @@ import os
 import random
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
@@ -113,7 +113,7 @@ class World(Group):
 
     def __init__(self, timeout: timedelta) -> None:
         super().__init__(timeout)
-        self._counters = itertools.count()
+        self._counters, self._gatherings = itertools.count(), itertools.count()
         self._cpu = dist.new_group(backend="gloo", timeout=timeout)
 
     def barrier(self) -> None:
@@ -123,13 +123,14 @@ class World(Group):
 
     def gather_objects(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.size
-        with _lost_peer("gathering", self.timeout):
+        key = f"gathering-{next(self._gatherings)}"
+        with _lost_peer("gathering", self.timeout, lambda: [r for r in range(self.size) if not _store().check([f"{key}-{r}"])]):
+            _store().set(f"{key}-{self.rank}", "")  # a rank that comes says so: an error can name those that did not
             dist.all_gather_object(values, value, group=self._cpu)
         return values
 
     def counter(self) -> Callable[[], int]:
-        # The store behind the first meeting, of which PyTorch has no public name. Ranks open counters in the same order.
-        store = dist.distributed_c10d._get_default_store()
+        store = _store()  # ranks open counters in the same order
         key = f"counter-{next(self._counters)}"
 
         def take() -> int:
@@ -139,18 +140,29 @@ class World(Group):
         return take
 
 
+def _store() -> dist.Store:
+    """The store behind the first meeting, of which PyTorch has no public name."""
+    return dist.distributed_c10d._get_default_store()
+
+
 @contextmanager
-def _lost_peer(what: str, timeout: timedelta) -> Iterator[None]:
-    """Say in one line which collective failed, where the reason is a rank that ended or does not answer."""
+def _lost_peer(what: str, timeout: timedelta, missing: Callable[[], list[int]] = list) -> Iterator[None]:
+    """Say in one line which collective failed, where the reason is a rank that ended or does not answer; `missing` tells which
+    did not come to it.
+    """
     try:
         yield
     except RuntimeError as error:
         if not LOST_PEER.search(str(error)):
             raise
         reason = re.sub(r"\S*/gloo/\S+ ", "", str(error).splitlines()[0])
+        absent: list[int] = []
+        with suppress(RuntimeError):  # where the store went down with its rank, none is named
+            absent = missing()
+        who = f"rank {', '.join(map(str, absent))}" if absent else "a rank"
         seconds = timeout.total_seconds()
         raise ConnectionError(
-            f"{what} between the processes of this job failed: {reason}; a rank ended (see its own message) or did not answer "
+            f"{what} between the processes of this job failed: {reason}; {who} ended (see its own message) or did not answer "
             f"within --timeout-s {seconds:g}"
         ) from error
 

@@ -129,6 +129,7 @@ def test_a_rank_that_ends_does_not_leave_the_other_waiting(tmp_path: Path, scrip
     done = launch(script, tmp_path, 3600, "gone", ranks=2, limit=300)
     assert done.returncode != 0
     assert "<ConnectionError on rank 0: gathering between the processes of this job failed: " in done.stderr
+    assert "; rank 1 ended (see its own message) or did not answer within --timeout-s 3600" in done.stderr
 
 
 def test_one_process_has_the_answers_of_a_group_of_one() -> None:
