@@ -22,7 +22,7 @@ import tyro
 from torch import Tensor
 
 from benchmarks.sae_peers import DenseStep, DictionaryLearning, Library, Ours, SAELens, Setup, Sparsify
-from sae.product import dense_product
+from core.product import linear
 from sae.step import CPU_ELEMENTS
 
 REACH = {
@@ -69,7 +69,7 @@ def products(z: Tensor, W: Tensor, b: Tensor) -> list[Timed]:
     @torch.no_grad()
     def fastest() -> None:
         for block in blocks:
-            dense_product(block, W, b)
+            linear(block, W, b)
 
     @torch.no_grad()
     def usual() -> None:

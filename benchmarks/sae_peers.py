@@ -14,6 +14,7 @@ from torch import Tensor
 
 os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "0" if torch.cuda.is_available() else "1")
 
+from sae.hyperparameters import Hyperparameters
 from sae.loss import aux_weight, default_k_aux
 from sae.model import SAE, SAEConfig
 from sae.step import Weights, topk_step
@@ -39,8 +40,8 @@ class Setup:
 
     @property
     def lr(self) -> float:
-        """2e-4 / sqrt(n / 16,384): Gao et al. 2024, figure 3; ours, sparsify's (Adam) and dictionary_learning's default."""
-        return 2e-4 / (self.n / 2**14) ** 0.5
+        """Our default. Sparsify's (Adam) and dictionary_learning's are 2e-4 / sqrt(n / 16,384)."""
+        return Hyperparameters(n_latents=self.n, k=self.k).peak_lr
 
 
 class Library(Protocol):
@@ -235,12 +236,14 @@ class SAELens:
         self.setup, self.defaults = setup, defaults
         coefficient = {} if defaults else {"aux_loss_coefficient": 1 / 32}
         cfg = TopKTrainingSAEConfig(d_in=setup.d, d_sae=setup.n, k=setup.k, device=setup.device, **coefficient)
-        options = {"lr_end": 3e-5} if defaults else {"lr": setup.lr, "lr_end": setup.lr / 10}
+        window = setup.dead_after // setup.batch
+        ours = {"lr": setup.lr, "lr_end": setup.lr / 10, "dead_feature_window": window}
+        options = {"lr_end": 3e-5} if defaults else ours
         trainer_cfg = SAETrainerConfig(
             total_training_samples=setup.steps * setup.batch,
             train_batch_size_samples=setup.batch,
             device=setup.device,
-            **({"dead_feature_window": setup.dead_after // setup.batch} | options),
+            **options,
         )
         self.trainer = SAETrainer(cfg=trainer_cfg, sae=TopKTrainingSAE(cfg), data_provider=iter(()))
 

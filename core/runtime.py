@@ -7,8 +7,9 @@ import itertools
 import os
 import random
 import re
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
@@ -24,6 +25,8 @@ T = TypeVar("T")
 
 LOST_PEER = re.compile(r"timed? ?out|clos(ed|ing)|reset by peer|refused|monitoredBarrier|clients joined", re.IGNORECASE)
 """What PyTorch's messages say when a rank ended or does not answer; other RuntimeErrors are bugs and keep their traceback."""
+TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)
+SILENCE_S = 10.0  # ranks reach a collective, and so give up waiting, at different moments
 
 
 class Comm(Protocol):
@@ -113,7 +116,7 @@ class World(Group):
 
     def __init__(self, timeout: timedelta) -> None:
         super().__init__(timeout)
-        self._counters, self._gatherings = itertools.count(), itertools.count()
+        self._counters = itertools.count()
         self._cpu = dist.new_group(backend="gloo", timeout=timeout)
 
     def barrier(self) -> None:
@@ -123,14 +126,13 @@ class World(Group):
 
     def gather_objects(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.size
-        key = f"gathering-{next(self._gatherings)}"
-        with _lost_peer("gathering", self.timeout, lambda: [r for r in range(self.size) if not _store().check([f"{key}-{r}"])]):
-            _store().set(f"{key}-{self.rank}", "")  # a rank that comes says so: an error can name those that did not
+        with _lost_peer("gathering", self.timeout):
             dist.all_gather_object(values, value, group=self._cpu)
         return values
 
     def counter(self) -> Callable[[], int]:
-        store = _store()  # ranks open counters in the same order
+        # The store behind the first meeting, of which PyTorch has no public name. Ranks open counters in the same order.
+        store = dist.distributed_c10d._get_default_store()
         key = f"counter-{next(self._counters)}"
 
         def take() -> int:
@@ -140,31 +142,36 @@ class World(Group):
         return take
 
 
-def _store() -> dist.Store:
-    """The store behind the first meeting, of which PyTorch has no public name."""
-    return dist.distributed_c10d._get_default_store()
-
-
 @contextmanager
-def _lost_peer(what: str, timeout: timedelta, missing: Callable[[], list[int]] = list) -> Iterator[None]:
-    """Say in one line which collective failed, where the reason is a rank that ended or does not answer; `missing` tells which
-    did not come to it.
-    """
+def _lost_peer(what: str, timeout: timedelta) -> Iterator[None]:
+    """Say in one line which collective failed, where the reason is a rank that ended or does not answer."""
     try:
         yield
     except RuntimeError as error:
         if not LOST_PEER.search(str(error)):
             raise
         reason = re.sub(r"\S*/gloo/\S+ ", "", str(error).splitlines()[0])
-        absent: list[int] = []
-        with suppress(RuntimeError):  # where the store went down with its rank, none is named
-            absent = missing()
-        who = f"rank {', '.join(map(str, absent))}" if absent else "a rank"
         seconds = timeout.total_seconds()
+        silent = _silent_ranks(min(SILENCE_S, seconds)) if TIMED_OUT.search(reason) else []
+        names = f" (no sign of rank(s) {', '.join(map(str, silent))})" if silent else ""
         raise ConnectionError(
-            f"{what} between the processes of this job failed: {reason}; {who} ended (see its own message) or did not answer "
-            f"within --timeout-s {seconds:g}"
+            f"{what} between the processes of this job failed: {reason}; a rank ended (see its own message) or did not answer "
+            f"within --timeout-s {seconds:g}{names}"
         ) from error
+
+
+def _silent_ranks(within: float) -> list[int]:
+    """The ranks that do not say, `within` so many seconds, that they too have waited in vain: those that all wait for."""
+    if not dist.is_initialized():  # the first meeting itself failed
+        return []
+    store, everyone = dist.distributed_c10d._get_default_store(), range(dist.get_world_size())
+    store.set(f"waited in vain: {dist.get_rank()}", "")
+    until = time.monotonic() + within
+    while silent := [rank for rank in everyone if not store.check([f"waited in vain: {rank}"])]:
+        if time.monotonic() > until:
+            break
+        time.sleep(0.1)
+    return silent
 
 
 class Mesh(NamedTuple):

@@ -1,8 +1,9 @@
-"""Find features: by prompts for and against, by words of their explanations, or by the direction that they write in.
+"""Find features: by prompts for and against, by words of their explanations, by the direction that they write in, or together.
 
     python -m interpretability.search --sae run/sae --model M --top top/ --positive "a storm at sea" --negative "a calm sea"
     python -m interpretability.search --sae run/sae --explanations explanations/ --text "storm sea"
     python -m interpretability.search --sae run/sae --latent 896
+    python -m interpretability.search --sae run/sae --top top/ --latents 3 17
 
 With --explanations the features in the table carry their titles. The table goes to stdout, everything else to stderr.
 
@@ -26,6 +27,7 @@ from core.artifact import check_provenance, open_artifact
 from core.cli import StageConfig, run_stage
 from core.runtime import Runtime
 from interpretability.records import Explanation, TopSentences, open_top, read_explanations
+from interpretability.together import Together, together
 from llama3 import Tokenizer, Transformer, load_model, load_tokenizer
 from llama3.sites import check_sites
 from sae.model import SAE, load
@@ -53,6 +55,8 @@ class Ranked(NamedTuple):
     """mean: mean share of its maximum over the prompts for it, 0 to 1; rank: prompts for it that it is among the top of."""
     negative: float
     """The same over the prompts against it; 0 without any."""
+    token: str
+    """Where it is largest in the prompts for it, in its share; in those against it where it fires on none for it."""
 
 
 class Match(NamedTuple):
@@ -105,6 +109,11 @@ def open_explanations_of(sae: SAE, path: Path) -> dict[int, Explanation]:
 def trust(explanation: Explanation) -> float:
     """Its score where that was measured, else what the explainer says of itself; 0 without either."""
     return explanation.score if explanation.score is not None else explanation.certainty or 0.0
+
+
+def title_of(explanation: Explanation | None) -> str:
+    """Its title; empty where the latent is not explained."""
+    return explanation.title if explanation is not None and explanation.state == "valid" else ""
 
 
 def search_text(explanations: Mapping[int, Explanation], query: str, limit: int) -> list[Match]:
@@ -183,22 +192,29 @@ def search_prompts(
     if len(max_values) != sae.cfg.n_latents:
         raise ValueError(f"expected a maximum for each of {sae.cfg.n_latents} latents, found {len(max_values)}")
     maxima = max_values.detach().float().cpu()
-    totals = []
+    totals, peaks = [], []
     for prompts in (positive, negative):
         mean, count = torch.zeros(2, len(maxima), dtype=torch.float64)
+        peak, token_id = torch.zeros(len(maxima)), torch.zeros(len(maxima), dtype=torch.int64)
         for prompt in prompts:
-            share = _shares(sae, model, site, maxima, _prompt_ids(model, tokenizer, prompt))
+            share, at = _shares(sae, model, site, maxima, _prompt_ids(model, tokenizer, prompt))
             mean += share.double() / len(prompts)
             first = share.sort(descending=True, stable=True).indices[:RANK_TOP]
             count[first[share[first] > 0]] += 1
+            peak, token_id = torch.maximum(peak, share), torch.where(share > peak, at, token_id)
         totals.append((mean, count))
+        peaks.append((peak, token_id))
     (mean_for, count_for), (mean_against, count_against) = totals
+    (peak_for, token_for), (_, token_against) = peaks
+    token_ids = torch.where(peak_for > 0, token_for, token_against)
     means = mean_for - mean_against
     plus, minus = (count_for, count_against) if method == "rank" else (mean_for, mean_against)
     scores = plus - minus
     found = torch.nonzero((plus > 0) | (minus > 0))[:, 0].tolist()
     found.sort(key=lambda latent: (-float(scores[latent]), -float(means[latent]), latent))
-    return [Ranked(latent, float(scores[latent]), float(plus[latent]), float(minus[latent])) for latent in found]
+    tokens = [tokenizer.decode([i]) for i in token_ids[found].tolist()]
+    numbers = zip(scores[found].tolist(), plus[found].tolist(), minus[found].tolist(), strict=True)
+    return [Ranked(latent, *row, token) for latent, row, token in zip(found, numbers, tokens, strict=True)]
 
 
 def _prompt_ids(model: Transformer, tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -213,13 +229,20 @@ def _prompt_ids(model: Transformer, tokenizer: Tokenizer, prompt: str) -> list[i
 
 
 @torch.no_grad()
-def _shares(sae: SAE, model: Transformer, site: str, maxima: Tensor, ids: Sequence[int]) -> Tensor:
-    """[n] largest value of each latent over the tokens after the first, in units of its maximum, 0 to 1; 0 where dead."""
-    x = model.capture(torch.tensor([list(ids)], device=model.device), sites=[site])[site][0, 1:]  # (T, d)
-    latents = sae.encode(x.float())
+def _shares(sae: SAE, model: Transformer, site: str, maxima: Tensor, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """[n] largest value of each latent over the tokens after the first, in units of its maximum, 0 to 1; 0 where dead.
+
+    And [n] the id of the first token with that value; of no meaning where the value is 0.
+    """
+    tokens = torch.tensor([list(ids)], device=model.device)
+    latents = sae.encode(model.capture(tokens, sites=[site])[site][0, 1:].float())  # T tokens, K each
     values, indices = latents.values.float().cpu().flatten(), latents.indices.cpu().flatten()  # (T * K)
-    share = torch.where(maxima[indices] > 0, values / maxima[indices], 0).clamp(max=1)
-    return torch.zeros(len(maxima)).scatter_reduce(0, indices, share, "amax")
+    places = torch.arange(1, len(ids)).repeat_interleave(latents.values.shape[1])
+    each = torch.where(maxima[indices] > 0, values / maxima[indices], 0).clamp(max=1)
+    share = torch.zeros(len(maxima)).scatter_reduce(0, indices, each, "amax")
+    largest = each == share[indices]
+    place = torch.full((len(maxima),), len(ids) - 1).scatter_reduce(0, indices[largest], places[largest], "amin")
+    return share, torch.tensor(ids)[place]
 
 
 def neighbours(W_dec: Tensor, latent: int, n: int) -> list[Neighbour]:
@@ -270,14 +293,14 @@ def _unit(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig(StageConfig):
-    """Flags of `python -m interpretability.search`: one of --positive, --text and --latent says what to look for."""
+    """Flags of `python -m interpretability.search`: one of --positive, --text, --latent, --latents says what to look for."""
 
     sae: Path
     """Folder of the SAE (`run/sae`)."""
     model: str = ""
     """The model that it was trained on: a folder, a Hub id or `demo`. Needed with --positive."""
     top: Path | None = None
-    """Its top sentences, where the maxima of its latents are read. Needed with --positive."""
+    """Its top sentences, where the maxima of its latents are read. Needed with --positive and --latents."""
     explanations: Path | None = None
     """Explanations of its latents. Needed with --text; elsewhere None leaves features without titles."""
     positive: tuple[str, ...] = ()
@@ -290,14 +313,18 @@ class SearchConfig(StageConfig):
     """Words to look for in the explanations."""
     latent: int | None = None
     """Latent whose neighbours by decoder cosine to show."""
+    latents: tuple[int, ...] = ()
+    """Latents that fire in the same sentences: of those that --top stores, the ones in which all do, the weakest of them
+    strongest first."""
     n: int = 20
     """Features shown, at most."""
     json: bool = False
     """Print one JSON object a line instead of a table."""
 
     def __post_init__(self) -> None:
-        if [bool(self.positive), bool(self.text.strip()), self.latent is not None].count(True) != 1:
-            raise ValueError("give one of --positive PROMPTS, --text WORDS and --latent NUMBER to say what to look for")
+        asked = [bool(self.positive), bool(self.text.strip()), self.latent is not None, bool(self.latents)]
+        if asked.count(True) != 1:
+            raise ValueError("give one of --positive PROMPTS, --text WORDS, --latent NUMBER and --latents NUMBERS")
         if self.negative and not self.positive:
             raise ValueError("--negative: only takes away from --positive; give --positive too")
         if self.positive and not self.model:
@@ -306,6 +333,8 @@ class SearchConfig(StageConfig):
             raise ValueError(
                 "--top is missing: activations are measured in units of each latent's maximum, which is read there"
             )
+        if self.latents and self.top is None:
+            raise ValueError("--top is missing: the sentences in which --latents fire are read there")
         if self.text and self.explanations is None:
             raise ValueError("--explanations is missing: --text searches in them")
         if self.n < 1:
@@ -319,32 +348,44 @@ def run(config: SearchConfig, runtime: Runtime) -> None:
     sae = load(config.sae, runtime.device)
     explanations = {} if config.explanations is None else open_explanations_of(sae, config.explanations)
     top = None if config.top is None else open_top_of(sae, config.top)
-    hits: Sequence[Ranked | Match | Neighbour]
+    hits: Sequence[Ranked | Match | Neighbour | Together]
     if config.positive:
         assert top is not None
         model, tokenizer = load_model(config.model, device=runtime.device), load_tokenizer(config.model)
         site = check_sae(sae, config.sae, model.eval(), tokenizer)
         maxima = torch.tensor(top.max_values)
         hits = search_prompts(sae, model, tokenizer, site, maxima, config.positive, config.negative, config.method)
+    elif config.latents:
+        assert top is not None
+        hits = together(top, config.latents)
     elif config.latent is not None:
         hits = neighbours(sae.W_dec, config.latent, config.n)
     else:
         hits = search_text(explanations, config.text, config.n)
-    shown = [hit._asdict() | {"title": _title(explanations.get(hit.latent))} for hit in hits[: config.n]]
+    shown = [_row(hit, explanations) for hit in hits[: config.n]]
     for line in map(json.dumps, shown) if config.json else _table(shown):
         print(line)
-    log.info("%d features found in %s with %d latents, %d shown", len(hits), config.sae, sae.cfg.n_latents, len(shown))
+    what = "sentences" if config.latents else "features"
+    log.info("%d %s found in %s with %d latents, %d shown", len(hits), what, config.sae, sae.cfg.n_latents, len(shown))
 
 
-def _title(explanation: Explanation | None) -> str:
-    return explanation.title if explanation is not None and explanation.state == "valid" else ""
+def _row(hit: Ranked | Match | Neighbour | Together, explanations: Mapping[int, Explanation]) -> dict[str, Any]:
+    if isinstance(hit, Together):
+        return hit._asdict()
+    return hit._asdict() | {"title": title_of(explanations.get(hit.latent))}
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return " ".join(map(_cell, value)) if isinstance(value, tuple) else " ".join(str(value).split())
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Lines of a table with a column for each key; none without rows."""
     if not rows:
         return
-    cells = [list(rows[0]), *([f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows)]
+    cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for line in cells:
         padded = (

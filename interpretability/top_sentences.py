@@ -248,8 +248,9 @@ def encode_chunk(sae: SAE, chunk: Chunk, keep: Tensor, device: torch.device) -> 
         x = chunk.activations[tokens[first : first + BATCH_TOKENS]].to(device)
         with torch.inference_mode():
             values, indices = sae.encode(x)
-        token, slot = (values > 0).nonzero(as_tuple=True)
-        parts.append((indices[token, slot], values[token, slot].float(), token + first))
+        fires = (values > 0).flatten().nonzero().squeeze(1)
+        token = fires.div(values.shape[1], rounding_mode="floor")
+        parts.append((indices.flatten()[fires], values.flatten()[fires].float(), token + first))
     latents, values, token = (torch.cat(column) for column in zip(*parts, strict=True))
     return Hits(latents, values, positions.to(device)[token], rows.to(device)[token])
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from core.product import linear
 from sae.model import SAE
-from sae.product import dense_product
 from sae.sparse import bag, sampled_product, sums_by_latent, transpose
 from sae.topk import top_k
 
@@ -112,7 +112,7 @@ def topk_step(sae: SAE, z: Tensor, weights: Weights, dead: Tensor | None = None,
     centred = z - sae.b_pre
     blocks = []
     for block in torch.split(centred, max(1, (CPU_ELEMENTS if on_cpu else GPU_ELEMENTS) // n)):
-        h = dense_product(block, sae.W_enc, sae.b_enc)
+        h = linear(block, sae.W_enc, sae.b_enc)
         values, indices = top_k(h, sae.cfg.k)
         error = block - bag(values.relu_(), indices, sae.W_dec)  # z - z_hat: b_pre cancels
         if auxiliary is not None:

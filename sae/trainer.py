@@ -96,7 +96,7 @@ class Trainer:
         self.lowest_val_loss, self.validations_above = math.inf, 0
 
     def _new_sae(self, seed: int, begin_with: SAE | None) -> SAE:
-        """This rank's latents of a fresh SAE, or of `begin_with`; `b_pre` starts at the mean of z."""
+        """This rank's latents of a fresh SAE, or of `begin_with`; `b_pre` starts at a centre of z."""
         config, statistics = self.config, self.batches.statistics
         sae = SAE(
             SAEConfig(
@@ -118,8 +118,9 @@ class Trainer:
         )
         with torch.no_grad():
             if begin_with is None:
-                sae.initialise_(config.init, torch.Generator().manual_seed(seed), self.first, config.n_latents)
-                sae.b_pre.copy_(statistics.mean(config.norm))
+                generator, norm = torch.Generator().manual_seed(seed), config.initial_encoder_norm(statistics.d_model)
+                sae.initialise_(config.init, generator, self.first, config.n_latents, norm)
+                sae.b_pre.copy_(statistics.centre(config.norm, config.b_pre))
                 if config.architecture == "jumprelu":
                     sae.threshold.fill_(config.jump_threshold)  # type: ignore[union-attr]
             else:

@@ -9,7 +9,6 @@ from torch import Tensor
 from sae import step
 from sae.loss import Recipe, aux_weight, losses
 from sae.model import SAE, SAEConfig
-from sae.product import dense_product
 from sae.step import StepLosses, Weights, topk_step
 from sae.update import update_
 
@@ -117,12 +116,3 @@ def test_fused_update_equals_adam_in_separate_steps(
         for moment in ("exp_avg", "exp_avg_sq", "step"):
             torch.testing.assert_close(mine.state[a][moment], twin.state[b][moment], rtol=1e-9, atol=1e-14)
     twin.load_state_dict(mine.state_dict())  # the same form
-
-
-@pytest.mark.parametrize("n_rows", [0, 1, 33])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_dense_product(n_rows: int, dtype: torch.dtype) -> None:
-    sae, z = make_sae(dtype), rows(n_rows, dtype)
-    found = dense_product(z, sae.W_enc, sae.b_enc)
-    torch.testing.assert_close(found, z @ sae.W_enc.T + sae.b_enc)
-    assert not found.requires_grad

@@ -3,6 +3,7 @@
 import json
 import subprocess
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import torch
 
 from core.cli import parse
 from core.runtime import Runtime, Solo
-from interpretability import search
-from interpretability.records import Explanation
+from interpretability import search, top_sentences
+from interpretability.records import Explanation, open_top
 from interpretability.search import (
     SearchConfig,
     check_sae,
@@ -23,10 +24,13 @@ from interpretability.search import (
     search_prompts,
     search_text,
 )
+from interpretability.together import together
+from interpretability.top_sentences import TopSentencesConfig
 from llama3 import Tokenizer, Transformer, load_model, load_tokenizer
 from sae.model import SAE, load
+from tests.interp_folders import make_folders, random_texts
 from tests.tiny import tiny_llama
-from tests.tiny_features import Features, tiny_sae, write_features
+from tests.tiny_features import SENTENCES, Features, alone, tiny_sae, write_features
 
 SITE = "layers.1.resid_post"
 POSITIVE = ["the storm tore the roof", "rain fell on the harbour all night and the sea rose"]
@@ -38,6 +42,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Features:
     root = tmp_path_factory.mktemp("features")
     model = tiny_llama(root / "model")
     return write_features(root, model, tiny_sae(model, SITE))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Top sentences of the stage itself, one each, with a background of every sentence."""
+    root = tmp_path_factory.mktemp("written")
+    found = make_folders(root, random_texts(24, seed=3), n_latents=24, k=3)
+    flags = ["--n", "1", "--n-level", "0", "--aggregations", "max", "--sample-sentences", "24"]
+    top_sentences.run(parse(TopSentencesConfig, "", [*found.flags(), "--out", str(root / "top"), *flags]), alone())
+    return root / "top"
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +77,13 @@ def maxima(folders: Features, sae: SAE) -> torch.Tensor:
     return values
 
 
-def brute_share(sae: SAE, model: Transformer, tokenizer: Tokenizer, maxima: torch.Tensor, prompt: str) -> dict[int, float]:
-    """Each latent's share in one prompt: a loop over tokens and over every latent, through the dense pre-activations."""
+def brute_share(
+    sae: SAE, model: Transformer, tokenizer: Tokenizer, maxima: torch.Tensor, prompt: str, where: dict[int, tuple[float, str]]
+) -> dict[int, float]:
+    """Each latent's share in one prompt: a loop over tokens and over every latent, through the dense pre-activations.
+
+    In `where`, the largest share of all prompts so far and its token.
+    """
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     rows = model.capture(torch.tensor([ids]), sites=[SITE])[SITE][0]
     share = dict.fromkeys(range(len(maxima)), 0.0)
@@ -72,7 +91,10 @@ def brute_share(sae: SAE, model: Transformer, tokenizer: Tokenizer, maxima: torc
         h = sae.pre_activations(sae.normalise(rows[position : position + 1]).z)[0].tolist()
         for latent in sorted(range(len(h)), key=lambda i: -h[i])[: sae.cfg.k]:
             if maxima[latent] > 0 and h[latent] > 0:
-                share[latent] = max(share[latent], min(1.0, h[latent] / float(maxima[latent])))
+                value = min(1.0, h[latent] / float(maxima[latent]))
+                share[latent] = max(share[latent], value)
+                if value > where.get(latent, (0.0, ""))[0]:
+                    where[latent] = (value, tokenizer.decode([ids[position]]))
     return share
 
 
@@ -89,9 +111,10 @@ def test_prompts_equal_brute_force(
 ) -> None:
     monkeypatch.setattr(search, "RANK_TOP", 7)
     expected: dict[int, list[float]] = {latent: [0.0, 0.0, 0.0, 0.0] for latent in range(len(maxima))}
+    where: tuple[dict[int, tuple[float, str]], ...] = ({}, {})
     for side, prompts in enumerate((POSITIVE, negative)):
         for prompt in prompts:
-            share = brute_share(sae, model, tokenizer, maxima, prompt)
+            share = brute_share(sae, model, tokenizer, maxima, prompt, where[side])
             for latent, value in share.items():
                 expected[latent][side] += value / len(prompts)
             for latent in sorted(share, key=lambda i: (-share[i], i))[:7]:
@@ -105,7 +128,8 @@ def test_prompts_equal_brute_force(
     assert len(order) > 10
     assert not {3, 11, 40} & set(order)
     for hit in found:
-        assert hit[1:] == pytest.approx((wanted[hit.latent][0], *wanted[hit.latent][2:]), abs=1e-5)
+        assert hit[1:4] == pytest.approx((wanted[hit.latent][0], *wanted[hit.latent][2:]), abs=1e-5)
+        assert hit.token == (where[0] if hit.latent in where[0] else where[1])[hit.latent][1]
     if negative:
         assert found[-1].score < 0 < found[0].score
 
@@ -234,6 +258,44 @@ def test_neighbours_of_half_precision_rows_are_computed_in_float32() -> None:
     assert neighbours(W_dec, 2, 6) == neighbours(W_dec.float(), 2, 6)
 
 
+def test_together_finds_each_sentence_that_is_stored_for_all(folders: Features, sae: SAE) -> None:
+    """The folder stores every sentence of its corpus for every latent that fires there, so the dense rows are the truth."""
+    top = open_top_of(sae, folders.top)
+    dense = {i: {row.sentence_id: row.value / top.max_values[i] for row in top.sentences(i)} for i in range(top.n_latents)}
+    pairs = [(i, j) for i in range(0, 48, 3) for j in range(48) if i != j]
+    met = 0
+    for i, j in pairs:
+        shared = {s: (dense[i][s], dense[j][s]) for s in dense[i] if s in dense[j]}
+        order = sorted(shared, key=lambda s: (-min(shared[s]), s))
+        found = together(top, [i, j])
+        assert [row.sentence_id for row in found] == order
+        for row in found:
+            assert row.shares == pytest.approx(shared[row.sentence_id])
+            assert row.share == min(row.shares)
+            assert row.text == SENTENCES[row.sentence_id]
+        met += len(found)
+    assert met > 100
+    assert {row.sentence_id for row in together(top, [0, 1, 2])} == dense[0].keys() & dense[1].keys() & dense[2].keys()
+
+
+def test_together_reads_the_background_too(written: Path) -> None:
+    """Latents whose top lists are cut to one sentence meet in the background alone, with what fires there."""
+    top = open_top(written)
+    meets: dict[tuple[int, int], set[int]] = {}
+    for sentence in top.background():
+        for i, j in combinations(sorted(set(sentence.latents.tolist())), 2):
+            meets.setdefault((i, j), set()).add(sentence.sentence_id)
+    assert meets
+    for (i, j), ids in list(meets.items())[:20]:
+        assert ids <= {row.sentence_id for row in together(top, [i, j])}
+
+
+@pytest.mark.parametrize(("latents", "message"), [([3], "two latents or more"), ([3, 3], "each once"), ([0, 48], "0 to 47")])
+def test_together_refuses_what_it_cannot_compare(folders: Features, sae: SAE, latents: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        together(open_top_of(sae, folders.top), latents)
+
+
 def test_parts_that_do_not_belong_together_are_refused(
     folders: Features, sae: SAE, model: Transformer, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
@@ -253,6 +315,8 @@ def test_parts_that_do_not_belong_together_are_refused(
     [
         ("", "one of --positive"),
         ("--latent 1 --text a --explanations e", "one of --positive"),
+        ("--latent 1 --latents 1 2", "one of --positive"),
+        ("--latents 1 2", "--top is missing"),
         ("--latent 1 --negative a", "give --positive too"),
         ("--positive a --top t", "--model is missing"),
         ("--positive a --model m", "--top is missing"),
@@ -297,6 +361,10 @@ def test_tables_and_one_line_errors(folders: Features, sae: SAE, capsys: pytest.
     search.run(asked(latent=5, n=4), runtime)
     lines = capsys.readouterr().out.splitlines()
     assert [int(line.split()[0]) for line in lines[1:]] == [hit.latent for hit in neighbours(sae.W_dec, 5, 4)]
+    search.run(asked(latents=(0, 1), top=folders.top), runtime)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["share", "shares", "sentence_id", "text"]
+    assert len(lines) - 1 == len(together(open_top_of(sae, folders.top), [0, 1])) > 0
     search.run(asked(text="zebra"), runtime)
     assert capsys.readouterr().out == ""
     with pytest.raises(ValueError, match="latent 48: expected one of 0 to 47"):

@@ -25,7 +25,7 @@ from interpretability.promoted import promoted_by
 from interpretability.records import HISTOGRAM_BINS, HISTOGRAM_FIRST_EXPONENT, TopSentences, open_top
 from interpretability.selection import Hits, Ragged, Sentences, offsets_of
 from interpretability.top_sentences import TopSentencesConfig, run
-from llama3 import load_model, load_tokenizer
+from llama3 import Transformer, load_model, load_tokenizer
 from sae.model import load
 from tests.interp_folders import SITE, ChunkConfig, Folders, make_folders, make_sae, random_texts, solo
 from tests.tiny import tiny_llama
@@ -214,6 +214,20 @@ def test_nan_is_refused_naming_the_sentence(folders: Folders, tmp_path: Path, ba
         run(config(folders._replace(activations=damaged), tmp_path / "top"), solo())
 
 
+def test_nan_straight_from_the_model_is_refused(folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def poisoned(path: str, device: torch.device) -> Transformer:
+        model = load_model(path, device)
+        token = load_tokenizer(folders.model).encode(open_corpus(folders.corpus).texts([9])[0])[0]
+        with torch.no_grad():
+            model.tok_embeddings.weight[token] = torch.nan
+        return model
+
+    monkeypatch.setattr("interpretability.live.load_model", poisoned)
+    argv = ["--sae", str(folders.sae), "--model", str(folders.model), "--corpus", str(folders.corpus)]
+    with pytest.raises(ValueError, match=rf"straight from the model: .*sentence \d+.*NaN or Inf at site {SITE}; store activ"):
+        run(parse(TopSentencesConfig, "", [*argv, "--out", str(tmp_path / "top"), "--device", "cpu"]), solo())
+
+
 def test_rows_beyond_the_norm_of_training_are_left_out(folders: Folders, tmp_path: Path) -> None:
     chunk = open_activations(folders.activations).chunk(0)
     rows = chunk.activations.clone()
@@ -306,7 +320,7 @@ def reference_levels(peaks: list[float], latent: int, n: int) -> list[int]:
         low = 0 if level == 0 else 2.0 ** (level + HISTOGRAM_FIRST_EXPONENT)
         high = math.inf if level == HISTOGRAM_BINS - 1 else 2.0 ** (level + 1 + HISTOGRAM_FIRST_EXPONENT)
         there = [i for i, peak in enumerate(peaks) if peak > 0 and low <= peak < high]
-        found += sorted(there, key=lambda i: (plain_hash(latent, i, 0), i))[:n]
+        found += sorted(there, key=lambda i: (plain_hash(0, latent, i), i))[:n]
     return found
 
 
@@ -314,7 +328,7 @@ def check_background(top: TopSentences, sentences: list[torch.Tensor], texts: li
     """The sample and the latents that fire together, against every pair of columns of the dense activations."""
     background = top.background()
     limit = 2**31 * 1000 // len(texts)
-    assert [s.sentence_id for s in background] == [i for i in range(len(texts)) if plain_hash(i, 0, 1) < limit]
+    assert [s.sentence_id for s in background] == [i for i in range(len(texts)) if plain_hash(0, -1, i) < limit]
     for found in background:
         dense = torch.zeros_like(sentences[found.sentence_id])
         dense[torch.from_numpy(found.positions), torch.from_numpy(found.latents)] = torch.from_numpy(found.activations)
