@@ -17,6 +17,7 @@ from interpretability.search import open_top_of
 from sae.model import load
 from tests.browser import open_browser
 from tests.interp_folders import solo
+from tests.test_report_page import until
 from tests.tiny import tiny_llama
 from tests.tiny_features import Features, tiny_sae, write_features
 
@@ -89,21 +90,21 @@ def test_the_stage_and_the_page(features: Features, tmp_path: Path) -> None:
         opened.on("pageerror", lambda error: said.append(str(error)))
         opened.goto((tmp_path / "report" / REPORT_FILE).as_uri())
         opened.get_by_role("link", name="Map").click()
-        opened.wait_for_function("typeof view !== 'undefined' && view.scale > 1")
+        until(opened, "typeof view !== 'undefined' && view.scale > 1")
         for place in (0, len(data["latents"]) // 2):
             x, y = opened.evaluate(f"[px({place}), py({place})]")
             opened.mouse.move(x, y)
             assert opened.evaluate("data.latents[view.hover]") == data["latents"][place]
             assert data["titles"][place] in opened.inner_text("#tip")
         opened.fill("#query", data["titles"][0])
-        opened.wait_for_function("view.found && view.found.size > 0")
+        until(opened, "view.found && view.found.size > 0")
         opened.fill("#query", "")
         opened.mouse.move(5, 400)
         before = opened.evaluate("view.scale")
         opened.mouse.wheel(0, -240)
-        opened.wait_for_function(f"view.scale > 1.5 * {before}")
+        until(opened, f"view.scale > 1.5 * {before}")
         opened.reload()
-        opened.wait_for_function("view.scale > 1")
+        until(opened, "view.scale > 1")
         x, y = opened.evaluate("[px(0), py(0)]")
         opened.mouse.click(x, y)
         opened.wait_for_selector("#dialog-body .halves")

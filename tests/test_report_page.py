@@ -1,5 +1,6 @@
 """The report in a real browser, opened from the disk: links, keys, search, phones, missing files, and no request elsewhere."""
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from interpretability.report import REPORT_FILE
 from tests.browser import open_browser
 from tests.test_report import DEAD, HOSTILE, folders, make_report, with_all  # noqa: F401
 
+WAIT_S = 10
 PHONE = {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touch": True}
 
 
@@ -19,6 +21,14 @@ PHONE = {"viewport": {"width": 360, "height": 740}, "is_mobile": True, "has_touc
 def browser() -> Iterator[Browser]:
     with open_browser() as opened:
         yield opened
+
+
+def until(page: Page, expression: str) -> None:
+    """Wait until it holds. Playwright's own wait evaluates text inside the page, which the page's policy forbids."""
+    deadline = time.monotonic() + WAIT_S
+    while not page.evaluate(expression):
+        assert time.monotonic() < deadline, f"after {WAIT_S} s not yet: {expression}"
+        page.wait_for_timeout(20)
 
 
 class Visit:
@@ -57,16 +67,16 @@ def test_keys_search_and_deep_links(folders: Path, browser: Browser, monkeypatch
     assert HOSTILE in text
     assert page.locator("#dialog-body mark").count() >= 7
     page.keyboard.press("j")
-    page.wait_for_function("location.hash === '#latent=6'")
+    until(page, "location.hash === '#latent=6' && $('dialog-number').textContent === 'Feature 6'")
     page.keyboard.press("ArrowLeft")
-    page.wait_for_function("location.hash === '#latent=7'")
+    until(page, "location.hash === '#latent=7' && $('dialog-number').textContent === 'Feature 7'")
     page.keyboard.press("Escape")
-    page.wait_for_function("!document.querySelector('dialog').open && location.hash === ''")
+    until(page, "!document.querySelector('dialog').open && location.hash === ''")
     page.keyboard.press("/")
     page.keyboard.type("alert")  # in explanations and promoted tokens, not in labels
-    page.wait_for_function("document.querySelectorAll('#rows a').length === 12")
+    until(page, "document.querySelectorAll('#rows a').length === 12")
     page.fill("#query", "TITLE 3")
-    page.wait_for_function("document.querySelectorAll('#rows a').length === 1")
+    until(page, "document.querySelectorAll('#rows a').length === 1")
     page.keyboard.press("Enter")
     page.keyboard.press("Enter")
     assert "title of 3" in visit.shown()
@@ -108,7 +118,7 @@ def test_a_page_without_its_folder_says_so_and_one_file_needs_none(folders: Path
     make_report(folders, **with_all(folders))
     (folders / "report" / "features" / "00000.js").unlink()
     page = Visit(browser).open(folders / "report", "#latent=2")
-    page.wait_for_function("document.getElementById('dialog-body').innerText.includes('features/00000.js is missing')")
+    until(page, "document.getElementById('dialog-body').innerText.includes('features/00000.js is missing')")
     make_report(folders, "one", one_file=True)
     visit = Visit(browser)
     visit.open(folders / "one", "#latent=2")
