@@ -68,9 +68,9 @@ def decayed(step: int, steps: int) -> float:
 
 
 class Ours:
-    """This repository."""
+    """This repository; `nominate` is --nominate."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, nominate: int = 0) -> None:
         self.setup = setup
         self.sae = SAE(SAEConfig(d_model=setup.d, n_latents=setup.n, k=setup.k, norm="none"))
         self.sae.initialise_("tied", torch.Generator().manual_seed(setup.seed))
@@ -78,7 +78,7 @@ class Ours:
         self.optimizer = torch.optim.Adam(
             self.sae.parameters(), lr=setup.lr, eps=6.25e-10, decoupled_weight_decay=True, fused=True
         )
-        config = Hyperparameters(n_latents=setup.n, k=setup.k)
+        config = Hyperparameters(n_latents=setup.n, k=setup.k, nominate=nominate)
         self.recipe = config.recipe(0, setup.d, torch.device(setup.device))
         self.descent = descent(config, self.sae, self.optimizer, ALONE, 0)
         self.since = torch.zeros(setup.n, dtype=torch.long, device=setup.device)
@@ -112,11 +112,12 @@ class Ours:
 class DenseStep:
     """The reference run's step, from its formula: everything dense, autograd, AdamW; decoder rows kept at unit norm.
 
-    Its two slips (no averaging over GPUs, the wrong axis of the decoder) are left out: they would not change the time.
+    Its two slips (no averaging over GPUs, the wrong axis of the decoder) are left out: they would not change the time. It computes
+    in float32; `autocast` has its products in bfloat16, for a stronger rival.
     """
 
-    def __init__(self, setup: Setup) -> None:
-        self.setup = setup
+    def __init__(self, setup: Setup, autocast: bool = False) -> None:
+        self.setup, self.autocast = setup, autocast
         generator = torch.Generator().manual_seed(setup.seed)
         rows = F.normalize(torch.randn(setup.n, setup.d, generator=generator), dim=1)
         self.W_enc = rows.clone().to(setup.device).requires_grad_()
@@ -134,15 +135,16 @@ class DenseStep:
         return torch.zeros_like(h).scatter(1, indices, values.relu())
 
     def step(self, z: Tensor) -> None:
-        h = F.linear(z - self.b_pre, self.W_enc, self.b_enc)
-        kept = self._kept(h, self.setup.k)
-        z_hat = F.linear(kept, self.W_dec) + self.b_pre
-        loss = F.mse_loss(z_hat, z)
         dead = self.since >= self.setup.dead_after
-        if n_dead := int(dead.sum()):
-            among_dead = self._kept(h.masked_fill(~dead, float("-inf")), min(self.k_aux, n_dead))
-            e_hat = F.linear(among_dead, self.W_dec)
-            loss = loss + aux_weight(n_dead, self.k_aux, 1 / 32) * F.mse_loss(e_hat, (z - z_hat).detach())
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=self.autocast):
+            h = F.linear(z - self.b_pre, self.W_enc, self.b_enc)
+            kept = self._kept(h, self.setup.k)
+            z_hat = F.linear(kept, self.W_dec) + self.b_pre
+            loss = F.mse_loss(z_hat, z)
+            if n_dead := int(dead.sum()):
+                among_dead = self._kept(h.masked_fill(~dead, float("-inf")), min(self.k_aux, n_dead))
+                e_hat = F.linear(among_dead, self.W_dec)
+                loss = loss + aux_weight(n_dead, self.k_aux, 1 / 32) * F.mse_loss(e_hat, (z - z_hat).detach())
         loss.backward()
         with torch.no_grad():
             self.W_dec.grad -= (self.W_dec.grad * self.W_dec).sum(0) * self.W_dec

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 GROUP = 32  # latents whose maximum stands for them in the first level of a top-k
 CHUNK_GROUPS = 64  # groups that a program reduces
 ENTRIES = 4  # rows gathered at a time, so that several loads are under way
+UPDATE_ENTRIES = 2  # likewise where Adam needs registers too: two programs fit on a multiprocessor, with 4 only one
 MOST_CANDIDATES = 2**15  # that one program ranks in registers
 
 
@@ -52,12 +53,13 @@ def _select(h, groups, values, indices, n, count, K, GROUP: tl.constexpr, BLOCK:
     value = tl.load(h + row * n + latent, mask=inside, other=float("-inf")).to(tl.float32)
     bits = value.to(tl.int32, bitcast=True)
     key = tl.where(inside, (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) + 2147483648, -1)  # 0 to 2^32 - 1
-    least = tl.zeros((), tl.int64)
-    for i in range(32):
-        higher = least + (tl.full((), 1, tl.int64) << (31 - i))
-        least = tl.where(tl.sum((key >= higher).to(tl.int32)) >= K, higher, least)
+    least = row * 0
+    bit = least + 2147483648
+    for _ in range(32):
+        least = tl.where(tl.sum((key >= least + bit).to(tl.int32), 0) >= K, least + bit, least)
+        bit = bit >> 1
     above, equal = key > least, key == least
-    spare = K - tl.sum(above.to(tl.int32))
+    spare = K - tl.sum(above.to(tl.int32), 0)
     chosen = above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= spare))
     place = row * K + tl.cumsum(chosen.to(tl.int32), 0) - 1
     tl.store(values + place, value, mask=chosen)
@@ -147,9 +149,9 @@ def sampled_product(g: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
     return out
 
 
-def _blocks(dense: Tensor) -> dict[str, int]:
+def _blocks(dense: Tensor, entries: int = ENTRIES) -> dict[str, int]:
     block = triton.next_power_of_2(dense.shape[1])
-    return {"BLOCK": block, "ENTRIES": ENTRIES, "num_warps": min(16, max(1, block // 512))}
+    return {"BLOCK": block, "ENTRIES": entries, "num_warps": min(16, max(1, block // 512))}
 
 
 # gradient and update -------------------------------------------------------------------------------------------------
@@ -242,6 +244,6 @@ def update_rows(
         entries.row, entries.starts, entries.values, entries.g_values, entries.centred, entries.g_decoded,
         which, dec[0] if extra is None else extra.W_enc, dec[0] if extra is None else extra.W_dec,
         squares, squares if numbers is None else numbers, d,
-        UNIT=unit, APPLY=numbers is not None, **_blocks(dec[0]),
+        UNIT=unit, APPLY=numbers is not None, **_blocks(dec[0], UPDATE_ENTRIES),
     )  # fmt: skip
     return squares.double().sum()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from core.product import linear
 from core.runtime import Runtime
 from sae.batches import Batches
 from sae.hyperparameters import Hyperparameters
@@ -84,14 +85,14 @@ def _free_memory(device: torch.device) -> int:
 
 @torch.no_grad()
 def _product_seconds_per_row(n: int, d: int, device: torch.device, size: int) -> float:
-    """Of `z @ W_enc.T` with at most 8,192 latents, scaled to `n`: the best of three."""
+    """Of the encoder's product with at most 8,192 latents, scaled to `n`: the best of three."""
     few = min(n, 8192)
     dtype = torch.float64 if size == 8 else torch.float32
     z, W_enc = torch.ones(PROBE_ROWS, d, dtype=dtype, device=device), torch.ones(few, d, dtype=dtype, device=device)
     times = []
     for _ in range(3):
         began = time.monotonic()
-        (z @ W_enc.T).sum().item()
+        linear(z, W_enc).sum().item()
         times.append(time.monotonic() - began)
     return min(times) / PROBE_ROWS * n / few
 

@@ -4,8 +4,8 @@ Shapes: N rows of this rank, B rows of all ranks in a step, n latents of this ra
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from core.runtime import Mesh, Runtime, Solo
 from sae.batches import Batches, Rows, Schedule
 from sae.descent import descent
 from sae.hyperparameters import Hyperparameters as Hyperparameters
+from sae.loader import Loader, Segments
 from sae.loss import Losses, losses
 from sae.model import SAE, SAEConfig
 
@@ -72,6 +73,8 @@ class Trainer:
         if config.n_latents % latent_parallel:
             raise ValueError(f"--latent-parallel {latent_parallel} must divide --n-latents {config.n_latents}")
         self.config, self.runtime, self.batches = config, runtime, batches
+        if config.nominate and (config.architecture != "topk" or latent_parallel > 1 or runtime.device.type != "cpu"):
+            raise ValueError(f"--nominate {config.nominate}: works for topk, on a CPU, without --latent-parallel; leave it out")
         self.mesh = runtime.mesh(latent_parallel)
         statistics = batches.statistics
         self.schedule = Schedule(len(batches.train), batches.batch_rows, config.batch_size, seed)
@@ -91,6 +94,7 @@ class Trainer:
         )
         self.descent = descent(config, self.sae, self.optimizer, self.mesh, self.first)
         device = runtime.device
+        self.loader = Loader(partial(self._read, batches.train), device)
         self.step = 0
         self.tokens = 0
         self.last_fired = torch.zeros(self.n_local, dtype=torch.long, device=device)  # `tokens` at that time
@@ -172,8 +176,8 @@ class Trainer:
 
     def _add_gradients(self, dead: Tensor, n_dead: int, n_rows: int) -> Losses:
         """Gradients of this rank's part of the loss, and its sums; zeros where no row falls to it."""
-        config, sae, data = self.config, self.sae, self.mesh.data
-        x = self._read(self.batches.train, self.schedule.segments(self.step, data.rank, data.size))
+        config, sae = self.config, self.sae
+        x = self.loader.take(*(self._segments(step) for step in (self.step, self.step + 1)))
         recipe, scale = config.recipe(self.step, sae.cfg.d_model, self.runtime.device), 1 / (n_rows * sae.cfg.d_model)
         parts = [
             self.descent.add(sae.normalise(rows).z, recipe, scale, dead, n_dead) for rows in x.tensor_split(config.accumulate)
@@ -199,11 +203,15 @@ class Trainer:
             )
         return sums
 
-    def _read(self, rows: Rows, segments: Iterable[tuple[int, int]]) -> Tensor:
-        """Rows [N, d] on the device; N may be 0."""
+    def _segments(self, step: int) -> Segments:
+        """What this rank reads in `step`: nothing behind the last one."""
+        data = self.mesh.data
+        return list(self.schedule.segments(step, data.rank, data.size)) if step < self.total_steps else []
+
+    def _read(self, rows: Rows, segments: Segments) -> Tensor:
+        """Rows [N, d], on the CPU; N may be 0."""
         parts = [rows.read(start, stop) for start, stop in segments]
-        x = torch.cat(parts) if parts else torch.empty(0, self.sae.cfg.d_model)
-        return x.to(self.runtime.device)
+        return torch.cat(parts) if parts else torch.empty(0, self.sae.cfg.d_model)
 
     @torch.no_grad()
     def validate(self, most_rows: int) -> dict[str, float]:
@@ -217,7 +225,7 @@ class Trainer:
         n_dead = self._over_latents(len(dead))
         sums = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
         for start in range(data.rank * VALIDATION_ROWS, n_rows, data.size * VALIDATION_ROWS):
-            x = self._read(rows, [(start, min(n_rows, start + VALIDATION_ROWS))])
+            x = self._read(rows, [(start, min(n_rows, start + VALIDATION_ROWS))]).to(self.runtime.device)
             part = losses(self.sae, self.sae.normalise(x).z, recipe, dead, n_dead, Mesh(Solo(), latent), self.first)
             sums += torch.stack((part.main, part.aux)).double()
         main, aux = (data.sum_(sums) / n_rows).tolist()

@@ -103,7 +103,8 @@ def _adam_numbers(optimizer: torch.optim.Adam, parameter: Tensor, scale: Tensor 
     (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
     step = _state(optimizer, parameter)["step"].double() + 1
     constants = [1.0, 1 - beta1, 1 - beta2, 1 - lr * decay, lr, 1.0, group["eps"]]
-    numbers = torch.tensor(constants, dtype=torch.float64, device=parameter.device)
+    pinned = torch.tensor(constants, dtype=torch.float64, pin_memory=parameter.is_cuda)
+    numbers = pinned.to(parameter.device, non_blocking=True)
     if scale is not None:
         numbers[0] = scale
     numbers[4] /= 1 - beta1**step

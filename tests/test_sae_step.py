@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from sae import step
 from sae.loss import Losses, Recipe, losses
 from sae.model import SAE, SAEConfig
+from sae.nominate import Nominator
 from sae.step import RowGradients, topk_step
 from sae.update import update_
 
@@ -118,3 +120,59 @@ def test_fused_update_equals_adam_in_separate_steps(
         for moment in ("exp_avg", "exp_avg_sq", "step"):
             torch.testing.assert_close(mine.state[a][moment], twin.state[b][moment], rtol=1e-9, atol=1e-14)
     twin.load_state_dict(mine.state_dict())  # the same form
+
+
+@pytest.mark.parametrize("n_dead", [0, 6553])
+def test_memory_beyond_weights_and_state(n_dead: int) -> None:
+    """At the size of the benchmark on a CPU, with AuxK on two latents in five: at most three bf16 tensors of [batch, n]."""
+    n, d, n_rows = 16_384, 512, 2048
+    sae = SAE(SAEConfig(d_model=d, n_latents=n, k=32, norm="none"))
+    optimizer, z = adam(sae, 0.0), torch.randn(n_rows, d, generator=torch.Generator().manual_seed(0))
+    dead = torch.arange(0, n_dead * 2, 2)
+
+    def run() -> None:
+        part, gradients = topk_step(sae, z, Recipe(32, 256, 1 / 32), 1 / z.numel(), dead, n_dead)
+        assert int(part.l0) > 0
+        update_(sae, optimizer, gradients)
+
+    run()  # Adam's moments are made
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    held = peak = 0
+    for event in sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    assert n_rows * d * 4 < peak <= 3 * 2 * n_rows * n
+
+
+# two-stage encoding --------------------------------------------------------------------------------------------------
+
+
+def test_nominated_candidates_are_scored_exactly() -> None:
+    """With every latent a candidate, the true top k; with two for each, values that are exact and a recall above 0.99."""
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(2048, 64, generator=generator), 0.1 * torch.randn(2048, generator=generator)
+    z = torch.randn(100, 64, generator=generator) * torch.logspace(-2, 2, 100)[:, None]  # each row has a scale of its own
+    z[7] = 0
+    h = z @ weight.T + bias
+    expected = h.topk(16)
+    values, indices = Nominator(weight, bias, 128).top_k(z, 16)
+    torch.testing.assert_close(values, expected.values)
+    values, indices = Nominator(weight, bias, 2).top_k(z, 16)
+    torch.testing.assert_close(values, h.gather(1, indices))
+    assert (values.diff(dim=1) <= 0).all()
+    found = (indices[:, :, None] == expected.indices[:, None]).any(2).float().mean()
+    assert found > 0.99
+
+
+@pytest.mark.parametrize("n_dead", [0, 17, 30])
+def test_two_stages_make_the_same_step(n_dead: int) -> None:
+    """Where the candidates hold the whole top k, in float32; with AuxK by dense products and by sparse ones."""
+    sae, z, dead = make_sae(torch.float32), rows(20, torch.float32), some_dead(n_dead)
+    recipe = Recipe(5, K_AUX, 1 / 32)
+    found, expected = (topk_step(sae, z, r, 1 / z.numel(), dead, n_dead) for r in (recipe._replace(nominate=8), recipe))
+    for mine, twin in zip(found[0], expected[0], strict=True):
+        torch.testing.assert_close(mine, twin)
+    for mine, twin in zip(found[1].rows(0, 40), expected[1].rows(0, 40), strict=True):
+        torch.testing.assert_close(mine, twin)
