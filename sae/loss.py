@@ -28,6 +28,10 @@ class Recipe(NamedTuple):
     """Weight of `relu`'s and `jumprelu`'s penalty."""
     bandwidth: float = 0.05
     """Width of the window around a threshold in which `jumprelu` has a gradient for it."""
+    products: torch.dtype | None = None
+    """Type of what sae.step multiplies; None: that of the weights."""
+    nominate: int = 0
+    """Candidates per active latent that sae.nominate proposes to sae.step; 0: every latent is scored."""
 
 
 class Losses(NamedTuple):

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import safetensors.torch
@@ -49,6 +50,21 @@ def layer_normalised(x: Tensor, eps: float) -> Normalised:
     std = (centred.square().sum(-1, keepdim=True) / (x.shape[-1] - 1)).sqrt()
     scale = 1 / (std + eps)
     return Normalised(centred * scale, mean, scale)
+
+
+def best_encoder_norm(n_latents: int, k: int, d_model: int) -> float:
+    """Norm of the encoder's rows at which tied random rows reconstruct best: `1 / (1 + k m / d)`.
+
+    With unit rows, and z of d independent entries of variance 1, the k largest of n entries of h have the mean square m of the
+    k largest of n standard normals. `<z, z_hat>` is k m, but `||z_hat||^2` is k m + (k m)^2 / d: rows that were chosen for
+    pointing along z point along one another too, and overshoot.
+    """
+    share, normal = k / n_latents, NormalDist()
+    if share == 1:
+        return 1 / (1 + k / d_model)
+    cut = normal.inv_cdf(1 - share)
+    m = 1 + cut * normal.pdf(cut) / share
+    return 1 / (1 + k * m / d_model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +128,16 @@ class SAE(nn.Module):
         self.initialise_()
 
     @torch.no_grad()
-    def initialise_(self, how: str = "tied", generator: torch.Generator | None = None, first: int = 0, total: int = 0) -> None:
-        """Random unit rows in `W_dec`, the same in `W_enc` (Gao et al. 2024, A.1); `orthogonal`: d at a time orthogonal.
+    def initialise_(
+        self,
+        how: str = "tied",
+        generator: torch.Generator | None = None,
+        first: int = 0,
+        total: int = 0,
+        encoder_norm: float = 1.0,
+    ) -> None:
+        """Random unit rows in `W_dec`, the same times `encoder_norm` in `W_enc` (tied as in Gao et al. 2024, A.1);
+        `orthogonal`: d at a time orthogonal.
 
         Where this holds only some of `total` latents, from `first` on, they get the rows that they would have in the whole.
         """
@@ -127,7 +151,7 @@ class SAE(nn.Module):
                 basis = torch.linalg.qr(block).Q if how == "orthogonal" else block
                 self.W_dec[low - first : high - first] = basis[low - start : high - start]
         self.normalise_decoder_()
-        self.W_enc.copy_(self.W_dec)
+        self.W_enc.copy_(self.W_dec * encoder_norm)
 
     @torch.no_grad()
     def normalise_decoder_(self) -> None:

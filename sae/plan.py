@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 
+from core.product import linear
 from core.runtime import Runtime
 from sae.batches import Batches
 from sae.hyperparameters import Hyperparameters
 from sae.loss import default_k_aux
+from sae.model import CPU_ELEMENTS, GPU_ELEMENTS
 
 GIB = 2**30
 INDEX_BYTES = 8
@@ -27,7 +29,7 @@ class Plan:
 
     steps: int
     weights: int
-    """Parameters, gradients and Adam's two moments."""
+    """Parameters, Adam's two moments, and gradients or copies where they are whole in memory."""
     activations: int
     """Pre-activations and what is chosen of them, at the peak of a step."""
     memory_free: int
@@ -45,7 +47,7 @@ class Plan:
         """One line for each need, and what to turn."""
         lines = [
             f"steps   {self.steps:,}",
-            f"memory  {_gib(self.memory)} per rank: {_gib(self.weights)} weights, gradients and moments, "
+            f"memory  {_gib(self.memory)} per rank: {_gib(self.weights)} weights and what belongs to them, "
             f"{_gib(self.activations)} activations; {_gib(self.memory_free)} free",
             f"disk    {_gib(self.disk)} for checkpoints and the SAE; {_gib(self.disk_free)} free",
             f"time    about {self.seconds / 3600:,.1f} h at twice the time of the encoder's product measured here",
@@ -58,7 +60,7 @@ def plan(config: Hyperparameters, batches: Batches, runtime: Runtime, latent: in
     """Predict the run of `config` on `batches`, with `latent` ranks sharing the latents, into the folder `out`."""
     d, size = batches.statistics.d_model, torch.finfo(getattr(torch, config.dtype)).bits // 8
     rows = min(config.batch_size, len(batches.train)) // (runtime.world_size // latent)
-    weights, activations = memory_of_rank(config, d, rows, latent, size)
+    weights, activations = memory_of_rank(config, d, rows, latent, runtime.device)
     per_epoch = math.ceil(len(batches.train) / config.batch_size)
     steps = min(config.max_steps or per_epoch * config.epochs, per_epoch * config.epochs)
     one_copy = (2 * d + 1) * config.n_latents * size
@@ -78,9 +80,9 @@ def plan(config: Hyperparameters, batches: Batches, runtime: Runtime, latent: in
     return Plan(steps, weights, activations, memory_free, disk, disk_free, seconds, "; ".join(advice))
 
 
-def memory_of_rank(config: Hyperparameters, d: int, rows: int, latent: int, size: int) -> tuple[int, int]:
+def memory_of_rank(config: Hyperparameters, d: int, rows: int, latent: int, device: torch.device) -> tuple[int, int]:
     """Bytes of weights with all that belongs to them, and of activations at the peak, for `rows` rows of a rank in a step."""
-    n = config.n_latents // latent
+    n, size = config.n_latents // latent, torch.finfo(getattr(torch, config.dtype)).bits // 8
     parameters = (2 * n * d + n + d) * size
     rows = math.ceil(rows / config.accumulate)
     if config.architecture in ("relu", "jumprelu"):
@@ -90,7 +92,13 @@ def memory_of_rank(config: Hyperparameters, d: int, rows: int, latent: int, size
     entries = rows * (k + k_aux) * (4 * size + 3 * INDEX_BYTES)  # values and their gradients; indices, sorted, by latent
     dense = rows * n * size * (2 if k_aux else 1)  # h, and where most latents are dead, a copy of their columns
     z = 6 * rows * d * size * max(1, len(config.prefixes))
-    return 4 * parameters, dense + entries + z
+    if config.architecture != "topk":
+        return 4 * parameters, dense + entries + z
+    products = config.recipe(0, d, device).products  # no gradient is whole in memory, and h is one block at a time
+    block = min(rows, max(1, (CPU_ELEMENTS if device.type == "cpu" else GPU_ELEMENTS) // n))
+    copies = 2 * n * d * products.itemsize if products else 0
+    dense = block * n * (products.itemsize if products else size) * (2 if k_aux else 1)
+    return 3 * parameters + copies, dense + entries + z
 
 
 def _free_memory(device: torch.device) -> int:
@@ -106,14 +114,14 @@ def _free_memory(device: torch.device) -> int:
 
 @torch.no_grad()
 def _product_seconds_per_row(n: int, d: int, device: torch.device, size: int) -> float:
-    """Of `z @ W_enc.T` with at most 8,192 latents, scaled to `n`: the best of three."""
+    """Of the encoder's product with at most 8,192 latents, scaled to `n`: the best of three."""
     few = min(n, 8192)
     dtype = torch.float64 if size == 8 else torch.float32
     z, W_enc = torch.ones(PROBE_ROWS, d, dtype=dtype, device=device), torch.ones(few, d, dtype=dtype, device=device)
     times = []
     for _ in range(3):
         began = time.monotonic()
-        (z @ W_enc.T).sum().item()
+        linear(z, W_enc).sum().item()
         times.append(time.monotonic() - began)
     return min(times) / PROBE_ROWS * n / few
 
