@@ -44,7 +44,9 @@ class ConvertConfig(StageConfig):
 
 
 def run(config: ConvertConfig, runtime: Runtime) -> None:
-    """Read, write, read back, compare."""
+    """Read, write, read back, compare. One process does it all."""
+    if runtime.world_size > 1:
+        raise ValueError("sae.convert is the work of one process; start it without torchrun")
     sae = read(config.sae)
     inputs = []
     if config.activations:
@@ -56,10 +58,13 @@ def run(config: ConvertConfig, runtime: Runtime) -> None:
         sae.cfg = replace(sae.cfg, provenance=sae.cfg.provenance | artifact.manifest.provenance | site)
     kind = "sae" if config.to == "sae" else f"sae in the format of {config.to}"
     content = {} if config.to == "sae" else FORMATS[config.to].write(sae)
-    with building(config.out, kind, config, runtime, inputs, sae.cfg.provenance | {"sae_hash": sae.weights_hash}) as builder:
-        if not builder.complete and runtime.is_main:
-            names = [builder.publish(name, data).name for name, data in content.items()] or sae.publish(builder)[0]
-            builder.finish(names, {"n_latents": sae.cfg.n_latents})
+    provenance = sae.cfg.provenance | {"source_hash": sae.weights_hash}
+    with building(config.out, kind, config, runtime, inputs, provenance) as builder:
+        if not builder.complete:
+            names, sae_hash = [builder.publish(name, data).name for name, data in content.items()], sae.weights_hash
+            if config.to == "sae":
+                names, sae_hash = sae.publish(builder)
+            builder.finish(names, {"n_latents": sae.cfg.n_latents}, {"sae_hash": sae_hash})
     log.info("%s: %s", config.out, compare(sae, read(config.out)))
 
 

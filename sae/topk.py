@@ -10,6 +10,7 @@ from torch import Tensor
 from sae import fast
 
 GROUPS = (64, 32, 16, 8)  # sizes tried, the largest first
+SMALL = 2**12  # numbers in all; for fewer, as for one token while a text is generated, the calls cost more than the looking
 SPARE = 6  # groups per element kept: with fewer, the next level has too many candidates (measured, docs/performance.md)
 
 
@@ -26,7 +27,7 @@ def top_k(h: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return found
     n = h.shape[1]
     group = group_size(n, k)
-    if group == 1 or len(h) == 0:
+    if group == 1 or h.numel() <= SMALL:
         return torch.topk(h, k)
     m = n // group
     grouped = h[:, : m * group].view(len(h), m, group)  # (N, m, G)
