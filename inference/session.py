@@ -123,8 +123,8 @@ class Reading:
 
 def open_session(config: InferenceConfig, device: torch.device) -> Session:
     """Load what `config` names; ValueError where a part is missing or does not belong to the others, with both values."""
+    tokenizer = llama3.load_tokenizer(config.model)  # first: it takes a moment, and says so where it does not fit the model
     model = llama3.load_model(config.model, device=device)
-    tokenizer = llama3.load_tokenizer(config.model)
     model.eval()
     name = "embedded model" if config.model == "demo" else Path(config.model).name or config.model
     return Session(model, tokenizer, name, open_features(config, model, tokenizer, device))
