@@ -39,12 +39,12 @@ else
 fi
 all() {
   [ "$device" = cuda ] && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-  part kernels 120 $python -m pytest -q -p no:cacheprovider tests/test_sae_kernels.py
+  part kernels 150 $python -m pytest -q -p no:cacheprovider tests/test_sae_kernels.py
   part sae-aux 150 $python -m benchmarks.bench_sae --device $device --dead 0.01 "${sae[@]}" --out "$out/sae-aux.json"
   part sae 90 $python -m benchmarks.bench_sae --device $device --dead 0 "${sae[@]}" --only "product, fastest" "matrix rate" \
     sparsify --out "$out/sae.json"
   part llama3 120 $python -m benchmarks.bench_llama3 --measures mfu --device $device "${llama[@]}" --out "$out/llama3.json"
-  part capture 120 $python -m benchmarks.bench_capture --parts gpu --device $device "${capture[@]}" --out "$out/capture.json"
+  part capture 90 $python -m benchmarks.bench_capture --parts gpu --device $device "${capture[@]}" --out "$out/capture.json"
   [ ${#failed[@]} -eq 0 ] && echo "all parts passed" && return
   echo "failed: ${failed[*]}"
   return 1

@@ -24,7 +24,7 @@ import xxhash
 from anthropic.types.messages import MessageBatch
 
 from core.artifact import Builder
-from interpretability.asking import LARGEST_BYTES_PER_TOKEN, AskConfig, Estimate, Price, Reply, Request, confirm
+from interpretability.asking import LARGEST_BYTES_PER_TOKEN, AskConfig, Estimate, Price, Reply, Request, confirm, in_dollars
 from interpretability.batch_api import (
     DEFAULT_MODEL,
     UNDECIDED,
@@ -138,7 +138,7 @@ class BatchJob:
             yield f"batch {sent.number}: {len(sent.keys):,} requests, {state}"
         ends = Counter(found[-1].kind for found in self._outcomes.values() if found)
         answered = ", ".join(f"{n:,} {kind}" for kind, n in sorted(ends.items())) or "none answered"
-        yield f"{len(self._requests):,} requests: {answered}; {len(self.to_send()):,} to send; ${self.spent():,.2f} spent"
+        yield f"{len(self._requests):,} requests: {answered}; {len(self.to_send()):,} to send; {in_dollars(self.spent())} spent"
 
     def _state(self, sent: Sent) -> str:
         if sent.refused:

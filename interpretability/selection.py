@@ -18,6 +18,8 @@ from core.runtime import Runtime
 from interpretability.records import HISTOGRAM_BINS, HISTOGRAM_FIRST_EXPONENT
 
 MIN_PENDING = 1 << 20
+PARTS = 32
+"""Additions that are joined into one before they wait: a merge asks every part for every block."""
 BLOCKS = 32
 """Parts of the table that are merged one after the other: what a merge holds beside the table is one of them."""
 HASH_BITS = 31
@@ -115,8 +117,10 @@ class Sentences(NamedTuple):
         return Sentences(self.ids[rows], self.documents[rows], self.tokens.take(rows))
 
     def used_by(self, pairs: Pairs) -> "Sentences":
-        """Those that some pair refers to."""
-        return self.take(torch.isin(self.ids, pairs.sentence_ids).nonzero().squeeze(1))
+        """Those that some pair refers to; `ids` must be ascending."""
+        used = torch.zeros(len(self.ids), dtype=torch.bool)
+        used[torch.searchsorted(self.ids, pairs.sentence_ids)] = True
+        return self.take(used.nonzero().squeeze(1))
 
     def to(self, device: torch.device | str) -> "Sentences":
         return Sentences(self.ids.to(device), self.documents.to(device), self.tokens.to(device))
@@ -250,6 +254,7 @@ class TopTable:
         self._least = torch.zeros((len(self.aggregations), n_latents), device=device)
         groups = torch.arange(n_latents * HISTOGRAM_BINS, device=device)
         self._last_key = ((groups + 1) << HASH_BITS) - 1
+        self._recent: list[Pairs] = []
         self._pending: list[Pairs] = []
         self._pending_sentences: list[Sentences] = []
         self._n_pending = 0
@@ -262,27 +267,31 @@ class TopTable:
             keys = self.level_keys(pairs)
             hopeful |= keys <= self._last_key[keys >> HASH_BITS]
         hopefuls = pairs.take(hopeful.nonzero().squeeze(1)).to("cpu")
-        self._pending.append(hopefuls)
+        self._recent.append(hopefuls)
         self._pending_sentences.append(sentences.to("cpu").used_by(hopefuls))
         self._n_pending += hopefuls.n
+        if len(self._recent) == PARTS:
+            joined = cat_pairs(self._recent)
+            self._pending.append(joined.take(joined.latents.argsort(stable=True)))
+            self._recent = []
         if self._n_pending > max(sum(block.n for block in self.blocks) // 2, MIN_PENDING):
             self.merge()
 
     def merge(self) -> None:
         """Bring what waits into the table. Needed once more after the last `add`."""
-        cuts = [torch.searchsorted(part.latents, self._edges).tolist() for part in self._pending]
+        parts = [*self._pending, *self._recent]
+        cuts = [torch.searchsorted(part.latents, self._edges).tolist() for part in parts]
         for i, block in enumerate(self.blocks):
-            waiting = [part.slice(cut[i], cut[i + 1]) for part, cut in zip(self._pending, cuts, strict=True)]
+            waiting = [part.slice(cut[i], cut[i + 1]) for part, cut in zip(parts, cuts, strict=True)]
             if any(part.n for part in waiting):
                 self.blocks[i] = self._kept(cat_pairs([block, *waiting]))
-        parts = ([self.sentences] if self.sentences else []) + self._pending_sentences
-        if parts:
-            every = cat_sentences(parts)
+        if known := ([self.sentences] if self.sentences else []) + self._pending_sentences:
+            every = cat_sentences(known)
             used = torch.zeros(len(every.ids), dtype=torch.bool)
             for block in self.blocks:
                 used[torch.searchsorted(every.ids, block.sentence_ids)] = True
             self.sentences = every.take(used.nonzero().squeeze(1))
-        self._pending, self._pending_sentences, self._n_pending = [], [], 0
+        self._recent, self._pending, self._pending_sentences, self._n_pending = [], [], [], 0
 
     def _kept(self, pairs: Pairs) -> Pairs:
         """Those of `pairs` that are among the top N or the sample of some level; remembers what it takes to be so."""

@@ -112,6 +112,8 @@ def test_export_computes_the_same_and_comes_back(to: str, architecture: str, x: 
     torch.testing.assert_close(dense_codes(back, x) * SCALE, codes, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(back(x), sae(x), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(back.W_dec.norm(dim=1), torch.ones(40))
+    assert verify(tmp_path / "back").provenance["sae_hash"] == back.weights_hash
+    assert convert(theirs, "sae", tmp_path / "back") == tmp_path / "back"  # done already: nothing happens
     assert back.cfg.provenance["site"] == SITE
     assert back.cfg.norm == "none"
 

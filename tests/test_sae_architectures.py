@@ -15,7 +15,6 @@ from sae.hyperparameters import Hyperparameters
 from sae.loss import Losses, Recipe, losses
 from sae.model import SAE, SAEConfig, load
 from sae.parallel import best_of_batch
-from sae.plan import memory_of_rank
 from sae.train import TrainConfig, run
 from sae.trainer import Trainer
 from tests.sae_folders import ALONE, make_batches, sparse_rows
@@ -218,19 +217,6 @@ def test_a_run_begins_with_the_weights_of_another(batches: Path, tmp_path: Path)
     run(config(batches, tmp_path / "second", init_from=tmp_path / "first" / "sae", max_steps=2), ALONE)
     with pytest.raises(ValueError, match="--init-from: has n_latents 96, but this run needs 50"):
         run(config(batches, tmp_path / "third", init_from=tmp_path / "first" / "sae", n_latents=50), ALONE)
-
-
-def test_plan_says_what_to_turn(batches: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(config(batches, tmp_path / "run", plan=True), ALONE)
-    assert "it fits" in capsys.readouterr().out
-    run(config(batches, tmp_path / "run", plan=True, n_latents=2**40), ALONE)
-    assert "raise --latent-parallel" in capsys.readouterr().out
-    assert not (tmp_path / "run").exists()
-    for architecture, copies in (("topk", 3), ("batchtopk", 4)):  # topk has no gradient of a whole matrix
-        settings = Hyperparameters(k=8, n_latents=2**16, architecture=architecture)
-        one, four = (memory_of_rank(settings, 512, 4096, n, ALONE.device) for n in (1, 4))
-        assert four[0] < 0.26 * one[0]
-        assert one[0] == copies * 4 * (2 * 2**16 * 512 + 2**16 + 512)
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
