@@ -1,7 +1,7 @@
 """Continue texts in the terminal, steered or not, and watch features while it happens.
 
     python -m inference.complete --prompt "The sea was" [--steer recipe.json] [--watch 896,1204 --alarm 0.5] [--json]
-    echo "The sea was" | python -m inference.complete          one prompt a line
+    echo "The sea was" | python -m inference.complete          one prompt a line, any number of them
 
 With --compare each prompt is continued twice, without and with the recipe. Text goes to stdout, everything else to stderr.
 """
@@ -11,7 +11,8 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from core.runtime import Runtime
 from inference.session import InferenceConfig, Session, open_session
 from inference.steering import Recipe, chain
 from inference.watch import Alarm, Watch, parse_latents
-from inference.workbench import Row, fitted, new_row
+from inference.workbench import Row, new_row
 from llama3.generate import Sampling, generate
 
 log = logging.getLogger("inference.complete")
@@ -71,6 +72,8 @@ class CompleteConfig(SamplingConfig):
     """Texts to continue. None given: one prompt a line from standard input."""
     whole: bool = False
     """Read standard input as one prompt, newlines included."""
+    batch_size: int = machine(32)
+    """Prompts continued at a time; a text does not depend on it."""
     bos: bool = True
     """Put <|begin_of_text|> before each prompt, as the model was trained."""
     compare: bool = False
@@ -88,6 +91,8 @@ class CompleteConfig(SamplingConfig):
             raise ValueError("--alarm: no latent is watched; give --watch too")
         if self.alarm is not None and not self.alarm >= 0:
             raise ValueError(f"--alarm: expected a multiple of the maximum, 0 or more; found {self.alarm}")
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size: expected at least 1 prompt; found {self.batch_size}")
         parse_latents(self.watch)
 
 
@@ -97,11 +102,21 @@ def run(config: CompleteConfig, runtime: Runtime) -> None:
     prompts = read_prompts(config)
     session = open_session(config, runtime.device)
     recipe = config.recipe(session)
-    try:
+    rows = [new_row(session, prompt, session.tokenizer.encode(prompt, bos=config.bos)) for prompt in prompts]
+    with reader_may_leave():
         for steered in [False, True] if config.compare else [config.steer is not None]:
             shown = recipe if steered else Recipe()
-            _complete(config, session, shown, prompts, sampling)
-    except BrokenPipeError:  # the reader of our output has seen enough; nothing is left to say to it
+            for first in range(0, len(rows), config.batch_size):
+                batch = rows[first : first + config.batch_size]
+                _complete(config, session, shown, batch, replace(sampling, first_row=first))
+
+
+@contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """End the block quietly where whoever reads our output has seen enough, such as `head`."""
+    try:
+        yield
+    except BrokenPipeError:  # what Python still holds for it would fail again when the interpreter ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -123,18 +138,19 @@ def read_prompts(config: CompleteConfig) -> list[str]:
     return prompts
 
 
-def _complete(config: CompleteConfig, session: Session, recipe: Recipe, prompts: Sequence[str], sampling: Sampling) -> None:
-    rows = [new_row(session, prompt, session.tokenizer.encode(prompt, bos=config.bos)) for prompt in prompts]
+def _complete(config: CompleteConfig, session: Session, recipe: Recipe, rows: Sequence[Row], sampling: Sampling) -> None:
+    """Continue the rows of one batch, and print them: as they grow where there is one, else at their end."""
+    rows = list(rows)
     steering = None
     if recipe.active:
         lengths = [row.prompt_length for row in rows]
         steering = session.needs_features().steering.hooks_for([recipe] * len(rows), lengths)
-    watch = _watch(config, session, rows)
+    watch = _watch(config, session, sampling.first_row)
     hooks = chain(steering, watch.hooks_for if watch else None)
     streaming = len(rows) == 1 and not config.json
     if streaming:
         _say(f"{_heading(config, recipe)}{rows[0].prompt}")
-    for piece in generate(session.model, session.tokenizer, [row.ids for row in rows], fitted(session, sampling, rows), hooks):
+    for piece in generate(session.model, session.tokenizer, [row.ids for row in rows], sampling, hooks):
         rows[piece.row] = rows[piece.row].grown(piece)
         if streaming:
             _say(piece.text)
@@ -155,7 +171,7 @@ def _heading(config: CompleteConfig, recipe: Recipe) -> str:
     return ("[steered] " if recipe.edits else "[baseline] ") if config.compare else ""
 
 
-def _watch(config: CompleteConfig, session: Session, rows: Sequence[Row]) -> Watch | None:
+def _watch(config: CompleteConfig, session: Session, first_row: int) -> Watch | None:
     latents = parse_latents(config.watch)
     if not latents:
         return None
@@ -165,7 +181,7 @@ def _watch(config: CompleteConfig, session: Session, rows: Sequence[Row]) -> Wat
         label = features.label(found.latent) or "no label"
         log.warning(
             "ALARM prompt %d, token %d: latent %d (%s) is at %.3g, %.0f %% of its maximum",
-            found.row, found.position, found.latent, label, found.value,
+            first_row + found.row, found.position, found.latent, label, found.value,
             100 * found.value / max(1e-9, float(features.max_values[found.latent])),
         )  # fmt: skip
 

@@ -12,11 +12,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from core.product import linear
 from llama3.args import ModelArgs
 from llama3.cache import KVCache, LayerCache, attention_mask, padded_right
-from llama3.linear import Linear
 from llama3.rope import apply_rotary_emb, as_factors, precompute_freqs_cis
 from llama3.sites import ActiveHooks, CaptureDone, Hook, SiteHooks, check_sites
+
+
+class Linear(nn.Module):
+    """`x W^T`: x (..., n_in), W (n_out, n_in), result (..., n_out).
+
+    W starts at zero: loading would overwrite random numbers, and making them on the meta device imports torch._dynamo.
+    """
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        self.weight: Tensor = nn.Parameter(torch.zeros(n_out, n_in))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)
 
 
 class RMSNorm(nn.Module):

@@ -9,7 +9,8 @@ from pathlib import Path
 from core.artifact import building
 from core.runtime import Runtime
 from interpretability.asking import AskConfig, Reply, Request
-from interpretability.message_batches import BatchJob, open_client
+from interpretability.batch_api import open_client
+from interpretability.message_batches import BatchJob
 from tests.interp_folders import solo
 
 REPLIES = "replies.txt"

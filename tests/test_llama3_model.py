@@ -17,7 +17,6 @@ from torch import Tensor
 
 from llama3.args import ModelArgs, RopeScaling
 from llama3.cache import attention_mask
-from llama3.linear import linear
 from llama3.model import Transformer, fold_mask, grouped_attention
 from llama3.rope import apply_rotary_emb, as_factors, frequencies, precompute_freqs_cis
 from llama3.sites import LAYER_SITES, NO_HOOKS
@@ -112,28 +111,6 @@ def reference_logits(model: Transformer, tokens: list[int]) -> Tensor:
         x = x + (gate / (1 + (-gate).exp()) * up) @ weight[f"{at}.feed_forward.w2.weight"].T
     head = weight.get("output.weight", weight["tok_embeddings.weight"])
     return norm(x, "norm.weight") @ head.T
-
-
-# --- matrix products ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("rows", [1, 3, 700], ids=["one row", "a few", "many"])
-@pytest.mark.parametrize("shape", [(24, 40), (600, 256)], ids=["small weight", "large weight"])
-def test_both_kernels_of_a_product_agree(rows: int, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """oneDNN's against the plain product, on both sides of the limits; also of rows that do not lie one after the other."""
-    generator = torch.Generator().manual_seed(0)
-    weight, x = torch.randn(shape, generator=generator), torch.randn(2, 2 * rows, shape[1], generator=generator)
-    monkeypatch.setattr("llama3.linear.ONEDNN", torch.backends.mkldnn.is_available())
-    with torch.no_grad():
-        for part in (x[:, :rows], x[:, ::2]):
-            torch.testing.assert_close(linear(part, weight), part @ weight.T, rtol=0, atol=2e-4)
-
-
-def test_products_keep_their_gradients() -> None:
-    """oneDNN's kernel has none, so that training must never meet it."""
-    weight = torch.randn(600, 256, requires_grad=True)
-    linear(torch.ones(700, 256), weight).sum().backward()
-    torch.testing.assert_close(weight.grad, torch.full((600, 256), 700.0))
 
 
 # --- RoPE -----------------------------------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from inference.session import InferenceConfig, Session, open_session
-from inference.steering import Edit, Recipe, Steering, chain
+from inference.steering import Edit, Recipe, Steering, chain, present_values
 from inference.watch import Alarm, Watch, parse_latents
 from llama3.generate import HooksFor, Sampling, generate
+from sae.model import SAE, SAEConfig
 from tests.tiny import tiny_llama
 from tests.tiny_features import SENTENCES, Features, tiny_sae, write_features
 
@@ -316,6 +317,24 @@ def test_bad_recipes_are_refused(text: str, message: str) -> None:
 
 def test_prompt_and_answer_may_differ() -> None:
     Recipe((Edit(latent=1, positions="prompt"), Edit(latent=1, strength=3.0, positions="generated")), "x")
+
+
+@pytest.mark.parametrize("architecture", ["topk", "relu", "jumprelu", "batchtopk"])
+def test_present_values_are_those_of_the_encoding(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where they are asked for, over several blocks of rows; and for latents that are silent everywhere."""
+    torch.manual_seed(0)
+    sae = SAE(SAEConfig(d_model=16, n_latents=40, k=4, architecture=architecture)).requires_grad_(False)
+    sae.b_enc[7] = -100.0
+    if sae.threshold is not None:
+        sae.threshold.fill_(0.2)
+    x, where = torch.randn(30, 16), torch.rand(30, 40) > 0.4
+    encoding = sae.encode(x)
+    expected = torch.zeros(30, 40).scatter_add(1, encoding.indices, encoding.values)
+    monkeypatch.setattr("inference.steering.ROWS", 8)
+    found = present_values(sae, x, torch.arange(40), where)
+    torch.testing.assert_close(found, expected * where, atol=1e-5, rtol=0)
+    assert (found > 0).any()
+    assert torch.equal(present_values(sae, x, torch.tensor([7]), where[:, :1]), torch.zeros(30, 1))
 
 
 def test_recipes_that_do_not_fit_are_refused(session: Session) -> None:

@@ -1,0 +1,24 @@
+"""The dense product that the model and the SAE spend their time in, by the fastest kernel that PyTorch has for it."""
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ONEDNN = torch._C._has_mkldnn and "AMD" in torch.cpu.get_capabilities().get("cpu_name", "")
+"""Whether large float32 products go to oneDNN. PyTorch gives them to MKL, which runs at less than half the rate on AMD
+processors (pytorch/builder issue 504; measured in docs/log.md)."""
+
+LARGE_WEIGHT, LARGE_PRODUCT = 2**20, 2**20
+"""Numbers in W, and multiplications in `x W^T`, from either of which on oneDNN is the faster: its call takes about 10 us longer, and
+for a single row of x MKL is good where W is small (measured in docs/log.md)."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x W^T + b`: x (..., n_in), W (n_out, n_in), b (n_out), result (..., n_out)."""
+    large = x.numel() and (weight.numel() >= LARGE_WEIGHT or x.numel() * weight.shape[0] >= LARGE_PRODUCT)
+    plain = torch.is_grad_enabled() or torch.compiler.is_compiling()  # oneDNN's kernel has no gradient
+    if ONEDNN and large and not plain and x.dtype == torch.float32 and x.is_cpu:
+        return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
+    return F.linear(x, weight, bias)

@@ -1,0 +1,40 @@
+"""The product of the model and the SAE: its kernels agree, on both sides of the limits, and training never meets the one
+without a gradient.
+"""
+
+import pytest
+import torch
+
+import core.product
+from core.product import LARGE_WEIGHT, linear
+
+
+@pytest.fixture(autouse=True)
+def onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice of an AMD processor, wherever the tests run."""
+    monkeypatch.setattr(core.product, "ONEDNN", torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3, 700], ids=["none", "one row", "a few", "many"])
+@pytest.mark.parametrize("shape", [(24, 40), (4200, 256)], ids=["small weight", "large weight"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("biased", [False, True], ids=["no bias", "bias"])
+def test_both_kernels_agree(rows: int, shape: tuple[int, int], dtype: torch.dtype, biased: bool) -> None:
+    """Also of rows that do not lie one after the other. The large weight goes to oneDNN for a single row too."""
+    assert (shape[0] * shape[1] >= LARGE_WEIGHT) == (shape[0] == 4200)
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(shape, generator=generator), torch.randn(2, 2 * rows, shape[1], generator=generator)
+    bias = torch.randn(shape[0], generator=generator) if biased else None
+    weight, x, bias = weight.to(dtype), x.to(dtype), None if bias is None else bias.to(dtype)
+    with torch.no_grad():
+        for part in (x[:, :rows], x[:, ::2]):
+            expected = part @ weight.T + (0 if bias is None else bias)
+            torch.testing.assert_close(
+                linear(part, weight, bias), expected, rtol=0, atol=2e-4 if dtype != torch.bfloat16 else 1
+            )
+
+
+def test_products_keep_their_gradients() -> None:
+    weight = torch.randn(600, 256, requires_grad=True)
+    linear(torch.ones(700, 256), weight).sum().backward()
+    torch.testing.assert_close(weight.grad, torch.full((600, 256), 700.0))
