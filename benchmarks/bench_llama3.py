@@ -1,8 +1,8 @@
 """Llama 3 beside transformers: same weights, same numbers, pairs timed in one run.
 
-    python -m benchmarks.bench_llama3 --out llama3.json                    # the embedded size, on the CPU or the GPU there is
-    python -m benchmarks.bench_llama3 --shapes embedded smollm --threads 2 --load 1b
-    python -m benchmarks.bench_llama3 --utilisation --shapes 3b --dtype bfloat16     # on a GPU
+    python -m benchmarks.bench_llama3 --out llama3.json                    # numbers and speed at the embedded size
+    python -m benchmarks.bench_llama3 --measures load --shapes 1b          # writes 2.5 GB to the temporary folder twice
+    python -m benchmarks.bench_llama3 --measures mfu --shapes 3b --device cuda --dtype bfloat16
 
 Each speed is the median of ratios of neighbouring timings, so that a machine that slows down slows both. Prints a table and writes
 JSON. Everything is random weights: speed does not depend on them, and 64 greedy tokens of random weights are a hard comparison.
@@ -22,11 +22,13 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-import tyro
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from core.cli import one_line_errors, parse
+from core.product import linear
+from core.runtime import pick_device
 from llama3 import ModelArgs, RopeScaling, Sampling, Tokenizer, Transformer, generate, load_model
 from llama3.tokenizer import special_tokens
 
@@ -38,6 +40,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "3b": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24, "num_key_value_heads": 8, "vocab_size": 128256},
 }  # fmt: skip
 
+MEASURES = ("numbers", "prefill", "capture", "decode", "load", "mfu")
 SCALED = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 NUMBERS: dict[str, dict[str, Any]] = {
     "MHA": {"num_key_value_heads": 4},
@@ -57,10 +60,14 @@ class BenchConfig:
 
     out: Path = Path("bench_llama3.json")
     """JSON with every number of the table."""
+    measures: tuple[str, ...] = ("numbers", "prefill", "capture", "decode")
+    """Some of: numbers, prefill, capture, decode, load (peak memory of loading), mfu (share of the matrix rate)."""
     shapes: tuple[str, ...] = ("embedded",)
-    """Sizes to time, of: tiny, embedded, smollm, 1b, 3b."""
+    """Sizes to measure, of: tiny, embedded, smollm, 1b, 3b. The numbers have sizes of their own."""
+    device: str = "auto"
+    """auto (the GPU where there is one), cpu or cuda. Numbers and loading are always measured on the CPU."""
     dtype: str = "float32"
-    """float32, bfloat16 or float16, for the timings."""
+    """float32, bfloat16 or float16, for what is timed."""
     batch: int = 8
     """Rows of a prefill and of a capture."""
     length: int = 256
@@ -69,19 +76,15 @@ class BenchConfig:
     """Tokens that each decoding timing generates per row."""
     rounds: int = 9
     """Pairs of timings; the table shows the median."""
-    load: str = ""
-    """Shape whose loading is measured, such as 1b (writes 2.5 GB to the temporary folder twice); empty skips it."""
-    utilisation: bool = False
-    """Measure the share of the GPU's matrix rate that a forward pass of 16,384 tokens reaches."""
+    in_flight: int = 16_384
+    """Tokens of the pass whose share of the matrix rate is measured, in rows of 2,048."""
     threads: int = 0
     """CPU threads; 0 keeps PyTorch's choice."""
 
     def __post_init__(self) -> None:
-        for name in (*self.shapes, *([self.load] if self.load else [])):
-            if name not in SHAPES:
-                raise ValueError(f"unknown shape {name!r}; expected some of {', '.join(SHAPES)}")
-        if self.utilisation and not torch.cuda.is_available():
-            raise ValueError("--utilisation needs a GPU; none is visible to PyTorch")
+        for found, known in ((self.shapes, SHAPES), (self.measures, MEASURES)):
+            if unknown := [name for name in found if name not in known]:
+                raise ValueError(f"unknown name {unknown[0]!r}; expected some of {', '.join(known)}")
 
 
 class Row(NamedTuple):
@@ -96,7 +99,7 @@ class Row(NamedTuple):
 
     def __str__(self) -> str:
         mark = {True: "yes", False: "NO", None: ""}[self.reached]
-        return f"{self.measure:<58} {self.ours:>12,.4g} {self.theirs:>12,.4g} {self.ratio:>8.2f}  {self.reach:<10} {mark}"
+        return f"{self.measure:<74} {self.ours:>12,.4g} {self.theirs:>12,.4g} {self.ratio:>8.2f}  {self.reach:<10} {mark}"
 
 
 class Pair(NamedTuple):
@@ -222,17 +225,19 @@ def race(measure: str, works: tuple[Callable[[], Any], Callable[[], Any]], n_tok
 def compare_speed(shape: str, config: BenchConfig, device: str) -> Iterator[Row]:
     ours, theirs = make_pair(SHAPES[shape], device, getattr(torch, config.dtype))
     tokens = torch.randint(1, ours.params.vocab_size, (config.batch, config.length), device=device)
-    n_tokens = tokens.numel()
-    yield race(
-        f"{shape}: prefill tokens/s, {config.batch} x {config.length}",
-        (lambda: ours(tokens), lambda: theirs(tokens, use_cache=False)),
-        n_tokens,
-        1.1 if shape == "embedded" else 1.0,
-        config.rounds,
-    )
-    yield from compare_capture(shape, Pair(ours, theirs), tokens, config.rounds)
-    for rows in (1, 8):
-        yield compare_decoding(shape, Pair(ours, theirs), tokens[:1, :32].repeat(rows, 1), config)
+    if "prefill" in config.measures:
+        yield race(
+            f"{shape}: prefill tokens/s, {config.batch} x {config.length}",
+            (lambda: ours(tokens), lambda: theirs(tokens, use_cache=False)),
+            tokens.numel(),
+            1.1 if shape == "embedded" else 1.0,
+            config.rounds,
+        )
+    if "capture" in config.measures:
+        yield from compare_capture(shape, Pair(ours, theirs), tokens, config.rounds)
+    if "decode" in config.measures:
+        for rows in (1, 8):
+            yield compare_decoding(shape, Pair(ours, theirs), tokens[:1, :32].repeat(rows, 1), config)
 
 
 def compare_capture(shape: str, pair: Pair, tokens: Tensor, rounds: int) -> Iterator[Row]:
@@ -340,24 +345,26 @@ def write_checkpoint(args: ModelArgs, folder: Path, kind: str) -> None:
 
 
 @torch.no_grad()
-def measure_utilisation(shape: str, dtype: torch.dtype, rounds: int) -> Iterator[Row]:
-    """Floating-point operations per second of a forward pass over 8 x 2,048 tokens, over those of one large matrix product.
+def measure_utilisation(shape: str, config: BenchConfig, device: str) -> Iterator[Row]:
+    """Model FLOP utilisation: operations per second of a forward pass over those of one large matrix product, measured in turns.
 
-    Counted are two operations per weight and token, and 4 T/2 H K per token and layer for causal attention.
+    Counted are two operations per weight and token, and 4 T/2 H K per token and layer for causal attention (the two products of
+    T/2 keys on average); the embedding is a look-up and costs none.
     """
-    args = args_of(shape)
+    args, dtype = args_of(shape), getattr(torch, config.dtype)
     with torch.device("meta"):
         model = Transformer(args)
-    model.to(dtype).to_empty(device="cuda").requires_grad_(False)
+    model.to(dtype).to_empty(device=device).requires_grad_(False)
     for parameter in model.parameters():
         parameter.normal_(std=0.02)
-    rows, length = 8, 2048
-    tokens = torch.randint(0, args.vocab_size, (rows, length), device="cuda")
+    length = min(2048, config.in_flight)
+    tokens = torch.randint(0, args.vocab_size, (config.in_flight // length, length), device=device)
     weights = sum(p.numel() for name, p in model.named_parameters() if name.startswith("layers."))
     head = args.vocab_size * args.dim
     attention = args.n_layers * 4 * (length / 2) * args.n_heads * args.head_dim
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
-    matmul = lambda: [a @ b for _ in range(10)]  # noqa: E731
+    side = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    product = lambda: [linear(a, b) for _ in range(10)]  # noqa: E731
     compiled = torch.compile(model)
     final = [f"layers.{args.n_layers - 1}.resid_post"]
     works: dict[str, tuple[Callable[[], Any], float]] = {
@@ -366,46 +373,45 @@ def measure_utilisation(shape: str, dtype: torch.dtype, rounds: int) -> Iterator
         "forward, compiled": (lambda: compiled(tokens), 2 * (weights + head) + attention),
     }
     for name, (work, per_token) in works.items():
+        operations = per_token * tokens.numel()
         for _ in range(3):
             seconds(work)
-        pairs = [(seconds(work), seconds(matmul)) for _ in range(rounds)]
-        ours = per_token * rows * length / statistics.median(p[0] for p in pairs)
-        peak = 10 * 2 * 8192**3 / statistics.median(p[1] for p in pairs)
-        yield Row(
-            f"{shape}: {name}, TFLOP/s / a matrix product's",
-            ours / 1e12,
-            peak / 1e12,
-            ours / peak,
-            ">= 0.5",
-            ours / peak >= 0.5,
-        )
+            seconds(product)
+        pairs = [(operations / seconds(work), 20 * side**3 / seconds(product)) for _ in range(config.rounds)]
+        ours, peak = (statistics.median(column) for column in zip(*pairs, strict=True))
+        share = statistics.median(found / best for found, best in pairs)
+        measure = f"{shape}: {name}, {tokens.numel():,} tokens, TFLOP/s / of a product"
+        yield Row(measure, ours / 1e12, peak / 1e12, share, ">= 0.5", share >= 0.5)
 
 
 # --- the run --------------------------------------------------------------------------------------------------------------
 
 
-def measures(config: BenchConfig, device: str) -> Iterator[Row]:
-    yield from compare_numbers()
+def measured(config: BenchConfig, device: str) -> Iterator[Row]:
+    if "numbers" in config.measures:
+        yield from compare_numbers()
     for shape in config.shapes:
-        yield from compare_speed(shape, config, device)
-        if config.utilisation:
-            yield from measure_utilisation(shape, getattr(torch, config.dtype), config.rounds)
-    if config.load:
-        yield from measure_loading(config.load)
+        if {"prefill", "capture", "decode"} & set(config.measures):
+            yield from compare_speed(shape, config, device)
+        if "load" in config.measures:
+            yield from measure_loading(shape)
+        if "mfu" in config.measures:
+            yield from measure_utilisation(shape, config, device)
 
 
 def main() -> None:
-    config = tyro.cli(BenchConfig, description=__doc__)
+    with one_line_errors():
+        config = parse(BenchConfig, __doc__ or "")
+        device = pick_device(config.device, 0).type
     if config.threads:
         torch.set_num_threads(config.threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     where = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     print(f"{where}, {config.dtype}, torch {torch.__version__}, transformers {transformers.__version__}")
-    print(f"{'measure':<58} {'ours':>12} {'theirs':>12} {'ratio':>8}  {'to reach':<10} reached")
+    print(f"{'measure':<74} {'ours':>12} {'theirs':>12} {'ratio':>8}  {'to reach':<10} reached")
     rows = []
-    for row in measures(config, device):
+    for row in measured(config, device):
         rows.append(row)
         print(row, flush=True)
     record = {

@@ -14,10 +14,10 @@ from torch import Tensor
 
 os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "0" if torch.cuda.is_available() else "1")
 
-from sae.loss import aux_weight, default_k_aux
+from sae.descent import descent
+from sae.hyperparameters import Hyperparameters
+from sae.loss import ALONE, aux_weight, default_k_aux
 from sae.model import SAE, SAEConfig
-from sae.step import Weights, topk_step
-from sae.update import update_
 
 NEVER = 10**9  # since when a latent that is to count as dead has not fired
 
@@ -39,8 +39,8 @@ class Setup:
 
     @property
     def lr(self) -> float:
-        """2e-4 / sqrt(n / 16,384): Gao et al. 2024, figure 3; ours, sparsify's (Adam) and dictionary_learning's default."""
-        return 2e-4 / (self.n / 2**14) ** 0.5
+        """Our default. Sparsify's (Adam) and dictionary_learning's are 2e-4 / sqrt(n / 16,384)."""
+        return Hyperparameters(n_latents=self.n, k=self.k).peak_lr
 
 
 class Library(Protocol):
@@ -78,8 +78,10 @@ class Ours:
         self.optimizer = torch.optim.Adam(
             self.sae.parameters(), lr=setup.lr, eps=6.25e-10, decoupled_weight_decay=True, fused=True
         )
+        config = Hyperparameters(n_latents=setup.n, k=setup.k)
+        self.recipe = config.recipe(0, setup.d, torch.device(setup.device))
+        self.descent = descent(config, self.sae, self.optimizer, ALONE, 0)
         self.since = torch.zeros(setup.n, dtype=torch.long, device=setup.device)
-        self.k_aux = default_k_aux(setup.d)
         self.count = 0
 
     @torch.no_grad()
@@ -87,11 +89,9 @@ class Ours:
         if self.count == 0:
             self.sae.b_pre.copy_(z.mean(0))
         dead = (self.since >= self.setup.dead_after).nonzero()[:, 0]
-        weights = Weights(1 / z.numel(), aux_weight(len(dead), self.k_aux, 1 / 32) / z.numel())
-        part = topk_step(self.sae, z, weights, dead, self.k_aux)
-        assert part.gradients.finite()
-        self.optimizer.param_groups[0]["lr"] = self.setup.lr * decayed(self.count, self.setup.steps)
-        update_(self.sae, self.optimizer, part.gradients)
+        part = self.descent.add(z, self.recipe, 1 / z.numel(), dead, len(dead))
+        assert self.descent.finite()
+        self.descent.update(self.setup.lr * decayed(self.count, self.setup.steps))
         self.since += len(z)
         self.since[part.fired > 0] = 0
         self.count += 1
@@ -112,11 +112,12 @@ class Ours:
 class DenseStep:
     """The reference run's step, from its formula: everything dense, autograd, AdamW; decoder rows kept at unit norm.
 
-    Its two slips (no averaging over GPUs, the wrong axis of the decoder) are left out: they would not change the time.
+    Its two slips (no averaging over GPUs, the wrong axis of the decoder) are left out: they would not change the time. It computes
+    in float32; `autocast` has its products in bfloat16, for a stronger rival.
     """
 
-    def __init__(self, setup: Setup) -> None:
-        self.setup = setup
+    def __init__(self, setup: Setup, autocast: bool = False) -> None:
+        self.setup, self.autocast = setup, autocast
         generator = torch.Generator().manual_seed(setup.seed)
         rows = F.normalize(torch.randn(setup.n, setup.d, generator=generator), dim=1)
         self.W_enc = rows.clone().to(setup.device).requires_grad_()
@@ -134,15 +135,16 @@ class DenseStep:
         return torch.zeros_like(h).scatter(1, indices, values.relu())
 
     def step(self, z: Tensor) -> None:
-        h = F.linear(z - self.b_pre, self.W_enc, self.b_enc)
-        kept = self._kept(h, self.setup.k)
-        z_hat = F.linear(kept, self.W_dec) + self.b_pre
-        loss = F.mse_loss(z_hat, z)
         dead = self.since >= self.setup.dead_after
-        if n_dead := int(dead.sum()):
-            among_dead = self._kept(h.masked_fill(~dead, float("-inf")), min(self.k_aux, n_dead))
-            e_hat = F.linear(among_dead, self.W_dec)
-            loss = loss + aux_weight(n_dead, self.k_aux, 1 / 32) * F.mse_loss(e_hat, (z - z_hat).detach())
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=self.autocast):
+            h = F.linear(z - self.b_pre, self.W_enc, self.b_enc)
+            kept = self._kept(h, self.setup.k)
+            z_hat = F.linear(kept, self.W_dec) + self.b_pre
+            loss = F.mse_loss(z_hat, z)
+            if n_dead := int(dead.sum()):
+                among_dead = self._kept(h.masked_fill(~dead, float("-inf")), min(self.k_aux, n_dead))
+                e_hat = F.linear(among_dead, self.W_dec)
+                loss = loss + aux_weight(n_dead, self.k_aux, 1 / 32) * F.mse_loss(e_hat, (z - z_hat).detach())
         loss.backward()
         with torch.no_grad():
             self.W_dec.grad -= (self.W_dec.grad * self.W_dec).sum(0) * self.W_dec
@@ -235,12 +237,14 @@ class SAELens:
         self.setup, self.defaults = setup, defaults
         coefficient = {} if defaults else {"aux_loss_coefficient": 1 / 32}
         cfg = TopKTrainingSAEConfig(d_in=setup.d, d_sae=setup.n, k=setup.k, device=setup.device, **coefficient)
-        options = {"lr_end": 3e-5} if defaults else {"lr": setup.lr, "lr_end": setup.lr / 10}
+        window = setup.dead_after // setup.batch
+        ours = {"lr": setup.lr, "lr_end": setup.lr / 10, "dead_feature_window": window}
+        options = {"lr_end": 3e-5} if defaults else ours
         trainer_cfg = SAETrainerConfig(
             total_training_samples=setup.steps * setup.batch,
             train_batch_size_samples=setup.batch,
             device=setup.device,
-            **({"dead_feature_window": setup.dead_after // setup.batch} | options),
+            **options,
         )
         self.trainer = SAETrainer(cfg=trainer_cfg, sae=TopKTrainingSAE(cfg), data_provider=iter(()))
 

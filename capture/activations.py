@@ -47,7 +47,8 @@ class ActivationsConfig(StageConfig):
     sites: tuple[str, ...] = ()
     """Sites to capture in one pass, each into a folder of its own. Empty: resid_post at 5/6 of the depth."""
     storage: Storage = "bf16"
-    """Type of the stored activations; int8 has one scale per row, and half the bytes of bf16."""
+    """Type of the stored activations. int8, with one scale per row, takes half the bytes of bf16; SAEs of the embedded model
+    trained on either had the same FVU, 0.404. Its error is 1e-4 of the variance, that of bf16 3e-6."""
     bos: Literal["none", "feed"] = "none"
     """feed: put the BOS token before each sentence, and do not store its row."""
     max_length: int = 192

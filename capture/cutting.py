@@ -1,4 +1,4 @@
-"""Documents into sentences or passages, in one process or in several: the same units in the same order."""
+"""Documents into sentences, passages or one unit each, in one process or in several: the same units in the same order."""
 
 import multiprocessing
 import os
@@ -15,6 +15,8 @@ from capture.passages import Passages
 from capture.punkt import Lines, Splitter, load_splitter
 from capture.sources import Document
 from llama3 import load_tokenizer
+
+Unit = Literal["sentence", "passage", "document"]
 
 BATCH_CHARACTERS = 2**19
 """Text handed to a process at a time: half a second of Punkt, beside which sending it costs nothing."""
@@ -41,11 +43,21 @@ class Sentences:
         return self._splitter.sentences(text, self._lines)
 
 
+class Documents:
+    """Each document as it stands, for sources that are cut already."""
+
+    hash = ""  # there is nothing to tell apart
+
+    def units(self, text: str) -> Iterator[str]:
+        if unit := text.strip():
+            yield unit
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cutting:
     """How documents are cut; small, so that it travels to other processes."""
 
-    unit: Literal["sentence", "passage"]
+    unit: Unit
     punkt: Literal["builtin", "pretrained"]
     language: str
     lines: Lines
@@ -57,6 +69,8 @@ class Cutting:
     def cutter(self) -> Cutter:
         if self.unit == "passage":
             return Passages(load_tokenizer(self.tokenizer), self.tokens)
+        if self.unit == "document":
+            return Documents()
         return Sentences(load_splitter(self.punkt, self.language), self.lines)
 
 

@@ -8,6 +8,7 @@ Addresses are Arrow's (pyarrow.fs): s3://, gs://, abfss://, hdfs://, file://; wh
 for after it was written, and its checksum is compared when it is fetched. manifest.json comes last, as in a folder.
 """
 
+import json
 import logging
 import posixpath
 from collections.abc import Callable, Iterator
@@ -73,8 +74,15 @@ class RemoteBuilder(Builder):
     """Builds an artifact whose files lie in a store; the folder `path` holds its manifest, lock and journals."""
 
     def __init__(self, store: Store, path: Path, begun: Manifest, runtime: Runtime) -> None:
+        """ValueError where another command has finished an artifact at the same address."""
         super().__init__(path, begun, runtime)
         self._store = store
+        if store.size(MANIFEST) is not None:
+            with store.open(MANIFEST) as file:
+                there = json.loads(file.read())
+            ours = json.loads(begun.to_json())
+            if any(there.get(name) != ours[name] for name in ("kind", "config", "inputs")):
+                raise ValueError(f"--remote {store.url}: holds what another command wrote; choose another address")
 
     @classmethod
     def at(cls, url: str) -> Callable[[Path, Manifest, Runtime], Builder]:

@@ -3,6 +3,7 @@
 python -m capture.sentences --source books/ --out corpus/
 python -m capture.sentences --source nltk:state_union --out corpus/
 python -m capture.sentences --source books/ --unit passage --tokens 64 --tokenizer M --out corpus/
+python -m capture.sentences --source hf://openwebtext --processes 16 --deduplicate --out corpus/
 
 Sentences keep the order and the text of the source. Ids count documents as they are read and sentences as they are kept.
 """
@@ -19,10 +20,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
-from capture.cutting import Cutting, cut
+from capture.cutting import Cutting, Unit, cut
 from capture.duplicates import Seen
+from capture.listing import source_name, source_version
 from capture.punkt import Lines
-from capture.sources import Document, open_source, source_name, source_version
+from capture.sources import Document, open_source
 from core.artifact import Builder, building
 from core.cli import Progress, StageConfig, machine, run_stage
 from core.runtime import Runtime
@@ -52,8 +54,9 @@ class SentencesConfig(StageConfig):
     """Flags of the stage."""
 
     source: str = machine()
-    """A text file, a folder of .txt, .jsonl and .parquet files, one such file, an address of either (hf://datasets/OWNER/NAME,
-    s3://..., with * where wanted), hf://openwebtext, hf://sentences, hf://pile, or nltk:NAME. The manifest holds its hash."""
+    """A text file, a folder of .txt, .jsonl and .parquet files, one such file (.gz and .zst are unpacked), an address of either
+    (hf://datasets/OWNER/NAME, s3://..., with * where wanted), hf://openwebtext, hf://sentences (cut already: add --unit
+    document), hf://pile, or nltk:NAME. The manifest holds its hash."""
     out: Path
     """The corpus folder to write."""
     encoding: str = "utf-8"
@@ -66,8 +69,9 @@ class SentencesConfig(StageConfig):
     """Our own Punkt model for English, the same on every machine, or the one of NLTK's data."""
     language: str = "english"
     """Language of the pretrained model, as NLTK names it."""
-    unit: Literal["sentence", "passage"] = "sentence"
-    """What is cut: sentences, or passages of a fixed number of tokens. Either becomes a row of the corpus."""
+    unit: Unit = "sentence"
+    """What becomes a row of the corpus: sentences, passages of a fixed number of tokens, or each document as it stands, for a
+    source that holds a sentence a row."""
     tokens: int = 64
     """Most tokens of a passage; it ends before the word that would not fit."""
     tokenizer: str = "demo"
@@ -192,11 +196,9 @@ def _identify(config: SentencesConfig) -> dict[str, str]:
     """
     cutter = config.cutting.cutter()
     _refuse_empty(config)
-    return {
-        "source": source_name(config.source),
-        "source_hash": source_version(config.source) or source_hash(config.documents()),
-        "punkt_hash" if config.unit == "sentence" else "passages_hash": cutter.hash,
-    }
+    name = {"sentence": "punkt_hash", "passage": "passages_hash"}.get(config.unit)
+    version = source_version(config.source) or source_hash(config.documents())
+    return {"source": source_name(config.source), "source_hash": version} | ({name: cutter.hash} if name else {})
 
 
 def _refuse_empty(config: SentencesConfig) -> None:

@@ -8,19 +8,14 @@ file and the place in it.
 import codecs
 import io
 import json
-import posixpath
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from itertools import chain
-from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
 
-from core.artifact import MANIFEST
+from capture.listing import COMPRESSION, File, is_remote, list_files
 
 PART_CHARACTERS = 2**16
 """A text file longer than this becomes several documents: memory stays flat, and a book can be split into training and
@@ -29,14 +24,6 @@ PART_ENDS = ("\n\n", ".\n", "\n", " ")
 """Where a long text may be cut, the best place first."""
 READ_BYTES = 2**20
 PARQUET_ROWS = 1024
-FOLDER_SUFFIXES = (".txt", ".jsonl", ".parquet")
-COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
-PRESETS = {
-    "hf://openwebtext": "hf://datasets/Skylion007/openwebtext@refs/convert/parquet/**/*.parquet",
-    "hf://sentences": "hf://datasets/PaulPauls/openwebtext-sentences/**/*.parquet",
-    "hf://pile": "hf://datasets/monology/pile-uncopyrighted/train/*.jsonl.zst",
-}
-"""Short names: OpenWebText, the sentences that the reference run published, and the Pile without what was withdrawn from it."""
 
 
 class Document(NamedTuple):
@@ -46,26 +33,6 @@ class Document(NamedTuple):
     source: str
     text: str
     label: str | None
-
-
-class File(NamedTuple):
-    """One file of a source."""
-
-    label: str
-    """How messages call it: path or address."""
-    name: str
-    """Below the source."""
-    source: str
-    open: Callable[[], BinaryIO]
-    """Its bytes, as they are stored."""
-    version: str | None
-    """What a remote store says identifies the content; None for a file that must be read to tell."""
-
-    @property
-    def suffixes(self) -> tuple[str, str]:
-        """The suffix that says how to read it, and that of a compression, or nothing."""
-        path = PurePosixPath(self.name.lower())
-        return (PurePosixPath(path.stem).suffix, path.suffix) if path.suffix in COMPRESSION else (path.suffix, "")
 
 
 def open_source(spec: str, encoding: str = "utf-8", text_key: str = "text") -> Iterator[Document]:
@@ -83,110 +50,26 @@ def open_source(spec: str, encoding: str = "utf-8", text_key: str = "text") -> I
     if spec.startswith("nltk:"):
         yield from _read_nltk(spec.removeprefix("nltk:"))
         return
-    for file in _files(spec):
-        match file.suffixes:
-            case (".jsonl", _):
-                yield from _read_jsonl(file, encoding, text_key)
-            case (".parquet", _):
-                yield from _read_parquet(file, text_key)
-            case _:
-                yield from _read_text(file, encoding)
+    for file in list_files(spec):
+        try:
+            yield from _read(file, encoding, text_key)
+        except (OSError, ValueError):
+            raise
+        except Exception as error:
+            if not is_remote(spec):
+                raise
+            # Each of fsspec's backends has errors of its own.
+            raise OSError(f"{file.label}: cannot be read: {error}; the same command continues from here") from error
 
 
-def source_name(spec: str) -> str:
-    """How manifests name a source: without the folders above it, which differ between machines."""
-    return spec if spec.startswith("nltk:") or _is_remote(spec) else Path(spec).resolve().name
-
-
-def source_version(spec: str) -> str | None:
-    """What identifies a remote source by its listing, so that it need not be fetched twice; None where it must be read."""
-    if not _is_remote(spec):
-        return None
-    files = _files(spec)
-    if any(file.version is None for file in files):
-        return None
-    return xxhash.xxh3_128_hexdigest("\n".join(f"{file.name} {file.version}" for file in files).encode())[:16]
-
-
-def _is_remote(spec: str) -> bool:
-    return "://" in spec
-
-
-def _files(spec: str) -> list[File]:
-    if _is_remote(spec):
-        return _remote_files(spec)
-    path = Path(spec)
-    if path.is_dir():
-        source = path.resolve().name
-        below = [(file, file.relative_to(path).as_posix()) for file in _text_files(path)]
-        return [File(str(file), name, source, partial(_bytes, file), None) for file, name in below]
-    if path.is_file():
-        return [File(spec, path.name, path.name, partial(_bytes, path), None)]
-    raise ValueError(
-        f"--source {spec}: no such file or folder; expected a text file, a folder of texts, .jsonl, .parquet, nltk:NAME, "
-        f"an address such as hf://datasets/OWNER/NAME, or {', '.join(PRESETS)}"
-    )
-
-
-def _bytes(path: Path) -> BinaryIO:
-    return path.open("rb")
-
-
-def _text_files(folder: Path) -> list[Path]:
-    """The files to read below `folder`, by path, without hidden ones and without the outputs of stages."""
-    if (folder / MANIFEST).is_file():
-        raise ValueError(f"--source {folder}: this is the output of a stage; expected a folder of texts")
-    outputs = {manifest.parent for manifest in folder.rglob(MANIFEST)}
-    files = sorted(
-        (path for path in folder.rglob("*") if path.is_file() and _is_text(path.name)),
-        key=lambda path: path.relative_to(folder).parts,
-    )
-    files = [
-        path
-        for path in files
-        if outputs.isdisjoint(path.parents) and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
-    if not files:
-        raise ValueError(f"--source {folder}: holds no {', '.join(FOLDER_SUFFIXES)} file; expected at least one")
-    return files
-
-
-def _is_text(name: str) -> bool:
-    """Whether a folder's file of this name is read."""
-    path = PurePosixPath(name.lower())
-    return (PurePosixPath(path.stem).suffix if path.suffix in COMPRESSION else path.suffix) in FOLDER_SUFFIXES
-
-
-def _remote_files(spec: str) -> list[File]:
-    """The files at an address, in order of path; their bytes are fetched as they are read."""
-    address = PRESETS.get(spec, spec)
-    try:
-        system, path = fsspec.core.url_to_fs(address)
-        found = (system.glob if "*" in path else system.find)(path, detail=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise ValueError(f"--source {spec}: cannot be listed: {' '.join(str(error).split())[:200]}") from None
-    infos = {name: info for name, info in sorted(found.items()) if info["type"] == "file"}
-    if len(infos) != 1 or "*" in path:
-        infos = {name: info for name, info in infos.items() if _is_text(name)}
-    if not infos:
-        raise ValueError(f"--source {spec}: holds no {', '.join(FOLDER_SUFFIXES)} file; expected at least one")
-    root = posixpath.commonpath([posixpath.dirname(name) for name in infos])
-    return [
-        File(
-            system.unstrip_protocol(name),
-            name.removeprefix(root).lstrip("/"),
-            spec,
-            partial(system.open, name, "rb"),
-            _version(info),
-        )
-        for name, info in infos.items()
-    ]
-
-
-def _version(info: dict[str, Any]) -> str | None:
-    """Size and content hash of a remote file, under the names that the Hub and S3 give the latter."""
-    content = info.get("blob_id") or info.get("ETag")
-    return None if content is None else f"{info['size']} {content}"
+def _read(file: File, encoding: str, text_key: str) -> Iterator[Document]:
+    match file.suffixes:
+        case (".jsonl", _):
+            return _read_jsonl(file, encoding, text_key)
+        case (".parquet", _):
+            return _read_parquet(file, text_key)
+        case _:
+            return _read_text(file, encoding)
 
 
 # --- plain text ---------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ with its own rows: sentences and chunks are consecutive runs of ids, so their pl
 Shapes: n sentences of a chunk, N tokens of a chunk, T tokens of a sentence, D d_model.
 """
 
+import re
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -118,7 +119,18 @@ def _checked(ids: Sequence[int] | np.ndarray | Tensor, limit: int, what: str) ->
 
 def open_corpus(path: str | Path) -> Corpus:
     """Open a corpus folder; ValueError where it is incomplete, damaged or of another kind."""
-    return Corpus(open_artifact(Path(path), "corpus"))
+    return Corpus(open_artifact(_on_disk(path), "corpus"))
+
+
+def _on_disk(path: str | Path) -> Path:
+    """ValueError for an address: the readers map files, which only disks allow."""
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(path)):  # Path makes one slash of two
+        url = re.sub(":/+", "://", str(path), count=1)
+        raise ValueError(
+            f"{url}: lies in a store, and readers need a folder on a disk; fetch it with "
+            f"`python -m capture.remote --remote {url} --out FOLDER` and give FOLDER"
+        )
+    return Path(path)
 
 
 class SentenceRows(NamedTuple):
@@ -253,9 +265,10 @@ class _OpenChunk(NamedTuple):
 def open_activations(path: str | Path, site: str | None = None) -> Activations:
     """Open one site of an activations folder; `site` may be left out where there is only one.
 
-    ValueError where the folder is incomplete, damaged or of another kind, or does not hold the site.
+    ValueError where the folder is incomplete, damaged or of another kind, does not hold the site, or lies in an object store,
+    from which `capture.remote` fetches it.
     """
-    artifact = open_artifact(Path(path), "activations")
+    artifact = open_artifact(_on_disk(path), "activations")
     sites = artifact.manifest.provenance["sites"]
     if site is None and len(sites) > 1:
         raise ValueError(f"{path}: holds several sites ({', '.join(sites)}); say which one with --site")

@@ -36,7 +36,7 @@ class Writer:
         self._builder, self._timeout_s = builder, timeout_s
         self._queue: queue.Queue[FileToWrite | None] = queue.Queue(depth)
         self._error: BaseException | None = None
-        self._dropping = False
+        self._dropping = self._finished = False
         self._current, self._progress = "", time.monotonic()
         self._thread = threading.Thread(target=self._work, name="capture-writer", daemon=True)
 
@@ -61,9 +61,14 @@ class Writer:
                 self._check_progress(began)
 
     def check(self) -> None:
-        """Raise the writer's error, if it had one."""
+        """Raise the writer's error, if it had one. OSError where the thread is gone without having said why."""
         if self._error is not None:
             raise self._error
+        if not self._finished and not self._thread.is_alive():
+            raise OSError(self._ended("it was killed"))
+
+    def _ended(self, why: str) -> str:
+        return f"the writer ended at {self._current or 'its queue'}: {why}; the same command continues from here"
 
     def _check_progress(self, waiting_since: float) -> None:
         if time.monotonic() - max(waiting_since, self._progress) > self._timeout_s:
@@ -92,11 +97,14 @@ class Writer:
                 except queue.Empty:
                     continue
                 if file is None:
+                    self._finished = True
                     return
                 self._current, self._progress = file.name, time.monotonic()
                 content, rows = file.make()
                 self.bytes += self._builder.publish(file.name, content, rows).bytes
                 self._current, self._progress = "", time.monotonic()
-        except BaseException as error:  # whatever it is, it belongs to the caller, who raises it
+        except Exception as error:  # whatever it is, it belongs to the caller, who raises it
             error.add_note(f"the writer ended at {self._current or 'its queue'}")
             self._error = error
+        except BaseException as error:  # such as SystemExit, with which the caller would end as if all were written
+            self._error = OSError(self._ended(type(error).__name__))

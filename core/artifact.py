@@ -132,7 +132,8 @@ def open_artifact(path: Path, *kinds: str) -> Artifact:
     found = {name for name in found if name != MANIFEST and not any(part.startswith(".") for part in name.split("/"))}
     for what, names in (("missing", set(expected) - found), ("not listed in the manifest", found - set(expected))):
         if names:
-            raise ValueError(f"{path}: {len(names)} file(s) {what}, the first is {min(names)}")
+            elsewhere = "; were they written with --remote, fetch them with `python -m capture.remote`" if not found else ""
+            raise ValueError(f"{path}: {len(names)} file(s) {what}, the first is {min(names)}{elsewhere}")
     for name, record in expected.items():
         size = (path / name).stat().st_size
         if size != record.bytes:

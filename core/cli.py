@@ -61,6 +61,8 @@ def parse(config_class: type[ConfigT], description: str, argv: Sequence[str] | N
     n_positional = next((i for i, argument in enumerate(given) if argument.startswith("-")), len(given))
     # Of two values for one flag the later wins; positional arguments stay in front, where no list of the preset swallows them.
     arguments = [*given[:n_positional], *preset.flags, *given[n_positional:]]
+    # Tyro joins lines that begin with a letter; launch lines stay apart.
+    description = re.sub(r"^(?=python |torchrun )", "  ", description, flags=re.MULTILINE)
     text = f"{description}\n\n--config FILE.toml sets the same names from a file; flags given beside it win."
     errors = io.StringIO()
     try:

@@ -7,6 +7,7 @@ import itertools
 import os
 import random
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ T = TypeVar("T")
 
 LOST_PEER = re.compile(r"timed? ?out|clos(ed|ing)|reset by peer|refused|monitoredBarrier|clients joined", re.IGNORECASE)
 """What PyTorch's messages say when a rank ended or does not answer; other RuntimeErrors are bugs and keep their traceback."""
+TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)
+SILENCE_S = 10.0  # ranks reach a collective, and so give up waiting, at different moments
 
 
 class Comm(Protocol):
@@ -149,10 +152,26 @@ def _lost_peer(what: str, timeout: timedelta) -> Iterator[None]:
             raise
         reason = re.sub(r"\S*/gloo/\S+ ", "", str(error).splitlines()[0])
         seconds = timeout.total_seconds()
+        silent = _silent_ranks(min(SILENCE_S, seconds)) if TIMED_OUT.search(reason) else []
+        names = f" (no sign of rank(s) {', '.join(map(str, silent))})" if silent else ""
         raise ConnectionError(
             f"{what} between the processes of this job failed: {reason}; a rank ended (see its own message) or did not answer "
-            f"within --timeout-s {seconds:g}"
+            f"within --timeout-s {seconds:g}{names}"
         ) from error
+
+
+def _silent_ranks(within: float) -> list[int]:
+    """The ranks that do not say, `within` so many seconds, that they too have waited in vain: those that all wait for."""
+    if not dist.is_initialized():  # the first meeting itself failed
+        return []
+    store, everyone = dist.distributed_c10d._get_default_store(), range(dist.get_world_size())
+    store.set(f"waited in vain: {dist.get_rank()}", "")
+    until = time.monotonic() + within
+    while silent := [rank for rank in everyone if not store.check([f"waited in vain: {rank}"])]:
+        if time.monotonic() > until:
+            break
+        time.sleep(0.1)
+    return silent
 
 
 class Mesh(NamedTuple):

@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 
 from core.cli import machine, run_stage
 from core.runtime import Runtime
-from inference.complete import SamplingConfig, watched_lines, watched_record
+from inference.complete import SamplingConfig, reader_may_leave, watched_lines, watched_record
 from inference.dialogue import prepare, style_of
 from inference.session import Session, open_session
 from inference.steering import Recipe
-from inference.workbench import fitted, new_row
+from inference.workbench import new_row
 from llama3.chat_format import Message
 from llama3.generate import generate
 
@@ -48,15 +48,19 @@ def run(config: ChatConfig, runtime: Runtime) -> None:
     config.watcher(session)  # refuses a latent that does not exist before the first message
     opening = [Message("system", config.system)] if config.system else []
     messages = list(opening)
-    while (line := _ask(config)) is not None:
-        if line == "/quit":
-            return
-        if line == "/reset":
-            messages = list(opening)
-            log.info("the conversation starts anew")
-        elif line:
-            messages.append(Message("user", line))
-            messages.append(Message("assistant", _answer(config, session, recipe, messages)))
+    with reader_may_leave():
+        while (line := _ask(config)) not in (None, "/quit"):
+            if line == "/reset":
+                messages = list(opening)
+                log.info("the conversation starts anew")
+            elif line:
+                asked = [*messages, Message("user", line)]
+                try:
+                    messages = [*asked, Message("assistant", _answer(config, session, recipe, asked))]
+                except ValueError as error:  # a message that is too long; who sits at the keyboard keeps the conversation
+                    if not sys.stdin.isatty():
+                        raise
+                    log.error("%s", error)
 
 
 def _ask(config: ChatConfig) -> str | None:
@@ -73,7 +77,7 @@ def _answer(config: ChatConfig, session: Session, recipe: Recipe, messages: list
     if turn.dropped:
         log.info("the context is full: the oldest %d message(s) are left out", turn.dropped)
     row = new_row(session, messages[-1].content, turn.ids)
-    sampling = replace(fitted(session, config.sampling(), [row]), stop=(*config.stop, *turn.stop))
+    sampling = replace(config.sampling(), stop=(*config.stop, *turn.stop))
     watch = config.watcher(session)
     hooks = config.hooks(session, recipe, [row], watch)
     for piece in generate(session.model, session.tokenizer, [row.ids], sampling, hooks):

@@ -1,7 +1,7 @@
 """Continue texts in the terminal, steered or not, and watch features while it happens.
 
     python -m inference.complete --prompt "The sea was" [--steer recipe.json] [--watch 896,1204 --alarm 0.5] [--json]
-    echo "The sea was" | python -m inference.complete          one prompt a line
+    echo "The sea was" | python -m inference.complete          one prompt a line, any number of them
 
 With --compare each prompt is continued twice, without and with the recipe. Text goes to stdout, everything else to stderr.
 """
@@ -11,7 +11,8 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from core.runtime import Runtime
 from inference.session import InferenceConfig, Session, open_session
 from inference.steering import Recipe, chain, check_all, hooks_for_all
 from inference.watch import Alarm, Watch, parse_latents
-from inference.workbench import Row, fitted, new_row
+from inference.workbench import Row, new_row
 from llama3.generate import HooksFor, Sampling, generate
 
 log = logging.getLogger("inference.complete")
@@ -74,8 +75,9 @@ class SamplingConfig(InferenceConfig):
         check_all(session.steerings(), recipe)
         return recipe
 
-    def watcher(self, session: Session) -> Watch | None:
-        """What reads the latents of --watch in one request, and logs its alarms; None without the flag."""
+    def watcher(self, session: Session, first_row: int = 0) -> Watch | None:
+        """What reads the latents of --watch in one batch, whose first prompt is number `first_row`, and logs its alarms; None
+        without the flag."""
         latents = parse_latents(self.watch)
         if not latents:
             return None
@@ -85,7 +87,7 @@ class SamplingConfig(InferenceConfig):
             label = features.label(found.latent) or "no label"
             log.warning(
                 "ALARM prompt %d, token %d: latent %d (%s) is at %.3g, %.0f %% of its maximum",
-                found.row, found.position, found.latent, label, found.value, 100 * found.share,
+                first_row + found.row, found.position, found.latent, label, found.value, 100 * found.share,
             )  # fmt: skip
 
         return Watch(features, latents, self.alarm, alarm)
@@ -107,6 +109,8 @@ class CompleteConfig(SamplingConfig):
     """Texts to continue. None given: one prompt a line from standard input."""
     whole: bool = False
     """Read standard input as one prompt, newlines included."""
+    batch_size: int = machine(32)
+    """Prompts continued at a time; a text does not depend on it."""
     bos: bool = True
     """Put <|begin_of_text|> before each prompt, as the model was trained."""
     compare: bool = False
@@ -116,6 +120,8 @@ class CompleteConfig(SamplingConfig):
         super().__post_init__()
         if self.compare and self.steer is None:
             raise ValueError("--compare: there is nothing to compare with; give --steer recipe.json too")
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size: expected at least 1 prompt; found {self.batch_size}")
 
 
 def run(config: CompleteConfig, runtime: Runtime) -> None:
@@ -125,11 +131,21 @@ def run(config: CompleteConfig, runtime: Runtime) -> None:
     session = open_session(config, runtime.device)
     recipe = config.recipe(session)
     config.watcher(session)  # refuses a latent that does not exist before anything is printed
-    try:
+    rows = [new_row(session, prompt, session.tokenizer.encode(prompt, bos=config.bos)) for prompt in prompts]
+    with reader_may_leave():
         for steered in [False, True] if config.compare else [config.steer is not None]:
             shown = recipe if steered else Recipe()
-            _complete(config, session, shown, prompts, sampling)
-    except BrokenPipeError:  # the reader of our output has seen enough; nothing is left to say to it
+            for first in range(0, len(rows), config.batch_size):
+                batch = rows[first : first + config.batch_size]
+                _complete(config, session, shown, batch, replace(sampling, first_row=first))
+
+
+@contextmanager
+def reader_may_leave() -> Iterator[None]:
+    """End the block quietly where whoever reads our output has seen enough, such as `head`."""
+    try:
+        yield
+    except BrokenPipeError:  # what Python still holds for it would fail again when the interpreter ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -151,14 +167,15 @@ def read_prompts(config: CompleteConfig) -> list[str]:
     return prompts
 
 
-def _complete(config: CompleteConfig, session: Session, recipe: Recipe, prompts: Sequence[str], sampling: Sampling) -> None:
-    rows = [new_row(session, prompt, session.tokenizer.encode(prompt, bos=config.bos)) for prompt in prompts]
-    watch = config.watcher(session)
+def _complete(config: CompleteConfig, session: Session, recipe: Recipe, rows: Sequence[Row], sampling: Sampling) -> None:
+    """Continue the rows of one batch, and print them: as they grow where there is one, else at their end."""
+    rows = list(rows)
+    watch = config.watcher(session, sampling.first_row)
     hooks = config.hooks(session, recipe, rows, watch)
     streaming = len(rows) == 1 and not config.json
     if streaming:
         _say(f"{_heading(config, recipe)}{rows[0].prompt}")
-    for piece in generate(session.model, session.tokenizer, [row.ids for row in rows], fitted(session, sampling, rows), hooks):
+    for piece in generate(session.model, session.tokenizer, [row.ids for row in rows], sampling, hooks):
         rows[piece.row] = rows[piece.row].grown(piece)
         if streaming:
             _say(piece.text)

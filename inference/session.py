@@ -10,18 +10,18 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import llama3
-from core.artifact import check_provenance, open_artifact
+from core.artifact import open_artifact
 from core.cli import StageConfig, machine
 from inference.steering import Steering
-from interpretability.records import Explanation, TopSentences, open_top, read_explanations
+from interpretability.records import Explanation, TopSentences
+from interpretability.search import check_sae, open_explanations_of, open_top_of
 from llama3.model import Transformer
-from llama3.sites import check_sites
 from llama3.tokenizer import Tokenizer
 from sae.model import SAE
 from sae.model import load as load_sae
@@ -68,7 +68,8 @@ class Features:
     top: TopSentences
     explanations: Mapping[int, Explanation]
     best_strengths: Mapping[int, float] = field(default_factory=dict)
-    """Measured by `inference.steering_eval`, in multiples of the maximum, for the latents that it could raise."""
+    """Strengths at which `inference.steering_eval` found latents to steer best, in multiples of their maximum; the strongest
+    effect first."""
 
     @cached_property
     def steering(self) -> Steering:
@@ -141,8 +142,8 @@ class Reading:
 
 def open_session(config: InferenceConfig, device: torch.device) -> Session:
     """Load what `config` names; ValueError where a part is missing or does not belong to the others, with both values."""
+    tokenizer = llama3.load_tokenizer(config.model)  # first: it takes a moment, and says so where it does not fit the model
     model = llama3.load_model(config.model, device=device)
-    tokenizer = llama3.load_tokenizer(config.model)
     model.eval()
     name = "embedded model" if config.model == "demo" else Path(config.model).name or config.model
     features = open_features(config, model, tokenizer, device)
@@ -191,30 +192,15 @@ def open_features(config: InferenceConfig, model: Transformer, tokenizer: Tokeni
 
 
 def read_strengths(path: Path) -> dict[int, float]:
-    """The best strength of each latent that `inference.steering_eval` could raise."""
+    """The best strength of each latent that `inference.steering_eval` could raise, the strongest effect first."""
     text = open_artifact(path, "steering").file(BEST_STRENGTHS).read_text(encoding="utf-8")
     return {int(latent): float(strength) for latent, strength in json.loads(text).items()}
 
 
 def _checked(folders: Folders, model: Transformer, tokenizer: Tokenizer, device: torch.device) -> Features:
     autoencoder = load_sae(folders.sae, device)
-    origin: dict[str, Any] = {"model_hash": model.weights_hash, "tokenizer_hash": tokenizer.hash}
-    provenance = autoencoder.cfg.provenance
-    check_provenance(f"SAE {folders.sae}", origin, provenance, origin)
-    site = str(provenance.get("site"))
-    try:
-        check_sites([site], model.params.n_layers)
-    except ValueError as error:
-        raise ValueError(f"SAE {folders.sae}: {error}") from None
-    if autoencoder.cfg.d_model != model.params.dim:
-        raise ValueError(f"SAE {folders.sae}: d_model is {autoencoder.cfg.d_model}, but the model's is {model.params.dim}")
-    wanted = origin | {"site": site, "sae_hash": autoencoder.weights_hash}
-    top = open_top(folders.top)
-    check_provenance(f"top sentences {folders.top}", wanted, top.provenance, wanted)
-    explanations: Mapping[int, Explanation] = {}
-    if folders.explanations is not None:
-        found = open_artifact(folders.explanations, "explanations").manifest.provenance
-        check_provenance(f"explanations {folders.explanations}", wanted, found, ["sae_hash"])
-        explanations = read_explanations(folders.explanations)
+    site = check_sae(autoencoder, folders.sae, model, tokenizer)
+    top = open_top_of(autoencoder, folders.top)
+    explanations = open_explanations_of(autoencoder, folders.explanations) if folders.explanations is not None else {}
     log.info("%s: %d latents at %s, %d with a label", folders.sae, len(top.max_values), site, len(explanations))
     return Features(autoencoder, site, top, explanations)

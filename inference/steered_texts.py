@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inference.session import Features, Session
-from inference.steering import FIRST_STEERED, Recipe, read_latents
-from interpretability.words import FUNCTION_WORDS
+from inference.steering import FIRST_STEERED, Recipe, present_values
 from llama3.generate import HooksFor, Sampling, generate
 from llama3.tokenizer import Tokenizer
 
@@ -26,7 +25,11 @@ ROWS = 256
 """Rows of a batch: the logits of their new tokens are held at once."""
 WORD = re.compile(r"[a-z]{2,}")
 QUOTED = re.compile(r'"([^"]+)"')
-FRAME_WORDS = frozenset(("words", "beginning", "ending", "like", "with", "text", "about", "mixed"))
+_FRAME = """
+words beginning ending starting like with text about mixed after before
+an and as at by for from in is it of on or the to
+"""
+FRAME_WORDS = frozenset(_FRAME.split())
 """How titles speak of words, rather than what they name."""
 
 Interventions = Sequence[Recipe] | Tensor
@@ -57,7 +60,7 @@ def label_words(label: str) -> Wanted:
             else:
                 whole.add(word)
     if not (whole or starts or ends):
-        whole = set(WORD.findall(label.lower())) - FRAME_WORDS - FUNCTION_WORDS
+        whole = set(WORD.findall(label.lower())) - FRAME_WORDS
     return Wanted(frozenset(whole), tuple(starts), tuple(ends))
 
 
@@ -69,6 +72,16 @@ def first_tokens(wanted: Sequence[Wanted], tokenizer: Tokenizer) -> Tensor:
         ids = [i for i, piece in enumerate(pieces) if piece and words.has(piece)]
         ids += [tokenizer.encode(f" {form}")[0] for word in words.whole for form in (word, word.capitalize())]
         table[ids, column] = 1
+    return table
+
+
+def promoted_tokens(features: Features, chosen: Sequence[int], tokenizer: Tokenizer) -> Tensor:
+    """[V, F] 1 where a token is among those whose logits the feature's direction raises most, as its top sentences say."""
+    pieces = [tokenizer.pieces([i])[0] for i in range(tokenizer.n_vocab)]
+    table = torch.zeros(tokenizer.n_vocab, len(chosen))
+    for column, latent in enumerate(chosen):
+        promoted = set(features.top.statistics(latent).promoted)
+        table[[i for i, piece in enumerate(pieces) if piece in promoted], column] = 1
     return table
 
 
@@ -150,7 +163,10 @@ class Panel:
         loss = torch.zeros(new.shape, device=device)
         loss[new] = F.cross_entropy(logits[new.roll(-1, dims=1)].float(), tokens[new], reduction="none")
         latents = torch.tensor(self.chosen, device=device)
-        values = read_latents(self.features.sae.encode(kept[0].float()), latents)  # (new tokens, F)
+        x = kept[0].float()
+        values = present_values(
+            self.features.sae, x, latents, torch.ones(1, 1, dtype=torch.bool, device=device)
+        )  # (new tokens, F)
         fired = torch.zeros(len(rows), len(latents), device=device)
         fired.index_add_(0, new.nonzero()[:, 0], (values > 0).float())
         words = torch.zeros(len(rows), len(self.chosen))

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from core.product import linear
 from llama3.generate import HooksFor
 from llama3.sites import Hook
 from sae.model import SAE, Latents
@@ -35,6 +36,8 @@ FIRST_STEERED = 1
 where latents read tens of times their maximum; a clamp there would subtract that."""
 NEVER = 2**62
 """A position beyond every context."""
+ROWS = 256
+"""Tokens of which all latents are in memory at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,22 +179,20 @@ class Plan(NamedTuple):
 
     latents: Tensor
     """[E] the latent of each edit."""
-    value: Tensor
-    """[E] what each edit aims at or adds, in units of its latent: strength * maximum, 0 for `ablate`."""
-    absolute: Tensor
-    """[E] whether the latent is set to the value (`clamp`, `ablate`) rather than moved by it."""
+    push: Tensor
+    """[E] units of each latent added to x: strength * maximum; 0 for `ablate`, and for `replace`, which adds elsewhere."""
+    taken: Tensor | None
+    """[E] whether the latent's present value is taken out (`clamp`, `ablate`); None where no edit does so."""
+    bias: Tensor | None
+    """[E] what `replace` adds to each latent's pre-activation, 0 for other modes; None where no edit replaces."""
     replacing: Tensor
     """[E] whether the mode is `replace`."""
     first: Tensor
     """[B, 1, E] first position edited; beyond every position in rows that do not have the edit."""
-    end: Tensor
-    """[B, 1, E] one past the last position."""
+    end: Tensor | None
+    """[B, 1, E] one past the last position; None where no edit ends."""
     directions: Tensor | None
     """[E, D] what one unit of each latent adds to x; None where that depends on the token (SAEs with norm "layer")."""
-    reads: bool
-    """Whether any edit needs to know the latents' present values."""
-    replaces: bool
-    """Whether any edit replaces the activation."""
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,9 @@ class Steering:
 
         def hooks(positions: Tensor) -> Mapping[str, Hook]:
             at = positions[:, :, None]  # (B, T, 1), -1 at padding
-            masks = ((at >= plan.first) & (at < plan.end)).flatten(0, 1)  # (N, E)
+            masks = at >= plan.first  # (B, T, E)
+            if plan.end is not None:
+                masks &= at < plan.end
             return {self.site: partial(self._edited, plan=plan, masks=masks)}
 
         return hooks
@@ -249,39 +252,37 @@ class Steering:
         latents = torch.tensor([edit.latent for edit in edits], device=device)
         strengths = [0.0 if edit.mode == "ablate" else edit.strength for edit in edits]
         value = torch.tensor(strengths, device=device) * self.max_values.to(device)[latents]
+        taking = [edit.mode in ("clamp", "ablate") for edit in edits]
+        replacing = torch.tensor([edit.mode == "replace" for edit in edits], device=device)
         return Plan(
             latents=latents,
-            value=value,
-            absolute=torch.tensor([edit.mode in ("clamp", "ablate") for edit in edits], device=device),
-            replacing=torch.tensor([edit.mode == "replace" for edit in edits], device=device),
-            first=bounds[:, None, :, 0],
-            end=bounds[:, None, :, 1],
+            push=value.masked_fill(replacing, 0),
+            taken=torch.tensor(taking, device=device) if any(taking) else None,
+            bias=value * replacing if any(edit.mode == "replace" for edit in edits) else None,
+            replacing=replacing,
+            first=bounds[:, None, :, 0].contiguous(),
+            end=bounds[:, None, :, 1] if any(end != NEVER for row in spans for _, end in row) else None,
             directions=None if self.sae.cfg.norm == "layer" else self.sae.directions(latents).float(),
-            reads=any(edit.mode in ("clamp", "ablate") for edit in edits),
-            replaces=any(edit.mode == "replace" for edit in edits),
         )
 
     @torch.no_grad()
     def _edited(self, x: Tensor, plan: Plan, masks: Tensor) -> Tensor:
-        """`x` (B, T, D) with every edit applied, all computed from the same `x`; tokens outside `masks` (N, E) keep their
+        """`x` (B, T, D) with every edit applied, all computed from the same `x`; tokens outside `masks` (B, T, E) keep their
         bits."""
-        flat = x.reshape(-1, x.shape[-1]).float()  # (N, D)
-        amounts = plan.value.expand(masks.shape)  # (N, E) units of each latent to add to each token
-        if plan.reads:
-            present = read_latents(self.sae.encode(flat), plan.latents)
-            amounts = torch.where(plan.absolute, plan.value - present, plan.value)
+        flat, masks = x.flatten(0, 1).float(), masks.flatten(0, 1)  # (N, D), (N, E)
+        amounts = plan.push  # (E), or (N, E): units of each latent to add to each token
+        if plan.taken is not None:
+            amounts = amounts - present_values(self.sae, flat, plan.latents, masks & plan.taken)
+        amounts = amounts * masks
         base = flat
-        if plan.replaces:
-            bias = plan.value * (masks & plan.replacing)
+        if plan.bias is not None:
             here = (masks & plan.replacing).any(1, keepdim=True)
-            base = torch.where(here, reconstruct_with_bias(self.sae, flat, plan.latents, bias), flat)
-        amounts = amounts * (masks & ~plan.replacing)
-        if plan.directions is None:
-            delta = torch.einsum("ne,ned->nd", amounts, self.sae.directions(plan.latents, self.sae.normalise(flat)))
-        else:
+            base = torch.where(here, reconstruct_with_bias(self.sae, flat, plan.latents, plan.bias * masks), flat)
+        if plan.directions is not None:
             delta = amounts @ plan.directions
-        edited = torch.where(masks.any(1, keepdim=True), base + delta, flat)
-        return edited.to(x.dtype).view_as(x)
+        else:
+            delta = torch.einsum("ne,ned->nd", amounts, self.sae.directions(plan.latents, self.sae.normalise(flat)))
+        return (base + delta).to(x.dtype).view_as(x)
 
 
 def check_all(steerings: Sequence[Steering], recipe: Recipe) -> None:
@@ -309,18 +310,28 @@ def hooks_for_all(steerings: Sequence[Steering], recipes: Sequence[Recipe], prom
     return chain(*(one.hooks_for(part, prompt_lengths) for one, part in zip(steerings, parts, strict=True)))
 
 
-def read_latents(latents: Latents, wanted: Tensor) -> Tensor:
-    """Values (N, E) of the latents `wanted` (E) among those that fired, 0 where they did not."""
-    hit = latents.indices[:, :, None] == wanted  # (N, K, E)
-    return (latents.values[:, :, None] * hit).sum(1)
+def present_values(sae: SAE, flat: Tensor, wanted: Tensor, where: Tensor) -> Tensor:
+    """Values (N, E) of the latents `wanted` (E) in the encoding of `flat` (N, D) where `where` (N, E) holds, 0 elsewhere.
+
+    In every architecture a latent fires only where its own pre-activation is positive. That is looked at first, and all latents
+    are computed only if it is anywhere: while a text is generated, most of them are silent at most tokens.
+    """
+    z = sae.normalise(flat).z
+    own = linear(z - sae.b_pre, sae.W_enc[wanted], sae.b_enc[wanted])
+    if not bool(((own > 0) & where).any()):
+        return torch.zeros_like(own)
+    parts = []
+    for block in torch.split(z, ROWS):
+        values, indices = sae.select(sae.pre_activations(block))  # (n, K)
+        parts.append((values[:, :, None] * (indices[:, :, None] == wanted)).sum(1))
+    return torch.cat(parts) * where
 
 
 def reconstruct_with_bias(sae: SAE, flat: Tensor, latents: Tensor, bias: Tensor) -> Tensor:
     """The SAE's reconstruction (N, D) of `flat` (N, D) with `bias` (N, E) added to the pre-activations of `latents` (E)."""
     norm = sae.normalise(flat)
     h = sae.pre_activations(norm.z).index_add(1, latents, bias)
-    values, indices = h.topk(sae.cfg.k)
-    return sae.decode(Latents(values.relu(), indices), norm)
+    return sae.decode(Latents(*sae.select(h)), norm)
 
 
 def chain(*sources: HooksFor | None) -> HooksFor | None:

@@ -26,7 +26,7 @@ from core.artifact import building, open_artifact
 from core.cli import Progress, run_stage
 from core.runtime import Runtime
 from inference.session import BEST_STRENGTHS, Features, InferenceConfig, Session, folders_of, open_session
-from inference.steered_texts import Interventions, Panel, Written, continued, first_tokens, label_words
+from inference.steered_texts import Interventions, Panel, Written, continued, first_tokens, label_words, promoted_tokens
 from inference.steering import Edit, Recipe
 from inference.steering_report import as_plot, as_table, best_strengths, summarise
 from interpretability.search import trust
@@ -45,7 +45,7 @@ PROMPTS = (
 """Beginnings in the two kinds of text of the embedded corpus, stories and documentation. Every second one chooses strengths,
 the others judge."""
 TOP_K = 200
-"""Texts are sampled at temperature 1 from so many tokens: sorting the whole vocabulary took two thirds of the time."""
+"""Texts are sampled at temperature 1 from so many tokens: sorting the whole vocabulary took half of the time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +87,8 @@ class Measured(NamedTuple):
     """Share of new words that are words of the feature's label."""
     next_token: float
     """Probability that the next token begins a word of the label, meaned over the baseline's text; no sampling, so no noise."""
+    promoted: float
+    """The same for the tokens that the feature's direction promotes."""
     perplexity: float
 
 
@@ -160,16 +162,17 @@ def measure(session: Session, config: EvalConfig, chosen: Sequence[int], prompts
     size = typical_length(session, texts)
     generator = torch.Generator().manual_seed(config.seed)
     random = torch.nn.functional.normalize(torch.randn(config.directions, features.sae.cfg.d_model, generator=generator), dim=1)
-    table = first_tokens(wanted, session.tokenizer)
+    tables = [first_tokens(wanted, session.tokenizer), promoted_tokens(features, chosen, session.tokenizer)]
 
-    def chances(interventions: Interventions) -> Tensor:
-        """[M, F] that the next token begins a word of each label, on the baseline's judging texts."""
-        return panel.next_tokens(interventions, texts[1::2], starts[1::2]) @ table
+    def chances(interventions: Interventions) -> list[Tensor]:
+        """[M, F] each: that the next token begins a word of the label, and that the feature promotes it."""
+        found = panel.next_tokens(interventions, texts[1::2], starts[1::2])
+        return [found @ table for table in tables]
 
     n = len(config.lengths) * (len(chosen) + config.directions) + config.directions
     with Progress("steering", n, "directions") as bar:
         nothing = [Recipe()] * config.directions
-        baseline = panel.write(nothing, bar.update), chances(nothing[:1]).expand(len(nothing), -1)
+        baseline = panel.write(nothing, bar.update), [chance.expand(len(nothing), -1) for chance in chances(nothing[:1])]
         for length in config.lengths:
             strengths = [length * size / float(features.max_values[latent]) for latent in chosen]
             recipes = [
@@ -193,14 +196,15 @@ def measure(session: Session, config: EvalConfig, chosen: Sequence[int], prompts
                     }  # fmt: skip
 
 
-def judged(written: Written, next_token: Tensor, f: int, prompts: slice, which: Sequence[int] | None = None) -> Measured:
+def judged(written: Written, chances: Sequence[Tensor], f: int, prompts: slice, which: Sequence[int] | None = None) -> Measured:
     """Feature `f`'s view of the texts of the interventions `which` (None: all), pooled over them."""
     rows = list(range(len(written.tokens))) if which is None else list(which)
     tokens = float(written.tokens[rows, prompts].sum())
     return Measured(
         firing=float(written.fired[rows, prompts, f].sum()) / max(1.0, tokens),
         words=float(written.words[rows, prompts, f].sum()) / max(1.0, float(written.n_words[rows, prompts].sum())),
-        next_token=float(next_token[rows, f].mean()),
+        next_token=float(chances[0][rows, f].mean()),
+        promoted=float(chances[1][rows, f].mean()),
         perplexity=math.exp(min(50.0, float(written.loss[rows, prompts].sum()) / max(1.0, tokens))),
     )
 

@@ -13,18 +13,21 @@ NAMES = {
     "firing": "the feature fires, % of new tokens",
     "words": "words of its label, % of new words",
     "next_token": "next token begins one, %",
+    "promoted": "next token is one that the feature promotes, %",
 }
 
 
 def best_strengths(rows: Sequence[Mapping[str, Any]], max_ratio: float) -> dict[str, float]:
     """For each feature the strength at which it fires most above random directions on the choosing prompts, among those whose
-    perplexity stays within `max_ratio` of the baseline's. Features that nothing raises are left out."""
+    perplexity stays within `max_ratio` of the baseline's; the strongest effect first. Features that nothing raises are left
+    out."""
     best: dict[int, tuple[float, float]] = {}
     for row in rows:
         if row["prompts"] == "choosing" and row["steered"]["perplexity"] <= max_ratio * row["baseline"]["perplexity"]:
             rise = row["steered"]["firing"] - row["random"]["firing"]
             best[row["latent"]] = max(best.get(row["latent"], (0.0, 0.0)), (rise, round(row["strength"], 3)))
-    return {str(latent): strength for latent, (rise, strength) in sorted(best.items()) if rise > 0}
+    found = sorted(best.items(), key=lambda item: (-item[1][0], item[0]))
+    return {str(latent): strength for latent, (rise, strength) in found if rise > 0}
 
 
 def summarise(rows: Sequence[Mapping[str, Any]], best: Mapping[str, float], resamples: int, seed: int) -> list[dict[str, Any]]:
@@ -108,7 +111,7 @@ def as_plot(summary: Sequence[Mapping[str, Any]]) -> bytes:
     lengths = [one for one in summary if one["length"] != "best"]
     x = [one["length"] for one in lengths]
     for axis, (name, title, scale) in zip(
-        axes, [("firing", NAMES["firing"], 100), ("next_token", NAMES["next_token"], 100), ("perplexity", "perplexity", 1)],
+        axes, [("firing", NAMES["firing"], 100), ("promoted", NAMES["promoted"], 100), ("perplexity", "perplexity", 1)],
         strict=True,
     ):  # fmt: skip
         for kind, colour in COLOURS.items():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from inference.session import Features
-from inference.steering import read_latents
+from inference.steering import present_values
 from llama3.sites import Hook
 
 
@@ -63,7 +63,8 @@ class Watch:
         rows, columns = torch.nonzero(positions > 0, as_tuple=True)
         if not len(rows):
             return
-        values = read_latents(self._features.sae.encode(x[rows, columns].float()), self._index)  # (tokens, E)
+        everywhere = torch.ones(len(rows), len(self.latents), dtype=torch.bool, device=x.device)
+        values = present_values(self._features.sae, x[rows, columns].float(), self._index, everywhere)  # (tokens, E)
         for row, position, found in zip(rows.tolist(), positions[rows, columns].tolist(), values.tolist(), strict=True):
             self._values[row, position] = found
             self._judge(row, position, found)

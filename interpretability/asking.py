@@ -112,6 +112,11 @@ class Price(NamedTuple):
         return (self.input * input_tokens + self.output * output_tokens) / 1e6
 
 
+def in_dollars(amount: float) -> str:
+    """`$12.34`, and below a dollar `$0.0123`: some batches cost less than a cent."""
+    return f"${amount:,.2f}" if amount >= 1 else f"${amount:.4f}"
+
+
 class Estimate(NamedTuple):
     """What some requests cost before they are sent."""
 
@@ -127,7 +132,7 @@ class Estimate(NamedTuple):
     def __str__(self) -> str:
         return (
             f"{self.requests:,} requests, about {self.input_tokens:,} tokens of input ({self.counted}), at most "
-            f"{self.output_tokens:,} of output: at most ${self.dollars:,.2f}"
+            f"{self.output_tokens:,} of output: at most {in_dollars(self.dollars)}"
         )
 
 
@@ -149,8 +154,8 @@ def confirm(config: AskConfig, estimate: Estimate, committed: float = 0.0, confi
     total = committed + estimate.dollars
     if config.budget and total > config.budget:
         raise ValueError(
-            f"--budget {config.budget:g}: sending this may bring the cost to ${total:,.2f} (${committed:,.2f} of it spent or "
-            "under way); nothing was sent; raise the budget, or choose fewer --latents or a lower --max-tokens"
+            f"--budget {config.budget:g}: sending this may bring the cost to {in_dollars(total)} ({in_dollars(committed)} of "
+            "it spent or under way); nothing was sent; raise the budget, or choose fewer --latents or a lower --max-tokens"
         )
     if config.yes or confirmed:
         return

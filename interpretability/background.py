@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from core.runtime import Runtime
-from interpretability.selection import HASH_BITS, Hits, Sentences, cat_sentences, hashes
+from interpretability.selection import HASH_BITS, Hits, Sentences, cat_sentences, hashes, mixed
 
 PAIRS_AT_ONCE = 1 << 23
 """Pairs of latents counted at once: 64 MiB of keys, and as much again to sort them."""
@@ -33,8 +33,8 @@ class Sampler:
 
     def add(self, hits: Hits, sentences: Sentences) -> None:
         """Take what falls into the sample."""
-        # Another stream of hashes than that of the levels, which draw by latent.
-        drawn = hashes(sentences.ids, self._seed, 1) < self._limit
+        # Another stream of hashes than those of the levels, which draw by latent.
+        drawn = hashes(mixed(mixed(0, self._seed), -1), sentences.ids) < self._limit
         if not drawn.any():
             return
         mine = drawn.to(hits.rows.device)[hits.rows]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from capture.batches import tokenise
-from capture.chunks import ChunkCapture, start_chunk
+from capture.chunks import ChunkCapture, NonFinite, start_chunk
 from capture.store import Chunk, Corpus
 from llama3 import Tokenizer, load_model
 from sae.model import SAE
@@ -54,11 +54,17 @@ class LiveActivations:
         return -(-self.n_sentences // CHUNK_SENTENCES)
 
     def chunk(self, index: int) -> Chunk:
-        """Chunk `index`, computed now."""
+        """Chunk `index`, computed now. ValueError naming the sentence where an activation is NaN or infinite."""
         first = index * CHUNK_SENTENCES
         table = self._corpus.rows(first, min(first + CHUNK_SENTENCES, self.n_sentences))
         tokens = tokenise(table, self._tokenizer, self._max_length)
-        captured = start_chunk(self._how, tokens, lambda: None).result
+        try:
+            captured = start_chunk(self._how, tokens, lambda: None).result
+        except NonFinite as error:
+            found, _, _ = str(error).partition(";")  # what follows is about flags of capture.activations
+            raise ValueError(
+                f"straight from the model: {found}; store activations with capture.activations --nonfinite skip, and give those"
+            ) from None
         return Chunk(
             index,
             captured.rows[self.site].activations,

@@ -24,7 +24,7 @@ import xxhash
 from anthropic.types.messages import MessageBatch
 
 from core.artifact import Builder
-from interpretability.asking import AskConfig, Estimate, Price, Reply, Request, confirm
+from interpretability.asking import LARGEST_BYTES_PER_TOKEN, AskConfig, Estimate, Price, Reply, Request, confirm, in_dollars
 from interpretability.batch_api import (
     DEFAULT_MODEL,
     UNDECIDED,
@@ -70,7 +70,8 @@ class BatchJob:
         content = xxhash.xxh3_128_hexdigest(json.dumps([self.model, *self._requests.values()]).encode())
         self._journal = Journal(builder.path, content)
         self._outcomes: dict[str, list[Outcome]] = {key: [] for key in self._requests}
-        self._ratio = 0.0  # tokens a byte, once counted
+        self._tokens_per_byte = 1 / LARGEST_BYTES_PER_TOKEN
+        self._counted = False
         self._confirmed = False
         for sent in self._collected:
             self._count_in(sent)
@@ -101,14 +102,19 @@ class BatchJob:
         return batch_price(self._config, self.model)
 
     def estimate(self, keys: Sequence[str]) -> Estimate:
-        """Cost of sending `keys`, from the tokens that the server counts in a few of them (counting is free)."""
-        every = list(self._requests.values())
-        if not self._ratio:
-            sample = every[:: -(-len(every) // COUNTED_REQUESTS)]
-            self._ratio = max(self._tokens(request) / request.bytes for request in sample)
-        tokens = round(sum(self._requests[key].bytes for key in keys) * self._ratio)
+        """Cost of sending `keys`: from the length of the text, high rather than low, or what `count` found in a few."""
+        tokens = round(sum(self._requests[key].bytes for key in keys) * self._tokens_per_byte)
         output = len(keys) * self._config.max_tokens
-        return Estimate(len(keys), tokens, output, self.price.of(tokens, output), "by the server's count of a few")
+        how = "by the server's count of a few" if self._counted else f"{LARGEST_BYTES_PER_TOKEN:g} bytes a token"
+        return Estimate(len(keys), tokens, output, self.price.of(tokens, output), how)
+
+    def count(self) -> None:
+        """Let the server count the tokens of a few requests, which is free, but sends them."""
+        every = list(self._requests.values())
+        sample = every[:: -(-len(every) // COUNTED_REQUESTS)]
+        log.info("the server counts the tokens of %d of them", len(sample))
+        self._tokens_per_byte = max(self._tokens(request) / request.bytes for request in sample)
+        self._counted = True
 
     def _tokens(self, request: Request) -> int:
         content: Any = [{"role": "user", "content": request.user}]
@@ -132,7 +138,7 @@ class BatchJob:
             yield f"batch {sent.number}: {len(sent.keys):,} requests, {state}"
         ends = Counter(found[-1].kind for found in self._outcomes.values() if found)
         answered = ", ".join(f"{n:,} {kind}" for kind, n in sorted(ends.items())) or "none answered"
-        yield f"{len(self._requests):,} requests: {answered}; {len(self.to_send()):,} to send; ${self.spent():,.2f} spent"
+        yield f"{len(self._requests):,} requests: {answered}; {len(self.to_send()):,} to send; {in_dollars(self.spent())} spent"
 
     def _state(self, sent: Sent) -> str:
         if sent.refused:
@@ -153,8 +159,7 @@ class BatchJob:
         with told(self._client):
             self._settle()
             if keys := self.to_send():
-                confirm(self._config, self.estimate(keys), self.committed(), self._confirmed)
-                self._confirmed = True
+                self._agree(keys)
             pause = 1.0
             while keys := self.to_send():
                 wait = self._create(self._group(keys))
@@ -163,6 +168,16 @@ class BatchJob:
                 else:
                     self._sleep(max(wait, pause * random.uniform(0.5, 1.0)))
                     pause = min(2 * pause, 60.0)
+
+    def _agree(self, keys: Sequence[str]) -> None:
+        """Show what sending `keys` costs and ask, before any of it leaves; again where the server counts more tokens in it."""
+        guess = self.estimate(keys)
+        confirm(self._config, guess, self.committed(), self._confirmed)
+        self._confirmed = True
+        if not self._counted:
+            self.count()
+            counted = self.estimate(keys)
+            confirm(self._config, counted, self.committed(), counted.dollars <= guess.dollars)
 
     def _settle(self) -> None:
         """Look for the batches whose creation was cut off."""

@@ -1,51 +1,48 @@
-"""Top sentences and explanations -> one `report.html` that opens in any browser, without a server and without a network.
+"""Top sentences and explanations -> a folder with one `report.html` that opens in any browser, without a server or a network.
 
     python -m interpretability.report --top top/ --explanations explanations/ --out report/
     python -m interpretability.report --top top/ --explanations explanations/ --out report/ --run run/ --evaluation evaluation/
 
-`--run` adds the training curves and each feature's neighbours, `--evaluation` what the SAE costs and keeps. The page holds its
-data as JSON, drawn by the script of `report_template.html`: columns with one entry a latent, and every sentence once.
-
-Shapes: L latents, D model width.
+`--run` adds the training curves and each feature's neighbours, `--evaluation` what the SAE costs and keeps, `--map` the map.
+The page holds the list of features; `features/` and `words/` beside it hold their evidence and the text that is searched, which
+it loads when they are asked for, so that it stays usable with 65,536 features. `--one-file` puts all of that into the page.
 """
 
-import html
 import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from core.artifact import Artifact, building, check_provenance, open_artifact
+from core.artifact import Artifact, Builder, building, check_provenance, open_artifact
 from core.cli import Progress, StageConfig, run_stage
 from core.runtime import Runtime
-from interpretability.records import (
-    HISTOGRAM_FIRST_EXPONENT,
-    Explanation,
-    LatentStatistics,
-    TopSentence,
-    TopSentences,
-    open_top,
-    read_explanations,
+from interpretability.map import MAP_FILE, read_map
+from interpretability.map import page as map_page
+from interpretability.page import json_text, render
+from interpretability.records import HISTOGRAM_FIRST_EXPONENT, Explanation, TopSentences, open_top, read_explanations
+from interpretability.report_features import (
+    Features,
+    best_of,
+    density_histogram,
+    nearest_that_fire,
+    ranking,
+    short,
+    valid,
 )
-from interpretability.search import nearest
-from interpretability.words import names_content
 from sae.model import SAE
 from sae.model import load as load_sae
 
 REPORT_FILE = "report.html"
-SEPARATOR = "\x7f"
-"""Between tokens of one string: JSON writes it as one byte, and text has no use for it."""
-BINS_PER_DECADE = 4
+BLOCK = 64
+"""Features whose evidence is one file: what is read to show one of them, some hundred kilobytes."""
+WORDS_BLOCK = 4096
+"""The same for the text that is searched."""
+BEST_SENTENCES = 3
 MAX_CURVE_POINTS = 400
-SENTENCES_COMPARED = 10
 BARS = {"fvu": "this SAE", "fvu_pca": "PCA", "fvu_mean": "mean of the rows", "fvu_random_sae": "random SAE"}
 """Figures of `evaluation.json` that are drawn side by side."""
 FIGURES = {
@@ -79,20 +76,22 @@ class ReportConfig(StageConfig):
     """Folder of the training run (`metrics.jsonl`, `sae/`). None: no training curves and no neighbours."""
     evaluation: Path | None = None
     """Folder written by sae.evaluate. None: no evaluation in the report."""
+    map: Path | None = None
+    """Folder written by interpretability.map. None: no map beside the report."""
     best: int = 12
     """Features shown as cards above the list."""
-    sentences: int = 5
-    """Sentences in each feature's card."""
-    cards: int = 8192
-    """Features whose card holds sentences, best explained first; the rest are listed with their numbers alone. 0: all."""
-    neighbours: int = 6
-    """Latents named in each card for the largest cosine of decoder rows."""
+    sentences: int = 8
+    """Sentences shown of each feature, for each aggregation."""
+    neighbours: int = 8
+    """Latents named with each feature for the largest cosine of decoder rows."""
+    one_file: bool = False
+    """Put everything into report.html: one file to send, which opens more slowly with many features."""
 
     def __post_init__(self) -> None:
-        if min(self.best, self.cards, self.neighbours) < 0 or self.sentences < 1:
+        if min(self.best, self.neighbours) < 0 or self.sentences < 1:
             raise ValueError(
-                "--best, --cards and --neighbours must be at least 0 and --sentences at least 1; "
-                f"found {self.best}, {self.cards}, {self.neighbours} and {self.sentences}"
+                "--best and --neighbours must be at least 0 and --sentences at least 1; "
+                f"found {self.best}, {self.neighbours} and {self.sentences}"
             )
 
 
@@ -105,6 +104,7 @@ class Inputs:
     sae: SAE | None
     curves: dict[str, Any] | None
     evaluation: dict[str, Any] | None
+    map: dict[str, Any] | None
     artifacts: list[Artifact]
 
 
@@ -115,15 +115,42 @@ def run(config: ReportConfig, runtime: Runtime) -> None:
         if builder.complete:
             log.info("%s: already complete", config.out)
             return
-        if runtime.is_main:
-            page = render(collect(config, inputs, runtime)).encode()
-            builder.publish(REPORT_FILE, page)
-        builder.finish([REPORT_FILE] if runtime.is_main else [], {"latents": inputs.top.n_latents})
-    log.info("%s: %s features, %.1f MB", config.out / REPORT_FILE, f"{inputs.top.n_latents:,}", _size(config.out) / 1e6)
+        names = _write(config, inputs, builder, runtime) if runtime.is_main else []
+        builder.finish(names, {"latents": inputs.top.n_latents})
+    page = config.out / REPORT_FILE
+    log.info("%s: %s features, %.1f MB", page, f"{inputs.top.n_latents:,}", page.stat().st_size / 1e6)
 
 
-def _size(folder: Path) -> int:
-    return (folder / REPORT_FILE).stat().st_size
+def _write(config: ReportConfig, inputs: Inputs, builder: Builder, runtime: Runtime) -> list[str]:
+    """Publish the page and the files beside it; returns their names."""
+    top, sae = inputs.top, inputs.sae
+    near = nearest_that_fire(sae.W_dec, top.firing_counts.tolist(), config.neighbours) if sae else None
+    features = Features(top, inputs.explanations, near, config.sentences)
+    inside: dict[str, str] = {}
+    names = []
+
+    def beside(name: str, value: Any) -> None:
+        if config.one_file:
+            inside[name] = json_text(value)
+        else:
+            names.append(f"{name}.js")
+            builder.publish(names[-1], f'loaded("{name}",{json_text(value)});\n'.encode())
+
+    with Progress("reading sentences", top.n_latents, "latents", runtime) as bar:
+        for index, first in enumerate(range(0, top.n_latents, BLOCK)):
+            latents = range(first, min(first + BLOCK, top.n_latents))
+            beside(f"features/{index:05d}", features.block(latents))
+            bar.update(len(latents))
+    for index, first in enumerate(range(0, top.n_latents, WORDS_BLOCK)):
+        beside(f"words/{index:05d}", features.words(range(first, min(first + WORDS_BLOCK, top.n_latents))))
+    title = " · ".join(str(top.provenance[name]) for name in ("model", "site") if name in top.provenance)
+    styles, scripts = ("theme.css", "report.css"), ("dom.js", "charts.js", "report.js")
+    page = render("report.html", title, contents(config, inputs, features), styles, scripts, inside)
+    builder.publish(REPORT_FILE, page.encode())
+    if inputs.map:
+        builder.publish(MAP_FILE, map_page(inputs.map, REPORT_FILE).encode())
+        names.append(MAP_FILE)
+    return [*names, REPORT_FILE]
 
 
 def open_inputs(config: ReportConfig) -> Inputs:
@@ -132,7 +159,7 @@ def open_inputs(config: ReportConfig) -> Inputs:
     explained = open_artifact(config.explanations, "explanations")
     _check_sae(f"explanations {config.explanations}", top, explained.manifest.provenance)
     artifacts = [top.artifact, explained]
-    sae = curves = evaluation = None
+    sae = curves = evaluation = places = None
     if config.run:
         artifacts.append(open_artifact(config.run / "sae", "sae"))
         sae = load_sae(config.run / "sae")
@@ -142,8 +169,12 @@ def open_inputs(config: ReportConfig) -> Inputs:
         artifacts.append(open_artifact(config.evaluation, "evaluation"))
         _check_sae(f"evaluation {config.evaluation}", top, artifacts[-1].manifest.provenance)
         evaluation = read_evaluation(artifacts[-1].file("evaluation.json"))
+    if config.map:
+        artifacts.append(open_artifact(config.map, "map"))
+        _check_sae(f"map {config.map}", top, artifacts[-1].manifest.provenance)
+        places = read_map(config.map)
     explanations = read_explanations(config.explanations)
-    return Inputs(top, explanations, sae, curves, evaluation, artifacts)
+    return Inputs(top, explanations, sae, curves, evaluation, places, artifacts)
 
 
 def _check_sae(what: str, top: TopSentences, found: dict[str, Any]) -> None:
@@ -168,7 +199,7 @@ def read_curves(path: Path) -> dict[str, Any]:
 
 
 def _points(lines: Iterable[dict[str, Any]], name: str) -> list[list[float]]:
-    return [[line["x"], _short(line[name])] for line in lines if line[name] is not None]
+    return [[line["x"], short(line[name])] for line in lines if line[name] is not None]
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
@@ -178,7 +209,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        values = {name: _short(entry["value"]) for name, entry in found.items() if entry["value"] is not None}
+        values = {name: short(entry["value"]) for name, entry in found.items() if entry["value"] is not None}
         definitions = {name: str(entry["definition"]) for name, entry in found.items()}
         conditions: dict[str, Any] = next((entry["conditions"] for entry in found.values()), {})
         measured = f"{conditions['tokens']:,} tokens, {conditions['split']}" if conditions else ""
@@ -194,34 +225,19 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     }
 
 
-def collect(config: ReportConfig, inputs: Inputs, runtime: Runtime) -> dict[str, Any]:
-    """All that the page shows, as JSON values."""
-    top = inputs.top
-    statistics = [top.statistics(latent) for latent in range(top.n_latents)]
-    aggregation = "max" if "max" in top.aggregations else top.aggregations[0]
-    n = max(config.sentences, SENTENCES_COMPARED)
-    sentences: list[list[TopSentence]] = []
-    evenness: list[float] = []
-    with Progress("reading sentences", top.n_latents, "latents", runtime) as bar:
-        for latent in range(top.n_latents):
-            found = top.sentences(latent, aggregation, n)
-            evenness.append(agreement([sentence.value for sentence in found]))
-            sentences.append(found[: config.sentences])
-            bar.update(1)
-    order = ranking(inputs.explanations, evenness)
-    shown = set(order[: config.cards] if config.cards else order)
-    pool = SentencePool()
+def contents(config: ReportConfig, inputs: Inputs, features: Features) -> dict[str, Any]:
+    """All that the page itself holds, as JSON values; the features must have been read."""
+    explanations = inputs.explanations
+    order = ranking(explanations, features.evenness)
     return {
         "about": about(inputs),
-        "latents": latent_columns(statistics, inputs.explanations),
+        "latents": features.columns(),
+        "failed": [latent for latent in sorted(explanations) if not valid(explanations[latent])],
         "order": order,
-        "best": best_of(order, inputs.explanations)[: config.best],
-        "top": [pool.add(row, statistics[i].max) if i in shown else [] for i, row in enumerate(sentences)],
-        "pool": pool.columns(),
-        "neighbours": nearest_that_fire(inputs.sae.W_dec, top.firing_counts.tolist(), config.neighbours)
-        if inputs.sae
-        else None,
-        "densities": density_histogram(statistics),
+        "best": features.best(best_of(order, explanations)[: config.best], BEST_SENTENCES),
+        "block": BLOCK,
+        "words_block": WORDS_BLOCK,
+        "densities": density_histogram(row.density for row in features.statistics),
         "curves": inputs.curves,
         "evaluation": inputs.evaluation,
     }
@@ -230,7 +246,7 @@ def collect(config: ReportConfig, inputs: Inputs, runtime: Runtime) -> dict[str,
 def about(inputs: Inputs) -> dict[str, Any]:
     """Where the features come from."""
     top, provenance = inputs.top, inputs.top.provenance
-    methods = Counter(explanation.method for explanation in inputs.explanations.values() if _valid(explanation))
+    methods = Counter(explanation.method for explanation in inputs.explanations.values() if valid(explanation))
     return {
         "model": str(provenance.get("model", "")),
         "site": str(provenance.get("site", "")),
@@ -238,140 +254,11 @@ def about(inputs: Inputs) -> dict[str, Any]:
         "sentences": top.n_sentences,
         "fired": int((top.firing_counts > 0).sum()),
         "k": inputs.sae.cfg.k if inputs.sae else None,
+        "map": inputs.map is not None,
         "methods": [method for method, _ in methods.most_common()],
         "first_exponent": HISTOGRAM_FIRST_EXPONENT,
         "hashes": {name: provenance[name] for name in ("sae_hash", "model_hash", "corpus_hash") if name in provenance},
     }
-
-
-def agreement(values: Sequence[float]) -> float:
-    """How evenly the top sentences agree, 0 to 1: mean of their values over the largest, absent sentences counting as 0."""
-    if not values or values[0] <= 0:
-        return 0.0
-    return sum(values[:SENTENCES_COMPARED]) / (SENTENCES_COMPARED * values[0])
-
-
-def _valid(explanation: Explanation | None) -> bool:
-    return explanation is not None and explanation.state == "valid"
-
-
-def ranking(explanations: dict[int, Explanation], evenness: Sequence[float]) -> list[int]:
-    """All latents, best first: those with a valid explanation by score, then by evenness; then the others."""
-
-    def key(latent: int) -> tuple[bool, float, float, int]:
-        explanation = explanations.get(latent)
-        score = explanation.score if explanation and explanation.score is not None else -1.0
-        return not _valid(explanation), -score, -evenness[latent], latent
-
-    return sorted(range(len(evenness)), key=key)
-
-
-def best_of(order: Sequence[int], explanations: dict[int, Explanation]) -> list[int]:
-    """The explained latents in order, those named after words of meaning before grammar and pieces of words.
-
-    Those score as high and say less.
-    """
-    valid = [latent for latent in order if _valid(explanations.get(latent))]
-    return sorted(valid, key=lambda latent: not names_content(explanations[latent].title))
-
-
-def latent_columns(statistics: Sequence[LatentStatistics], explanations: dict[int, Explanation]) -> dict[str, list[Any]]:
-    """One list a column, one entry a latent."""
-    nothing = Explanation(-1, "", "", "", "", "failed")
-    explained = [explanations.get(row.latent, nothing) for row in statistics]
-    return {
-        "title": [item.title if _valid(item) else "" for item in explained],
-        "explanation": [item.explanation if _valid(item) else item.reason for item in explained],
-        "method": [item.method for item in explained],
-        "score": [None if item.score is None else _short(item.score) for item in explained],
-        "certainty": [None if item.certainty is None else _short(item.certainty) for item in explained],
-        "firing": [row.firing_count for row in statistics],
-        "sentences": [row.sentence_count for row in statistics],
-        "density": [_short(row.density) for row in statistics],
-        "max": [_short(row.max) for row in statistics],
-        "mean": [_short(row.mean) for row in statistics],
-        "histogram": [_without_zeros(row.histogram) for row in statistics],
-        "promoted": [_joined(row.promoted) for row in statistics],
-        "suppressed": [_joined(row.suppressed) for row in statistics],
-    }
-
-
-def _without_zeros(counts: Sequence[int]) -> list[int]:
-    """Index of the first bin that is not empty, then the counts from there to the last such; empty where all are."""
-    filled = [i for i, count in enumerate(counts) if count]
-    return [filled[0], *counts[filled[0] : filled[-1] + 1]] if filled else []
-
-
-def _short(value: float) -> float:
-    """Four significant digits."""
-    return float(f"{value:.4g}")
-
-
-def _joined(tokens: Iterable[str]) -> str:
-    return SEPARATOR.join(token.replace(SEPARATOR, "\ufffd") for token in tokens)
-
-
-class SentencePool:
-    """Sentences that latents share, each held once."""
-
-    def __init__(self) -> None:
-        self._indices: dict[int, int] = {}
-        self._tokens: list[str] = []
-        self._documents: list[str] = []
-        self._labels: list[str] = []
-
-    def add(self, sentences: Iterable[TopSentence], maximum: float) -> list[list[int]]:
-        """Per sentence: its index here, then position and activation (in thousandths of `maximum`) of each token that fires."""
-        rows = []
-        for sentence in sentences:
-            index = self._indices.get(sentence.sentence_id)
-            if index is None:
-                index = self._indices[sentence.sentence_id] = len(self._tokens)
-                self._tokens.append(_joined(sentence.tokens))
-                self._documents.append(sentence.document)
-                self._labels.append(sentence.label or "")
-            row = [index]
-            for position, value in enumerate(sentence.activations):
-                if value > 0:
-                    row += [position, min(1000, max(1, round(1000 * value / maximum)))]
-            rows.append(row)
-        return rows
-
-    def columns(self) -> dict[str, list[str]]:
-        return {"tokens": self._tokens, "document": self._documents, "label": self._labels}
-
-
-def nearest_that_fire(directions: Tensor, firing_counts: Sequence[int], n: int) -> list[list[int]]:
-    """For each row of `directions` (L, D), the `n` others of largest cosine: latent, thousandths of cosine, latent, ...
-
-    Latents that never fire have no neighbours and are nobody's.
-    """
-    fires = torch.tensor(firing_counts).nonzero().squeeze(1)
-    indices, cosines = nearest(directions[fires], torch.arange(len(fires)), n)
-    pairs = torch.stack([fires[indices], (1000 * cosines).round().long()], dim=2).flatten(1)
-    rows: list[list[int]] = [[] for _ in firing_counts]
-    for latent, row in zip(fires.tolist(), pairs.tolist(), strict=True):
-        rows[latent] = row
-    return rows
-
-
-def density_histogram(statistics: Iterable[LatentStatistics]) -> dict[str, Any]:
-    """Latents by log10 of density, in bins of 1 / BINS_PER_DECADE; `first` is the lower edge of the first bin, in bins."""
-    bins = Counter(math.floor(math.log10(row.density) * BINS_PER_DECADE) for row in statistics if row.density > 0)
-    first, last = min(bins, default=0), max(bins, default=-1)
-    return {"first": first, "per_decade": BINS_PER_DECADE, "counts": [bins[i] for i in range(first, last + 1)]}
-
-
-def render(data: dict[str, Any]) -> str:
-    """The page. Nothing of `data` can leave its place: inside JSON no `<` is left, and the script writes text, never markup."""
-    template = resources.files("interpretability").joinpath("report_template.html").read_text(encoding="utf-8")
-    text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    title = " · ".join(part for part in (data["about"]["model"], data["about"]["site"]) if part)
-    head, _, rest = template.partition("{{title}}")
-    body, _, end = rest.partition("{{data}}")
-    return f"{head}{html.escape(title)}{body}{text}{end}"
 
 
 if __name__ == "__main__":

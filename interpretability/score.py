@@ -114,10 +114,9 @@ def _write(
     questions = list(questions_of(maker, latents, config.tests, texts))
     if not questions:
         raise ValueError(f"{config.top}: none of {len(latents)} latents has held-out sentences enough; keep more --n-sentences")
-    answers, files = _answers(config, builder, runtime, questions)
+    judged_by, answers, files = _answers(config, builder, runtime, questions)
     rows = [_row(question, answer) for question, answer in zip(questions, answers, strict=True)]
     summary = summary_of(rows, config.seed)
-    judged_by = config.backend if config.backend == "words" else f"{config.backend} {config.model}".strip()
     summary = {"judge": judged_by, "latents": len({row["latent"] for row in rows}), **summary}
     builder.publish(SCORES_FILE, (json.dumps(row).encode() + b"\n" for row in rows), rows=len(rows))
     builder.publish(SUMMARY_FILE, (json.dumps(summary, indent=1) + "\n").encode())
@@ -173,10 +172,10 @@ class Judged(NamedTuple):
 
 def _answers(
     config: ScoreConfig, builder: Builder, runtime: Runtime, questions: Sequence[Question]
-) -> tuple[list[Judged], list[str]]:
-    """One a question, and the files in which raw replies are kept."""
+) -> tuple[str, list[Judged], list[str]]:
+    """Who judges, one answer a question, and the files in which raw replies are kept."""
     if config.backend == "words":
-        return [Judged(judge(question.trial, question.explanation)) for question in questions], []
+        return "words", [Judged(judge(question.trial, question.explanation)) for question in questions], []
     requests = [Request(f"q{i}", q.trial.system(), q.trial.user(q.explanation)) for i, q in enumerate(questions)]
     asker = asker_of(config.backend, config, builder, runtime.device)
     replies = {reply.key: reply for reply in asker.ask(requests)}
@@ -187,7 +186,7 @@ def _answers(
             judged.append(Judged(None, reply.problem) if reply.problem else Judged(question.trial.parse(reply.text)))
         except MalformedReply as error:
             judged.append(Judged(None, f"malformed reply: {error}"))
-    return judged, asker.files
+    return f"{asker.name} {asker.model}", judged, asker.files
 
 
 def _row(question: Question, judged: Judged) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from core.runtime import Runtime
 from interpretability.records import HISTOGRAM_BINS, HISTOGRAM_FIRST_EXPONENT
 
 MIN_PENDING = 1 << 20
+PARTS = 32
+"""Additions that are joined into one before they wait: a merge asks every part for every block."""
 BLOCKS = 32
 """Parts of the table that are merged one after the other: what a merge holds beside the table is one of them."""
 HASH_BITS = 31
@@ -115,8 +117,10 @@ class Sentences(NamedTuple):
         return Sentences(self.ids[rows], self.documents[rows], self.tokens.take(rows))
 
     def used_by(self, pairs: Pairs) -> "Sentences":
-        """Those that some pair refers to."""
-        return self.take(torch.isin(self.ids, pairs.sentence_ids).nonzero().squeeze(1))
+        """Those that some pair refers to; `ids` must be ascending."""
+        used = torch.zeros(len(self.ids), dtype=torch.bool)
+        used[torch.searchsorted(self.ids, pairs.sentence_ids)] = True
+        return self.take(used.nonzero().squeeze(1))
 
     def to(self, device: torch.device | str) -> "Sentences":
         return Sentences(self.ids.to(device), self.documents.to(device), self.tokens.to(device))
@@ -145,13 +149,15 @@ def no_pairs(n_aggregations: int) -> Pairs:
 
 def pairs_of(hits: Hits, sentences: Sentences, aggregations: Sequence[str]) -> Pairs:
     """One pair for each sentence and latent that fires in it, by latent and then sentence, with its aggregates."""
-    key = hits.latents * len(sentences.ids) + hits.rows
-    key, order = key.sort(stable=True)  # stable: tokens of a pair stay in their order
-    _, lengths = torch.unique_consecutive(key, return_counts=True)
-    offsets = offsets_of(lengths)
-    values, positions = hits.values[order], hits.positions[order]
-    last_hit = offsets[1:] - 1
-    latents, rows = hits.latents[order[last_hit]], hits.rows[order[last_hit]]
+    # Hits come by sentence and token: an order that a stable sort keeps within a latent. Four bytes sort faster than eight.
+    latents, order = hits.latents.int().sort(stable=True)
+    rows, values, positions = hits.rows[order], hits.values[order], hits.positions[order]
+    begins = torch.ones_like(latents, dtype=torch.bool)
+    begins[1:] = (latents[1:] != latents[:-1]) | (rows[1:] != rows[:-1])
+    first_hit = begins.nonzero().squeeze(1)
+    offsets = torch.cat([first_hit, first_hit.new_full((1,), len(latents))])
+    lengths, last_hit = offsets.diff(), offsets[1:] - 1
+    latents, rows = latents[first_hit], rows[first_hit]
     n_tokens = sentences.tokens.lengths[rows]
     peaks = torch.segment_reduce(values, "max", lengths=lengths)
     scores = []
@@ -164,7 +170,7 @@ def pairs_of(hits: Hits, sentences: Sentences, aggregations: Sequence[str]) -> P
             assert aggregation == "last", aggregation
             score = torch.where(positions[last_hit] == n_tokens - 1, values[last_hit], 0.0)
         scores.append(score)
-    return Pairs(latents.int(), sentences.ids[rows], torch.stack(scores), peaks, offsets, positions.int(), values)
+    return Pairs(latents, sentences.ids[rows], torch.stack(scores), peaks, offsets, positions.int(), values)
 
 
 def bins_of(values: Tensor) -> Tensor:
@@ -173,22 +179,31 @@ def bins_of(values: Tensor) -> Tensor:
     return (exponent.long() - 1 - HISTOGRAM_FIRST_EXPONENT).clamp(0, HISTOGRAM_BINS - 1)
 
 
-def hashes(*keys: Tensor | int) -> Tensor:
-    """HASH_BITS bits for each tuple of `keys`, int64: the finaliser of SplitMix64 (Steele, Lea and Flood 2014) over each
-    key."""
-    mixed: Tensor = torch.zeros((), dtype=torch.int64)
-    for key in keys:
-        mixed = mixed + torch.as_tensor(key, dtype=torch.int64) - 7046029254386353131  # 2^64 / golden ratio, as int64
-        for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
-            mixed = (mixed ^ ((mixed >> shift) & ((1 << (64 - shift)) - 1))) * factor
-        mixed = mixed ^ ((mixed >> 31) & ((1 << 33) - 1))
-    return mixed & ((1 << HASH_BITS) - 1)
+def mixed(state: Tensor | int, key: Tensor | int) -> Tensor:
+    """`state` with `key` mixed into it, 64 bits as int64: SplitMix64's finaliser (Steele, Lea and Flood 2014)."""
+    found = torch.as_tensor(state, dtype=torch.int64) + key - 7046029254386353131  # 2^64 / golden ratio, as int64
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        found ^= (found >> shift) & ((1 << (64 - shift)) - 1)
+        found *= factor
+    return found ^ ((found >> 31) & ((1 << 33) - 1))
 
 
-def level_keys(latents: Tensor, sentence_ids: Tensor, peaks: Tensor, seed: int) -> Tensor:
-    """(P,) int64 of pairs: latent and level (bin of the largest activation) in the upper bits, a hash of the pair below."""
-    group = latents.long() * HISTOGRAM_BINS + bins_of(peaks)
-    return (group << HASH_BITS) + hashes(latents, sentence_ids, seed)
+def hashes(state: Tensor | int, key: Tensor | int) -> Tensor:
+    """HASH_BITS bits of `key` mixed into `state`."""
+    return mixed(state, key) & ((1 << HASH_BITS) - 1)
+
+
+def level_states(n_latents: int, seed: int) -> Tensor:
+    """(n_latents,) int64: what the hashes of a latent's pairs begin with."""
+    return mixed(mixed(0, seed), torch.arange(n_latents))
+
+
+def level_keys(latents: Tensor, sentence_ids: Tensor, peaks: Tensor, states: Tensor) -> Tensor:
+    """(P,) int64 of pairs: latent and level (bin of the largest activation) in the upper bits, a hash of seed, latent and
+    sentence below. `states` are those of `level_states`."""
+    latents = latents.long()
+    group = latents * HISTOGRAM_BINS + bins_of(peaks)
+    return (group << HASH_BITS) + hashes(states[latents], sentence_ids)
 
 
 def level_ranks(keys: Tensor) -> Tensor:
@@ -230,7 +245,8 @@ class TopTable:
     def __init__(
         self, n_latents: int, n: int, aggregations: Sequence[str], device: torch.device, n_level: int = 0, seed: int = 0
     ) -> None:
-        self.n, self.aggregations, self.n_level, self.seed = n, tuple(aggregations), n_level, seed
+        self.n, self.aggregations, self.n_level = n, tuple(aggregations), n_level
+        self._states = level_states(n_latents, seed).to(device)
         self._edges = torch.tensor([n_latents * i // BLOCKS for i in range(BLOCKS + 1)], dtype=torch.int32)
         self.blocks = [no_pairs(len(self.aggregations)) for _ in range(BLOCKS)]
         self.sentences: Sentences | None = None
@@ -238,6 +254,7 @@ class TopTable:
         self._least = torch.zeros((len(self.aggregations), n_latents), device=device)
         groups = torch.arange(n_latents * HISTOGRAM_BINS, device=device)
         self._last_key = ((groups + 1) << HASH_BITS) - 1
+        self._recent: list[Pairs] = []
         self._pending: list[Pairs] = []
         self._pending_sentences: list[Sentences] = []
         self._n_pending = 0
@@ -247,30 +264,34 @@ class TopTable:
         latents = pairs.latents.long()
         hopeful = ((pairs.scores > 0) & (pairs.scores >= self._least[:, latents])).any(0)
         if self.n_level:
-            keys = level_keys(pairs.latents, pairs.sentence_ids, pairs.peaks, self.seed)
+            keys = self.level_keys(pairs)
             hopeful |= keys <= self._last_key[keys >> HASH_BITS]
         hopefuls = pairs.take(hopeful.nonzero().squeeze(1)).to("cpu")
-        self._pending.append(hopefuls)
+        self._recent.append(hopefuls)
         self._pending_sentences.append(sentences.to("cpu").used_by(hopefuls))
         self._n_pending += hopefuls.n
+        if len(self._recent) == PARTS:
+            joined = cat_pairs(self._recent)
+            self._pending.append(joined.take(joined.latents.argsort(stable=True)))
+            self._recent = []
         if self._n_pending > max(sum(block.n for block in self.blocks) // 2, MIN_PENDING):
             self.merge()
 
     def merge(self) -> None:
         """Bring what waits into the table. Needed once more after the last `add`."""
-        cuts = [torch.searchsorted(part.latents, self._edges).tolist() for part in self._pending]
+        parts = [*self._pending, *self._recent]
+        cuts = [torch.searchsorted(part.latents, self._edges).tolist() for part in parts]
         for i, block in enumerate(self.blocks):
-            waiting = [part.slice(cut[i], cut[i + 1]) for part, cut in zip(self._pending, cuts, strict=True)]
+            waiting = [part.slice(cut[i], cut[i + 1]) for part, cut in zip(parts, cuts, strict=True)]
             if any(part.n for part in waiting):
                 self.blocks[i] = self._kept(cat_pairs([block, *waiting]))
-        parts = ([self.sentences] if self.sentences else []) + self._pending_sentences
-        if parts:
-            every = cat_sentences(parts)
+        if known := ([self.sentences] if self.sentences else []) + self._pending_sentences:
+            every = cat_sentences(known)
             used = torch.zeros(len(every.ids), dtype=torch.bool)
             for block in self.blocks:
                 used[torch.searchsorted(every.ids, block.sentence_ids)] = True
             self.sentences = every.take(used.nonzero().squeeze(1))
-        self._pending, self._pending_sentences, self._n_pending = [], [], 0
+        self._recent, self._pending, self._pending_sentences, self._n_pending = [], [], [], 0
 
     def _kept(self, pairs: Pairs) -> Pairs:
         """Those of `pairs` that are among the top N or the sample of some level; remembers what it takes to be so."""
@@ -285,12 +306,16 @@ class TopTable:
             last = rank == self.n - 1
             self._least[a, latents[last].long().to(device)] = values[last].to(device)
         if self.n_level:
-            keys = level_keys(latents, pairs.sentence_ids[order], pairs.peaks[order], self.seed)
+            keys = self.level_keys(pairs)[order]
             rank = level_ranks(keys)
             keep |= rank < self.n_level
             lasts = keys[rank == self.n_level - 1].to(device)
             self._last_key[lasts >> HASH_BITS] = lasts
         return pairs.take(order[keep])
+
+    def level_keys(self, pairs: Pairs) -> Tensor:
+        """(P,) int64, as `level_keys` has them."""
+        return level_keys(pairs.latents, pairs.sentence_ids, pairs.peaks, self._states.to(pairs.latents.device))
 
     def between(self, first: int, last: int) -> tuple[Pairs, Sentences] | None:
         """The rows of latents `first` to `last - 1` with their sentences; None where there are none."""

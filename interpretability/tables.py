@@ -23,7 +23,6 @@ from interpretability.selection import (
     cat_pairs,
     cat_sentences,
     gathered,
-    level_keys,
     level_ranks,
     offsets_of,
     ranks,
@@ -116,7 +115,7 @@ def _block(pairs: Pairs, sentences: Sentences, table: TopTable, lookup: TextLook
 
 def _level_order(pairs: Pairs, table: TopTable) -> tuple[torch.Tensor, torch.Tensor]:
     """The place (P,) of each pair in the sample of its latent, the highest level first, and which pairs are in the sample."""
-    place = level_ranks(level_keys(pairs.latents, pairs.sentence_ids, pairs.peaks, table.seed))
+    place = level_ranks(table.level_keys(pairs))
     drawn = (place < table.n_level).nonzero().squeeze(1)
     level = bins_of(pairs.peaks[drawn])
     order = torch.from_numpy(np.lexsort((place[drawn].numpy(), -level.numpy(), pairs.latents[drawn].numpy())))

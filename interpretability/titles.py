@@ -59,7 +59,7 @@ def described(pattern: Pattern, surfaces: Mapping[str, str]) -> str:
         case "kind":
             return _KINDS[words[0]]
         case "first_word":
-            return f'"{words[0]}" starting a sentence'
+            return f"{named(words[0], {})} starting a sentence"
         case "first":
             return "first word of a sentence"
     assert pattern.kind == "last", pattern
@@ -75,7 +75,8 @@ def in_words(pattern: Pattern, surfaces: Mapping[str, str]) -> str:
                 return listed([named(word, surfaces) for word in pattern.words], "or")
             return f"the {text}" if pattern.words[0] in SIGN_NAMES else f"the word {text}"
         case "form" | "after_word" | "before_word" | "first_word" | "after" | "before":
-            return f"the {'' if text.startswith('word') else 'word '}{text}"
+            is_word = text.startswith('"')
+            return f"the {'word ' if is_word else ''}{text}"
         case "first" | "last":
             return f"the {text}"
     return text

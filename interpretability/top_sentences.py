@@ -14,6 +14,7 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -27,6 +28,7 @@ from core.artifact import Builder, building, check_provenance, open_artifact
 from core.cli import Progress, StageConfig, machine, run_stage
 from core.runtime import Runtime
 from interpretability.background import Background, Sampler, cofiring
+from interpretability.firing import firing
 from interpretability.live import LiveActivations
 from interpretability.ngrams import NgramCounter, ngrams_of_rows
 from interpretability.promoted import PromotedTokens, promoted_tokens
@@ -45,7 +47,8 @@ from interpretability.tables import TextLookup, background_rows, rows_of, statis
 from llama3 import Tokenizer, load_tokenizer
 from sae.model import SAE, load
 
-BATCH_TOKENS = 1 << 14
+BATCH_TOKENS = 1 << 13
+"""Tokens worked on at a time, about: what is made of them stays in a processor's cache, and memory goes with no chunk."""
 
 log = logging.getLogger("interpretability.top_sentences")
 
@@ -172,16 +175,16 @@ def _pass(config: TopSentencesConfig, runtime: Runtime, sae: SAE, activations: A
     max_norm = sae.cfg.provenance.get("max_norm") or math.inf
     with Progress("top sentences", activations.n_sentences // runtime.world_size, "sentences", runtime) as bar:
         for index in runtime.share(len(activations)):
-            chunk = activations.chunk(index)
-            keep = usable_tokens(chunk, max_norm)
-            sentences = Sentences(chunk.sentence_ids, chunk.document_ids, Ragged(chunk.token_ids.int(), chunk.offsets))
-            hits = encode_chunk(sae, chunk, keep, device)
-            pairs = pairs_of(hits, sentences.to(device), config.aggregations)
-            totals.add(hits, pairs, int(keep.sum()))
-            table.add(pairs, sentences)
-            sampler.add(hits, sentences)
-            left_out += int((~keep).sum())
-            bar.update(len(chunk.sentence_ids))
+            for part in parts_of(activations.chunk(index)):
+                keep = usable_tokens(part, max_norm)
+                sentences = Sentences(part.sentence_ids, part.document_ids, Ragged(part.token_ids.int(), part.offsets))
+                hits = encode_chunk(sae, part, keep, device)
+                pairs = pairs_of(hits, sentences.to(device), config.aggregations)
+                totals.add(hits, pairs, int(keep.sum()))
+                table.add(pairs, sentences)
+                sampler.add(hits, sentences)
+                left_out += int((~keep).sum())
+                bar.update(len(part.sentence_ids))
     table.merge()
     totals.combine(runtime)
     return _Found(table, totals, sampler.gathered(runtime), int(runtime.comm.sum_(left_out)))
@@ -238,19 +241,28 @@ def usable_tokens(chunk: Chunk, max_norm: float) -> Tensor:
     return usable
 
 
+def parts_of(chunk: Chunk) -> Iterator[Chunk]:
+    """The sentences of a chunk in parts of about BATCH_TOKENS tokens, none of them copied."""
+    batch = chunk.offsets[:-1].div(BATCH_TOKENS, rounding_mode="floor")
+    cuts = [0, *(batch.diff().nonzero().squeeze(1) + 1).tolist(), len(chunk.sentence_ids)]
+    for first, last in pairwise(cuts):
+        begin, end = chunk.offsets[[first, last]].tolist()
+        yield Chunk(
+            chunk.index,
+            chunk.activations[begin:end],
+            chunk.token_ids[begin:end],
+            chunk.sentence_ids[first:last],
+            chunk.document_ids[first:last],
+            chunk.offsets[first : last + 1] - begin,
+        )
+
+
 def encode_chunk(sae: SAE, chunk: Chunk, keep: Tensor, device: torch.device) -> Hits:
     """Activations above zero of the tokens where `keep` is True, on `device`, in order of token."""
     tokens = keep.nonzero().squeeze(1)
     rows = torch.searchsorted(chunk.offsets, tokens, right=True) - 1
     positions = tokens - chunk.offsets[rows]
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for first in range(0, max(1, len(tokens)), BATCH_TOKENS):
-        x = chunk.activations[tokens[first : first + BATCH_TOKENS]].to(device)
-        with torch.inference_mode():
-            values, indices = sae.encode(x)
-        token, slot = (values > 0).nonzero(as_tuple=True)
-        parts.append((indices[token, slot], values[token, slot].float(), token + first))
-    latents, values, token = (torch.cat(column) for column in zip(*parts, strict=True))
+    token, latents, values = firing(sae, chunk.activations[tokens].to(device))
     return Hits(latents, values, positions.to(device)[token], rows.to(device)[token])
 
 

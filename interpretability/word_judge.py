@@ -1,13 +1,18 @@
 """A judge that understands nothing: it compares words. What scores with it names its words; what scores without it means more.
 
-detection  fires where the sentence holds a word that the description quotes (any word of meaning, where it quotes none)
+detection  fires where the sentence holds a word that the description names
 fuzzing    right where a marked word is one of them
 rubric     3 where a marked word is one, 2 where the sentence holds one, 1 where it holds any word of meaning of the description
 intruder   the sentence whose marked words are rarest among those of the others; of equals, whose words are; then the first
+
+A description names what it quotes: words, or with a hyphen how they begin ("un-") or end ("-ing"). The first of its sentences
+that quotes anything counts, as a rule its title; where none does, all words of meaning.
 """
 
 import re
+from collections.abc import Collection
 from itertools import accumulate
+from typing import NamedTuple
 
 from interpretability.trials import Example, Trial
 from interpretability.words import is_content, units_of
@@ -20,10 +25,32 @@ def words_of(text: str) -> set[str]:
     return set(units_of(text).folded)
 
 
-def named_words(explanation: str) -> set[str]:
-    """The words that a description quotes; where it quotes none, its words of meaning."""
-    quoted = {word for part in _QUOTED.findall(explanation) for word in words_of(part)}
-    return quoted or {word for word in words_of(explanation) if is_content(word)}
+class Named(NamedTuple):
+    """What a description names, in lower case."""
+
+    words: set[str]
+    starts: tuple[str, ...] = ()
+    ends: tuple[str, ...] = ()
+
+    def among(self, words: Collection[str]) -> bool:
+        """Whether one of `words` is named."""
+        return any(word in self.words or word.startswith(self.starts) or word.endswith(self.ends) for word in words)
+
+
+def named_by(explanation: str) -> Named:
+    quoted = next(filter(None, map(_QUOTED.findall, explanation.split(". "))), None)
+    if quoted is None:
+        return Named({word for word in words_of(explanation) if is_content(word)})
+    words: set[str] = set()
+    starts, ends = [], []
+    for piece in map(str.lower, quoted):
+        if piece.endswith("-") and piece[:-1].isalpha():
+            starts.append(piece[:-1])
+        elif piece.startswith("-") and piece[1:].isalpha():
+            ends.append(piece[1:])
+        else:
+            words |= words_of(piece)
+    return Named(words, tuple(starts), tuple(ends))
 
 
 def marked_words(example: Example) -> set[str]:
@@ -40,16 +67,16 @@ def judge(trial: Trial, explanation: str) -> list[int]:
     """One answer an example, or the number of the intruder."""
     if trial.test == "intruder":
         return [_intruder(trial)]
-    named = named_words(explanation)
+    named = named_by(explanation)
     if trial.test == "detection":
-        return [int(bool(named & words_of(example.text))) for example in trial.examples]
+        return [int(named.among(words_of(example.text))) for example in trial.examples]
     if trial.test == "fuzzing":
-        return [int(bool(named & marked_words(example))) for example in trial.examples]
+        return [int(named.among(marked_words(example))) for example in trial.examples]
     meaning = {word for word in words_of(explanation) if is_content(word)}
     grades = []
     for example in trial.examples:
         words = words_of(example.text)
-        fits = (named & marked_words(example), named & words, meaning & words)
+        fits = (named.among(marked_words(example)), named.among(words), meaning & words)
         grades.append(next((3 - i for i, found in enumerate(fits) if found), 0))
     return grades
 

@@ -10,7 +10,7 @@ import xxhash
 from torch import Tensor, nn
 
 from llama3.hub import TOKENIZER_FILES, locate
-from llama3.layouts import Layout, find_layout, interleave_
+from llama3.layouts import Layout, find_layout, interleave_, read_json
 from llama3.model import Transformer
 from llama3.tokenizer import N_SPECIAL_TOKENS, Tokenizer
 from llama3.tokenizer_json import read_tokenizer_json
@@ -26,7 +26,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
     """
     folder = locate(path)
     layout = find_layout(folder)
-    _check_vocabulary(folder, layout)
+    _check_tokenizer_model(layout)
     files = [open_weights(file) for file in layout.files]
     with torch.device("meta"):
         model = Transformer(layout.args)
@@ -42,7 +42,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a folder, a Hub id or `demo`. ValueError where there is none that can be read."""
+    """The tokenizer of a folder, a Hub id or `demo`. ValueError where there is none that can be read, or one with more tokens
+    than the model described beside it."""
     folder = locate(path, TOKENIZER_FILES)
     names = ["tokenizer.json", "original/tokenizer.model", "tokenizer.model"]
     if (folder / "params.json").is_file():
@@ -50,7 +51,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     for name in names:
         file = folder / name
         if file.is_file():
-            return Tokenizer(*read_tokenizer_json(file)) if file.suffix == ".json" else Tokenizer.from_file(file)
+            found = Tokenizer(*read_tokenizer_json(file)) if file.suffix == ".json" else Tokenizer.from_file(file)
+            _check_vocabulary(file, found.n_vocab)
+            return found
     raise ValueError(f"{folder}: holds no tokenizer: expected tokenizer.model (Meta) or tokenizer.json (Hugging Face)")
 
 
@@ -161,14 +164,19 @@ def _check_finite(model: Transformer, layout: Layout) -> None:
             )
 
 
-def _check_vocabulary(folder: Path, layout: Layout) -> None:
-    """ValueError where Meta's tokenizer.model, which is quick to count, has more tokens than the model."""
-    file = folder / "tokenizer.model"
-    if layout.hugging_face or not file.is_file():
-        return
-    n_tokens = len(file.read_bytes().splitlines()) + N_SPECIAL_TOKENS
-    if n_tokens > layout.args.vocab_size:
-        raise ValueError(
-            f"{folder}: tokenizer.model has {n_tokens:,} tokens with the special ones, params.json says vocab_size "
-            f"{layout.args.vocab_size:,}; they do not belong together"
-        )
+def _check_tokenizer_model(layout: Layout) -> None:
+    """Meta's tokenizer.model is quick to count, so that a wrong one is named before the weights are read."""
+    file = layout.files[0].with_name("tokenizer.model")
+    if not layout.hugging_face and file.is_file():
+        _check_vocabulary(file, len(file.read_bytes().splitlines()) + N_SPECIAL_TOKENS)
+
+
+def _check_vocabulary(file: Path, n_tokens: int) -> None:
+    """ValueError where a tokenizer of `n_tokens` has more of them than the model described beside `file`."""
+    for config in (file.with_name("params.json"), file.with_name("config.json")):
+        vocab_size = read_json(config).get("vocab_size") if config.is_file() else None
+        if isinstance(vocab_size, int) and n_tokens > vocab_size:
+            raise ValueError(
+                f"{file.parent}: {file.name} has {n_tokens:,} tokens with the special ones, {config.name} says vocab_size "
+                f"{vocab_size:,}; they do not belong together"
+            )

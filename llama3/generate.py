@@ -4,7 +4,7 @@ Shapes: B rows, T tokens of this pass, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -41,6 +41,8 @@ class Sampling:
     """Divides positive and multiplies negative logits of tokens that the row already holds (Keskar et al. 2019); 1 is off."""
     seed: int = 0
     """Row i draws from a generator seeded with (seed, i), so that its text does not depend on its neighbours."""
+    first_row: int = 0
+    """Number of the first row, where a caller cuts a long list of prompts into batches."""
     stop: tuple[str, ...] = ()
     """A row ends before the first of these strings in its text."""
 
@@ -48,6 +50,7 @@ class Sampling:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         limits: tuple[tuple[str, bool, str], ...] = (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("first_row", self.first_row >= 0, "0 or more"),
             ("temperature", 0 <= self.temperature <= 100, "0 (greedy) to 100"),
             ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
@@ -84,7 +87,8 @@ def generate(
 
     `hooks_for(positions)` gets the positions (B, T), int64, of the tokens of the pass to come, -1 at padding and in finished
     rows, and returns the hooks for that pass alone. They are entered and left within one step, so that the iterator may be
-    resumed by another thread. Raises ValueError at once for prompts that are empty, too long or of another vocabulary.
+    resumed by another thread; they run in inference mode, so that what they keep takes no part in autograd unless it is cloned.
+    Raises ValueError at once for prompts that are empty, too long or of another vocabulary.
     """
     check_prompts(model, tokenizer, prompts)
     return _generate(model, tokenizer, [list(prompt) for prompt in prompts], sampling, hooks_for)
@@ -176,16 +180,16 @@ def _generate(
     if min(map(len, prompts)) < longest:
         mask = torch.tensor([[False] * (longest - len(p)) + [True] * len(p) for p in prompts], device=model.device)
     # Padding takes slots, not positions: a short row beside a long one still has its whole context.
-    cache = model.new_cache(len(prompts), longest + sampling.max_new_tokens)
-    chooser = Chooser(sampling, prompts, tokenizer, model.device)
+    steps = min(sampling.max_new_tokens, model.params.max_seq_len - min(map(len, prompts)))
+    with torch.inference_mode():  # in which the passes run: a step of a small model is mostly the cost of calling operations
+        cache = model.new_cache(len(prompts), longest + steps)
+    chooser = Chooser(replace(sampling, max_new_tokens=steps), prompts, tokenizer, model.device)
+    positions = [[-1] * (longest - len(p)) + list(range(len(p))) for p in prompts]
     while True:
-        hooks: Mapping[str, Hook] = {}
-        if hooks_for is not None:
-            starts = torch.tensor([row.position for row in rows], device=model.device)[:, None]
-            positions = starts + torch.arange(-tokens.shape[1], 0, device=model.device)
-            hooks = hooks_for(positions if mask is None else positions.masked_fill(~mask, -1))
-        with torch.no_grad(), model.hooks(hooks):
-            logits = model(tokens, mask=mask, cache=cache, last_only=True)[:, -1]
+        with torch.inference_mode():
+            hooks = hooks_for(torch.tensor(positions, device=model.device)) if hooks_for is not None else {}
+            with model.hooks(hooks):
+                logits = model(tokens, mask=mask, cache=cache, last_only=True)[:, -1]
         chosen = chooser.choose(logits)
         for i, (row, token_id) in enumerate(zip(rows, chosen.tolist(), strict=True)):
             if not row.done:
@@ -195,6 +199,7 @@ def _generate(
         going = [not row.done for row in rows]
         if not any(going):
             return
+        positions = [[-1 if row.done else row.position - 1] for row in rows]
         tokens, mask = chosen[:, None], None
         if not all(going):
             mask = torch.tensor(going, device=model.device)[:, None]
@@ -213,7 +218,7 @@ class Chooser:
         # One uniform number per row and step, drawn on the CPU: the same numbers whatever the device and the batch.
         draws = [
             torch.rand(sampling.max_new_tokens, dtype=torch.float64, generator=_generator(sampling.seed, row))
-            for row in range(len(prompts))
+            for row in range(sampling.first_row, sampling.first_row + len(prompts))
         ]
         self._uniform = torch.stack(draws).to(device)
         self._seen: Tensor | None = None
@@ -222,7 +227,7 @@ class Chooser:
             for row, prompt in enumerate(prompts):
                 self._seen[row, torch.tensor(prompt, device=device)] = True
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def choose(self, logits: Tensor) -> Tensor:
         """Token ids (B), int64, for logits (B, V) of any floating dtype."""
         logits = logits[:, : self._n_vocab].float()  # a model may have more rows than the tokenizer has tokens

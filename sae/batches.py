@@ -25,9 +25,14 @@ class Statistics:
         self.mean_norm = float(tensors["mean_norm"])
         self.d_model = len(tensors["mean"])
 
-    def mean(self, norm: str) -> Tensor:
-        """Mean of z, float64 [d]."""
-        return self._tensors["mean" if norm == "none" else f"{norm}_mean"]
+    def centre(self, norm: str, which: str = "mean") -> Tensor:
+        """`mean` or `geometric_median` of z, float64 [d]. ValueError where the latter was not taken."""
+        name = which if norm == "none" else f"{norm}_{which}"
+        if name not in self._tensors:
+            raise ValueError(
+                f"--b-pre {which}: these batches were made without it; make them with sae.preprocess --median-rows 32768"
+            )
+        return self._tensors[name]
 
     def total_variance(self, norm: str) -> float:
         """Variance of z, summed over its d entries."""

@@ -4,11 +4,15 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
+from sae import fast
 from sae.loss import Recipe, default_k_aux
+from sae.model import best_encoder_norm
 
 NOT_NEGATIVE = (
     "max_steps", "lr", "lr_end", "warmup_steps", "eps", "weight_decay", "aux_k", "aux_coefficient", "clip_norm", "sparsity",
-    "sparsity_warmup_steps", "patience", "jump_threshold",
+    "sparsity_warmup_steps", "patience", "jump_threshold", "encoder_norm", "k_start", "k_anneal_steps",
 )  # fmt: skip
 
 
@@ -23,12 +27,23 @@ class Hyperparameters:
     """Rows of W_enc and W_dec."""
     k: int = 64
     """Active latents per row: at most, or on average for batchtopk; not used by relu and jumprelu."""
+    k_start: int = 0
+    """Active latents per row at the first step, falling linearly to k over `k_anneal_steps`; 0: k from the start."""
+    k_anneal_steps: int = 0
+    """Steps over which k falls from `k_start`."""
     norm: Literal["dataset", "layer", "none"] = "dataset"
     """Normalisation of rows: by the dataset's mean norm, per row by mean and std, or none."""
     init: Literal["tied", "orthogonal"] = "tied"
-    """Random unit rows, the same in encoder and decoder; orthogonal: d_model at a time orthogonal to each other."""
+    """Random unit rows in the decoder, parallel ones in the encoder; orthogonal: d_model at a time orthogonal to each other."""
+    encoder_norm: float = 0.0
+    """Norm of the encoder's rows at the start; 0: that at which random rows reconstruct best, and 1 for relu and jumprelu."""
+    b_pre: Literal["mean", "geometric_median"] = "mean"
+    """Where b_pre starts: at the mean of z, or at its geometric median (sae.preprocess --median-rows)."""
     dtype: Literal["float32", "float64"] = "float32"
     """Of weights and products; float64 is for checks."""
+    products: Literal["auto", "float32", "bfloat16"] = "auto"
+    """topk on a GPU: type of what is multiplied; sums, weights and moments stay in --dtype. auto: bfloat16 where --dtype is
+    float32. A CPU multiplies in --dtype."""
     batch_size: int = 1024
     """Rows per step, all ranks together."""
     accumulate: int = 1
@@ -38,7 +53,8 @@ class Hyperparameters:
     max_steps: int = 0
     """Stop, and end the schedule, after so many steps; 0: after `epochs`."""
     lr: float = 0.0
-    """Peak learning rate; 0: 2e-4 / sqrt(n_latents / 16,384), the scaling of Gao et al. 2024, figure 3."""
+    """Peak learning rate; 0: 5e-4 / sqrt(n_latents / 16,384). The scaling is that of Gao et al. 2024, figure 3, whose factor of
+    2e-4 belongs to batches of 131,072 rows and far longer runs."""
     lr_end: float = 0.0
     """Learning rate at the last step, reached along a cosine."""
     warmup_steps: int = 0
@@ -74,6 +90,8 @@ class Hyperparameters:
     def __post_init__(self) -> None:
         if not 1 <= self.k <= self.n_latents:
             raise ValueError(f"--k must be between 1 and --n-latents {self.n_latents}; found {self.k}; lower --k")
+        if self.k_start and not self.k <= self.k_start <= self.n_latents:
+            raise ValueError(f"--k-start must lie between --k {self.k} and --n-latents {self.n_latents}; found {self.k_start}")
         for name in ("n_latents", "batch_size", "accumulate", "epochs", "dead_after_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1; found {getattr(self, name)}")
@@ -97,6 +115,11 @@ class Hyperparameters:
         """The numbers of latents that `matryoshka` stands for."""
         return tuple(round(share * self.n_latents) for share in self.matryoshka) if self.architecture == "matryoshka" else ()
 
+    def initial_encoder_norm(self, d_model: int) -> float:
+        """What `encoder_norm` stands for."""
+        dense = self.architecture in ("relu", "jumprelu")
+        return self.encoder_norm or (1.0 if dense else best_encoder_norm(self.n_latents, self.k, d_model))
+
     @property
     def unit_decoder(self) -> bool:
         """Whether rows of W_dec have unit norm at every step; relu's are free, since their norms stand in its penalty."""
@@ -104,7 +127,7 @@ class Hyperparameters:
 
     @property
     def peak_lr(self) -> float:
-        return self.lr or 2e-4 / math.sqrt(self.n_latents / 2**14)
+        return self.lr or 5e-4 / math.sqrt(self.n_latents / 2**14)
 
     def lr_at(self, step: int, total_steps: int) -> float:
         """Learning rate of step `step` (from 0): linear warm-up, then a cosine that ends at `lr_end` with the last step."""
@@ -113,12 +136,20 @@ class Hyperparameters:
         share = (step - self.warmup_steps) / max(1, total_steps - 1 - self.warmup_steps)
         return self.lr_end + (self.peak_lr - self.lr_end) * (1 + math.cos(math.pi * min(1.0, share))) / 2
 
-    def recipe(self, step: int, d_model: int) -> Recipe:
+    def k_at(self, step: int) -> int:
+        """Active latents per row in step `step` (from 0)."""
+        extra = max(0, self.k_start - self.k)
+        left = max(0.0, 1 - step / self.k_anneal_steps) if self.k_anneal_steps else 0.0
+        return self.k + round(extra * left)
+
+    def recipe(self, step: int, d_model: int, device: torch.device) -> Recipe:
         """The loss of step `step`."""
+        in_bfloat16 = self.products == "bfloat16" or (self.products == "auto" and self.dtype == "float32")
         return Recipe(
-            k=self.k,
+            k=self.k_at(step),
             k_aux=self.aux_k or default_k_aux(d_model),
             aux_coefficient=self.aux_coefficient,
             sparsity=self.sparsity * min(1.0, (step + 1) / max(1, self.sparsity_warmup_steps)),
             bandwidth=self.jump_bandwidth,
+            products=torch.bfloat16 if in_bfloat16 and device.type == "cuda" and fast.has_kernels() else None,
         )

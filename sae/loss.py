@@ -28,6 +28,8 @@ class Recipe(NamedTuple):
     """Weight of `relu`'s and `jumprelu`'s penalty."""
     bandwidth: float = 0.05
     """Width of the window around a threshold in which `jumprelu` has a gradient for it."""
+    products: torch.dtype | None = None
+    """Type of what sae.step multiplies; None: that of the weights."""
 
 
 class Losses(NamedTuple):
@@ -141,7 +143,8 @@ def _dense_losses(sae: SAE, z: Tensor, recipe: Recipe, mesh: Mesh) -> Losses:
     main = (z - sum_over(mesh.latent, f @ sae.W_dec) - sae.b_pre).square().sum()
     objective = main + recipe.sparsity * sae.cfg.d_model * penalty
     active = f.detach() > 0
-    return Losses(objective, main, z.new_zeros(()), penalty, active.sum(), active.sum(0, dtype=torch.int32), z.new_zeros(()))
+    fired = active.sum(0, dtype=torch.int32)
+    return Losses(objective, main, z.new_zeros(()), penalty, fired.sum(), fired, z.new_zeros(()))
 
 
 def _window(h: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:

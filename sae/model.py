@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import safetensors.torch
@@ -16,12 +17,15 @@ import xxhash
 from torch import Tensor, nn
 
 from core.artifact import Builder, building, open_artifact
+from core.product import linear
 from core.runtime import Runtime, Solo
 from sae.sparse import decode, encode_at
 from sae.topk import top_k
 
 ARCHITECTURES = ("topk", "batchtopk", "relu", "jumprelu", "matryoshka")
-BLOCK_ELEMENTS = 2**24  # pre-activations held at once where no gradient is asked for
+# Pre-activations held at once where no gradient is asked for. On a CPU 16 MB stay in the last level of cache, and malloc gives
+# the same pages again; on a GPU larger blocks keep it busy.
+CPU_ELEMENTS, GPU_ELEMENTS = 2**22, 2**29
 
 
 class Latents(NamedTuple):
@@ -46,6 +50,21 @@ def layer_normalised(x: Tensor, eps: float) -> Normalised:
     std = (centred.square().sum(-1, keepdim=True) / (x.shape[-1] - 1)).sqrt()
     scale = 1 / (std + eps)
     return Normalised(centred * scale, mean, scale)
+
+
+def best_encoder_norm(n_latents: int, k: int, d_model: int) -> float:
+    """Norm of the encoder's rows at which tied random rows reconstruct best: `1 / (1 + k m / d)`.
+
+    With unit rows, and z of d independent entries of variance 1, the k largest of n entries of h have the mean square m of the
+    k largest of n standard normals. `<z, z_hat>` is k m, but `||z_hat||^2` is k m + (k m)^2 / d: rows that were chosen for
+    pointing along z point along one another too, and overshoot.
+    """
+    share, normal = k / n_latents, NormalDist()
+    if share == 1:
+        return 1 / (1 + k / d_model)
+    cut = normal.inv_cdf(1 - share)
+    m = 1 + cut * normal.pdf(cut) / share
+    return 1 / (1 + k * m / d_model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +128,16 @@ class SAE(nn.Module):
         self.initialise_()
 
     @torch.no_grad()
-    def initialise_(self, how: str = "tied", generator: torch.Generator | None = None, first: int = 0, total: int = 0) -> None:
-        """Random unit rows in `W_dec`, the same in `W_enc` (Gao et al. 2024, A.1); `orthogonal`: d at a time orthogonal.
+    def initialise_(
+        self,
+        how: str = "tied",
+        generator: torch.Generator | None = None,
+        first: int = 0,
+        total: int = 0,
+        encoder_norm: float = 1.0,
+    ) -> None:
+        """Random unit rows in `W_dec`, the same times `encoder_norm` in `W_enc` (tied as in Gao et al. 2024, A.1);
+        `orthogonal`: d at a time orthogonal.
 
         Where this holds only some of `total` latents, from `first` on, they get the rows that they would have in the whole.
         """
@@ -124,7 +151,7 @@ class SAE(nn.Module):
                 basis = torch.linalg.qr(block).Q if how == "orthogonal" else block
                 self.W_dec[low - first : high - first] = basis[low - start : high - start]
         self.normalise_decoder_()
-        self.W_enc.copy_(self.W_dec)
+        self.W_enc.copy_(self.W_dec * encoder_norm)
 
     @torch.no_grad()
     def normalise_decoder_(self) -> None:
@@ -149,7 +176,7 @@ class SAE(nn.Module):
 
     def pre_activations(self, z: Tensor) -> Tensor:
         """`h` [N, n_latents] of normalised rows `z` [N, d]: dense, for those who need all of it."""
-        return torch.addmm(self.b_enc, z - self.b_pre, self.W_enc.T)
+        return linear(z - self.b_pre, self.W_enc, self.b_enc)
 
     def select(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """The active latents of pre-activations `h` [N, n_latents]: values [N, K] >= 0 in falling order, and indices [N, K].
@@ -175,7 +202,10 @@ class SAE(nn.Module):
         if not bool(torch.isfinite(x).all()):
             raise ValueError("activations hold NaN or infinite values, which no top-k can rank; find where they come from")
         rows = self.normalise(x).z.reshape(-1, self.cfg.d_model)
-        step = len(rows) if torch.is_grad_enabled() else max(1, BLOCK_ELEMENTS // self.cfg.n_latents)
+        if torch.is_grad_enabled():
+            step = len(rows)
+        else:
+            step = (CPU_ELEMENTS if rows.device.type == "cpu" else GPU_ELEMENTS) // self.cfg.n_latents
         blocks = [self._encode_block(block, h_bias) for block in torch.split(rows, max(1, step))]
         K = max(values.shape[1] for values, _ in blocks)
         values, indices = (

@@ -1,11 +1,14 @@
-"""Streaming mean and variance in float64 (Welford 1962; merging after Chan, Golub and LeVeque 1979)."""
+"""Centres and spread of rows in float64: streaming mean and variance (Welford 1962; merging after Chan, Golub and LeVeque
+1979), and the geometric median (Weiszfeld 1937)."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 BLOCK_ROWS = 256  # float64 copies of so many rows stay in the cache
+MEDIAN_TOLERANCE, MEDIAN_ROUNDS = 1e-6, 100  # relative to the first mean distance; each round goes over all rows
 
 
 @dataclass
@@ -45,3 +48,27 @@ class Moments:
     def variance(self) -> Tensor:
         """Of the rows themselves, [d]: the sum of squares is divided by their number. Zero for no rows."""
         return self.m2 / max(1, self.count)
+
+
+def geometric_median(rows: Tensor) -> Tensor:
+    """The point whose distances to `rows` [N, d] have the smallest sum, float64 [d]; N at least 1.
+
+    Weiszfeld's iteration from the mean: each row is weighed with one over its distance. It stops once a round moves the point
+    by less than a millionth of the rows' mean distance.
+    """
+    point, moved, within = Moments.of(rows).mean, math.inf, 0.0
+    for _ in range(MEDIAN_ROUNDS):
+        if moved <= within:
+            break
+        pulled, weight, distance = torch.zeros_like(point), torch.zeros((), dtype=torch.float64), 0.0
+        for block in torch.split(rows, BLOCK_ROWS):
+            block = block.double()
+            distances = torch.linalg.vector_norm(block - point, dim=1)
+            weights = 1 / distances.clamp_min(torch.finfo(torch.float64).eps)
+            pulled += weights @ block
+            weight += weights.sum()
+            distance += float(distances.sum())
+        within = MEDIAN_TOLERANCE * distance / len(rows)
+        moved = float((pulled / weight - point).norm())
+        point = pulled / weight
+    return point

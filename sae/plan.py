@@ -1,6 +1,6 @@
 """What a training run will need, before it starts: memory of a rank, disk, hours; and the flag to turn where it will not fit.
 
-The counts follow what sae.trainer and sae.loss hold at their peak; docs/scaling.md has the arithmetic.
+docs/scaling.md has the arithmetic.
 """
 
 import math
@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
+from core.product import linear
 from core.runtime import Runtime
 from sae.batches import Batches
 from sae.hyperparameters import Hyperparameters
-from sae.loss import default_k_aux
+from sae.memory import Memory, Share, memory_of_rank
 
 GIB = 2**30
-INDEX_BYTES = 8
 PROBE_ROWS = 256
 
 
@@ -26,10 +26,7 @@ class Plan:
     """Bytes of one rank, bytes of the run's folder, seconds of the whole run, and what of it does not fit."""
 
     steps: int
-    weights: int
-    """Parameters, gradients and Adam's two moments."""
-    activations: int
-    """Pre-activations and what is chosen of them, at the peak of a step."""
+    memory: Memory
     memory_free: int
     disk: int
     disk_free: int
@@ -37,16 +34,12 @@ class Plan:
     """Lower bound: the encoder's forward product alone, at the speed measured here, times 2."""
     advice: str
 
-    @property
-    def memory(self) -> int:
-        return self.weights + self.activations
-
     def text(self) -> str:
         """One line for each need, and what to turn."""
         lines = [
             f"steps   {self.steps:,}",
-            f"memory  {_gib(self.memory)} per rank: {_gib(self.weights)} weights, gradients and moments, "
-            f"{_gib(self.activations)} activations; {_gib(self.memory_free)} free",
+            f"memory  {_gib(sum(self.memory))} per rank: {_gib(self.memory.held)} weights and moments, "
+            f"{_gib(self.memory.step)} at the peak of a step; {_gib(self.memory_free)} free",
             f"disk    {_gib(self.disk)} for checkpoints and the SAE; {_gib(self.disk_free)} free",
             f"time    about {self.seconds / 3600:,.1f} h at twice the time of the encoder's product measured here",
             self.advice or "it fits",
@@ -57,8 +50,9 @@ class Plan:
 def plan(config: Hyperparameters, batches: Batches, runtime: Runtime, latent: int, out: Path, keep: int) -> Plan:
     """Predict the run of `config` on `batches`, with `latent` ranks sharing the latents, into the folder `out`."""
     d, size = batches.statistics.d_model, torch.finfo(getattr(torch, config.dtype)).bits // 8
-    rows = min(config.batch_size, len(batches.train)) // (runtime.world_size // latent)
-    weights, activations = memory_of_rank(config, d, rows, latent, size)
+    data = runtime.world_size // latent
+    rows = min(config.batch_size, len(batches.train)) // data
+    memory = memory_of_rank(config, Share(config.n_latents // latent, d, rows, data, runtime.device))
     per_epoch = math.ceil(len(batches.train) / config.batch_size)
     steps = min(config.max_steps or per_epoch * config.epochs, per_epoch * config.epochs)
     one_copy = (2 * d + 1) * config.n_latents * size
@@ -66,31 +60,16 @@ def plan(config: Hyperparameters, batches: Batches, runtime: Runtime, latent: in
     seconds = 2 * steps * rows * _product_seconds_per_row(config.n_latents // latent, d, runtime.device, size)
     memory_free, disk_free = _free_memory(runtime.device), shutil.disk_usage(_existing(out)).free
     advice = []
-    if weights + activations > memory_free:
-        if weights > memory_free // 2:
-            needed = 2 ** math.ceil(math.log2(weights / (memory_free // 2)))
+    if sum(memory) > memory_free:
+        if memory.held > memory_free // 2:
+            needed = 2 ** math.ceil(math.log2(memory.held / (memory_free // 2)))
             advice.append(f"memory does not fit: raise --latent-parallel to {latent * needed} (on as many processes)")
         else:
-            parts = math.ceil(activations * config.accumulate / (memory_free - weights))
+            parts = math.ceil(memory.step * config.accumulate / (memory_free - memory.held))
             advice.append(f"memory does not fit: raise --accumulate to {parts}, or lower --batch-size")
     if disk > disk_free:
         advice.append(f"disk does not fit: lower --keep {keep}, or choose another --out")
-    return Plan(steps, weights, activations, memory_free, disk, disk_free, seconds, "; ".join(advice))
-
-
-def memory_of_rank(config: Hyperparameters, d: int, rows: int, latent: int, size: int) -> tuple[int, int]:
-    """Bytes of weights with all that belongs to them, and of activations at the peak, for `rows` rows of a rank in a step."""
-    n = config.n_latents // latent
-    parameters = (2 * n * d + n + d) * size
-    rows = math.ceil(rows / config.accumulate)
-    if config.architecture in ("relu", "jumprelu"):
-        return 4 * parameters, 5 * rows * n * size  # h, f, their gradients, and one temporary
-    k = min(n, config.k * (2 if config.architecture == "batchtopk" else 1))
-    k_aux = min(n, config.aux_k or default_k_aux(d)) if config.aux_coefficient else 0
-    entries = rows * (k + k_aux) * (4 * size + 3 * INDEX_BYTES)  # values and their gradients; indices, sorted, by latent
-    dense = rows * n * size * (2 if k_aux else 1)  # h, and where most latents are dead, a copy of their columns
-    z = 6 * rows * d * size * max(1, len(config.prefixes))
-    return 4 * parameters, dense + entries + z
+    return Plan(steps, memory, memory_free, disk, disk_free, seconds, "; ".join(advice))
 
 
 def _free_memory(device: torch.device) -> int:
@@ -106,14 +85,14 @@ def _free_memory(device: torch.device) -> int:
 
 @torch.no_grad()
 def _product_seconds_per_row(n: int, d: int, device: torch.device, size: int) -> float:
-    """Of `z @ W_enc.T` with at most 8,192 latents, scaled to `n`: the best of three."""
+    """Of the encoder's product with at most 8,192 latents, scaled to `n`: the best of three."""
     few = min(n, 8192)
     dtype = torch.float64 if size == 8 else torch.float32
     z, W_enc = torch.ones(PROBE_ROWS, d, dtype=dtype, device=device), torch.ones(few, d, dtype=dtype, device=device)
     times = []
     for _ in range(3):
         began = time.monotonic()
-        (z @ W_enc.T).sum().item()
+        linear(z, W_enc).sum().item()
         times.append(time.monotonic() - began)
     return min(times) / PROBE_ROWS * n / few
 

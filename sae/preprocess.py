@@ -18,7 +18,9 @@ from capture.store import Activations, open_activations
 from core.artifact import Builder, building
 from core.cli import StageConfig, run_stage
 from core.runtime import Runtime
-from sae.scatter import Plan, norm_limit, remove_scratch, scatter
+from sae.duplicates import find_repeated
+from sae.scatter import Plan, norm_limit, scatter
+from sae.scratch import remove_scratch
 from sae.shuffle import gather, write_rest, write_statistics
 
 log = logging.getLogger("sae.preprocess")
@@ -43,6 +45,12 @@ class PreprocessConfig(StageConfig):
     max_norm_ratio: float = 10.0
     """Rows with a norm above this many times the median norm are dropped and counted (attention sinks); 0: keep all."""
 
+    drop_duplicates: bool = False
+    """Drop, and count, sentences with the same token ids as an earlier one, whichever document that is in: a held-out sentence
+    is then none that was trained on. Costs one more reading of the activations and eight bytes a sentence."""
+    median_rows: int = 0
+    """Training rows whose geometric median is taken besides, for `sae.train --b-pre geometric_median`; 0: none."""
+
     def __post_init__(self) -> None:
         if not self.memory > 0:
             raise ValueError(f"--memory must be positive (GiB); found {self.memory}")
@@ -52,6 +60,8 @@ class PreprocessConfig(StageConfig):
             raise ValueError(f"--validation-fraction must be in [0, 1); found {self.validation_fraction}")
         if self.max_norm_ratio < 0:
             raise ValueError(f"--max-norm-ratio must be 0 (keep all) or positive; found {self.max_norm_ratio}")
+        if self.median_rows < 0:
+            raise ValueError(f"--median-rows must be 0 (no geometric median) or positive; found {self.median_rows}")
 
 
 def run(config: PreprocessConfig, runtime: Runtime) -> None:
@@ -69,9 +79,9 @@ def run(config: PreprocessConfig, runtime: Runtime) -> None:
         else:
             counts = _build(config, activations, builder, runtime)
             log.info(
-                "%s: %s training and %s validation rows in batches of %s (%s rows dropped for their norm), d_model %s",
+                "%s: %s training and %s validation rows in batches of %s, d_model %s; dropped: %s for their norm, %s repeated",
                 config.out, *(f"{counts[name]:,}" for name in ("train_rows", "validation_rows")), config.batch_rows,
-                counts["abnormal_rows"], activations.d_model,
+                activations.d_model, *(f"{counts[name]:,}" for name in ("abnormal_rows", "repeated_rows")),
             )  # fmt: skip
         if runtime.is_main:
             remove_scratch(config.out)
@@ -80,7 +90,8 @@ def run(config: PreprocessConfig, runtime: Runtime) -> None:
 def _build(config: PreprocessConfig, activations: Activations, builder: Builder, runtime: Runtime) -> dict[str, Any]:
     """Both passes, the statistics and the manifest; returns the manifest's counts."""
     plan = make_plan(config, activations)
-    scatter(plan, activations, builder, runtime)
+    repeated = find_repeated(activations, builder, runtime) if config.drop_duplicates else None
+    scatter(plan, activations, repeated, builder, runtime)
     runtime.barrier()
     median, limit = norm_limit(config.out, len(activations), config.max_norm_ratio)
     names = gather(plan, limit, builder, runtime)
@@ -89,18 +100,21 @@ def _build(config: PreprocessConfig, activations: Activations, builder: Builder,
     if counts["train_rows"] == 0:
         raise ValueError(
             f"{config.activations}: no row is left for training ({activations.n_tokens} read, {counts['validation_rows']} held "
-            f"out, {counts['abnormal_rows']} of abnormal norm); give more text, another --seed, or --validation-fraction 0"
+            f"out, {counts['abnormal_rows']} of abnormal norm, {counts['repeated_rows']} repeated); give more text, another "
+            "--seed, or --validation-fraction 0"
         )
     if runtime.is_main:
-        names += write_rest(plan, builder) + write_statistics(plan, builder)
+        names += write_rest(plan, builder) + write_statistics(plan, config.median_rows, builder)
     builder.finish(names, counts, {"median_norm": median, "max_norm": limit if math.isfinite(limit) else None})
     return counts
 
 
 def make_plan(config: PreprocessConfig, activations: Activations) -> Plan:
-    """How many buckets there are. One process holds a bucket about four times over: as read, shuffled, and as bytes."""
+    """How many buckets there are. One process holds a bucket up to five times over (4.4 measured): as read, joined, shuffled,
+    and as bytes; and besides some 0.15 GiB for the rows of a chunk and the histogram of norms.
+    """
     row_bytes = activations.d_model * activations.chunk(0).activations.element_size()
-    wanted = math.ceil(4 * activations.n_tokens * row_bytes / (config.memory * 2**30))
+    wanted = math.ceil(5 * activations.n_tokens * row_bytes / (config.memory * 2**30))
     train = max(1, wanted)
     # Documents are unequal, so the held-out share of the rows may exceed that of the documents.
     validation = max(1, math.ceil(2 * config.validation_fraction * train)) if config.validation_fraction else 0

@@ -3,7 +3,7 @@
 Shapes: R rows of a chunk, d model width, B buckets of both splits together.
 """
 
-import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,9 +18,9 @@ from capture.store import Activations, Chunk
 from core.artifact import Builder
 from core.cli import progress
 from core.runtime import Runtime
+from sae.scratch import bucket_name, chunk_name
 from sae.split import held_out
 
-SCRATCH = ".scratch"
 NORM_SHIFT = 11  # a float32 norm without its 11 lowest bits: 12 bits of mantissa remain, so the median is exact to 1 in 4,096
 
 
@@ -55,8 +55,8 @@ class Plan:
         return torch.Generator().manual_seed(digest >> 1)
 
     def counts(self, limit: float) -> dict[str, Any]:
-        """Rows by split, whole and partial batches, and rows dropped, from the scratch files of pass 2."""
-        counts: dict[str, Any] = {"abnormal_rows": 0}
+        """Rows by split, whole and partial batches, and rows dropped, from the scratch files of both passes."""
+        counts: dict[str, Any] = {"abnormal_rows": 0, "repeated_rows": sum(self._repeated_rows())}
         for split in ("train", "validation"):
             found = [bucket_rows(self.folder, bucket) for bucket in self.numbers(split)]
             rows = sum(bucket.in_file + bucket.rest for bucket in found)
@@ -66,17 +66,10 @@ class Plan:
             counts[f"{split}_partial_batch_rows"] = rows % self.batch_rows
         return counts
 
-
-def chunk_name(index: int) -> str:
-    return f"{SCRATCH}/.chunk-{index:06d}.safetensors"
-
-
-def bucket_name(bucket: int) -> str:
-    return f"{SCRATCH}/.bucket-{bucket:06d}.safetensors"
-
-
-def read_scratch(folder: Path, name: str) -> dict[str, Tensor]:
-    return safetensors.torch.load_file(folder / name)
+    def _repeated_rows(self) -> Iterator[int]:
+        for index in range(self.n_chunks):
+            with safe_open(self.folder / chunk_name(index), framework="pt") as file:
+                yield int(file.get_tensor("repeated_rows"))
 
 
 class BucketRows(NamedTuple):
@@ -94,25 +87,25 @@ def bucket_rows(folder: Path, bucket: int) -> BucketRows:
         return BucketRows(int(file.get_tensor("file_rows")), rest, int(file.get_tensor("dropped")))
 
 
-def remove_scratch(folder: Path) -> None:
-    """Both passes are done, or the folder was complete all along: their files are no longer needed."""
-    shutil.rmtree(folder / SCRATCH, ignore_errors=True)
+def scatter(plan: Plan, activations: Activations, repeated: Tensor | None, builder: Builder, runtime: Runtime) -> None:
+    """Write the scratch file of each chunk of this rank that an earlier run did not finish.
 
-
-def scatter(plan: Plan, activations: Activations, builder: Builder, runtime: Runtime) -> None:
-    """Write the scratch file of each chunk of this rank that an earlier run did not finish."""
+    `repeated` [n_sentences] says which sentences are to be left out; None: none.
+    """
     todo = [i for i in runtime.share(plan.n_chunks) if not builder.has(chunk_name(i))]
     for index in progress(todo, "scattering", len(todo), "chunks", runtime):
-        sorted_rows = scatter_chunk(plan, activations.chunk(index))
+        chunk = activations.chunk(index)
+        sorted_rows = scatter_chunk(plan, chunk, None if repeated is None else repeated[chunk.sentence_ids])
         builder.publish(chunk_name(index), safetensors.torch.save(sorted_rows))
 
 
-def scatter_chunk(plan: Plan, chunk: Chunk) -> dict[str, Tensor]:
-    """`x` [R, d] sorted by bucket, `offsets` [B + 1] of the buckets in it, and its norms' histogram as `bins` and `bin_counts`.
+def scatter_chunk(plan: Plan, chunk: Chunk, repeated: Tensor | None = None) -> dict[str, Tensor]:
+    """`x` [R, d] sorted by bucket, `offsets` [B + 1] of the buckets in it, its norms' histogram as `bins` and `bin_counts`,
+    and how many rows were left out because their sentence is `repeated` [n].
 
     ValueError where a row is not finite.
     """
-    rows = chunk.activations
+    rows, lengths = chunk.activations, chunk.offsets.diff()
     norms = row_norms(rows)
     if not bool(torch.isfinite(norms).all()):
         row = int((~torch.isfinite(norms)).nonzero()[0])
@@ -121,19 +114,22 @@ def scatter_chunk(plan: Plan, chunk: Chunk) -> dict[str, Tensor]:
             f"chunk {chunk.index}, row {row} (sentence {int(chunk.sentence_ids[sentence])}, document "
             f"{int(chunk.document_ids[sentence])}): holds NaN or infinite values; capture it again in bfloat16 or float32"
         )
+    validation = held_out(chunk.document_ids, plan.validation_fraction, plan.seed).repeat_interleave(lengths)
+    if repeated is not None:
+        kept = ~repeated.repeat_interleave(lengths)
+        rows, norms, validation = rows[kept], norms[kept], validation[kept]
     generator = plan.generator("chunk", chunk.index)
     draws = {
         split: torch.randint(max(1, n), (len(rows),), generator=generator) + plan.numbers(split).start
         for split, n in plan.buckets.items()
     }
-    validation = held_out(chunk.document_ids, plan.validation_fraction, plan.seed)
-    of_row = validation.repeat_interleave(chunk.offsets.diff())
-    bucket = torch.where(of_row, draws["validation"], draws["train"])
+    bucket = torch.where(validation, draws["validation"], draws["train"])
     order = bucket.argsort(stable=True)
     offsets = torch.zeros(plan.n_buckets + 1, dtype=torch.long)
     offsets[1:] = torch.bincount(bucket, minlength=plan.n_buckets).cumsum(0)
     bins, bin_counts = torch.unique(norms.view(torch.int32) >> NORM_SHIFT, return_counts=True)
-    return {"x": rows[order], "offsets": offsets, "bins": bins, "bin_counts": bin_counts}
+    n_left_out = torch.tensor(len(chunk.activations) - len(rows))
+    return {"x": rows[order], "offsets": offsets, "bins": bins, "bin_counts": bin_counts, "repeated_rows": n_left_out}
 
 
 def row_norms(rows: Tensor) -> Tensor:

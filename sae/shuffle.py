@@ -8,14 +8,20 @@ import math
 
 import safetensors.torch
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from core.artifact import Builder
 from core.cli import progress
 from core.runtime import Runtime
 from sae.model import SAEConfig, layer_normalised
-from sae.moments import BLOCK_ROWS, Moments
-from sae.scatter import Plan, bucket_name, bucket_rows, read_bucket, read_scratch, row_norms
+from sae.moments import BLOCK_ROWS, Moments, geometric_median
+from sae.scatter import Plan, bucket_rows, read_bucket, row_norms
+from sae.scratch import bucket_name, read_scratch
+
+
+def file_name(split: str, number: int) -> str:
+    return f"{split}-{number:05d}.safetensors"
 
 
 def gather(plan: Plan, limit: float, builder: Builder, runtime: Runtime) -> list[str]:
@@ -24,7 +30,7 @@ def gather(plan: Plan, limit: float, builder: Builder, runtime: Runtime) -> list
     mine = runtime.share(plan.n_buckets)
     for bucket in progress(mine, "shuffling", len(mine), "buckets", runtime):
         split, number = plan.place(bucket)
-        name = f"{split}-{number:05d}.safetensors"
+        name = file_name(split, number)
         if not builder.has(bucket_name(bucket)):
             _finish_bucket(plan, bucket, name, limit, builder)
         if builder.has(name):
@@ -80,17 +86,33 @@ def write_rest(plan: Plan, builder: Builder) -> list[str]:
             joined = torch.cat(parts)
             whole = rows if last else rows // plan.batch_rows * plan.batch_rows
             if whole:
-                names.append(f"{split}-{number:05d}.safetensors")
+                names.append(file_name(split, number))
                 builder.publish(names[-1], safetensors.torch.save({"x": joined[:whole].contiguous()}), rows=whole)
             number, parts = number + 1, [joined[whole:]]
     return names
 
 
-def write_statistics(plan: Plan, builder: Builder) -> list[str]:
+def first_rows(plan: Plan, n: int) -> Tensor:
+    """The first `n` training rows of the first buckets, fewer where there are not so many: a random sample [<= n, d]."""
+    parts, found = list[Tensor](), 0
+    for bucket in plan.numbers("train"):
+        pieces = [read_scratch(plan.folder, bucket_name(bucket))["rest"]]
+        if bucket_rows(plan.folder, bucket).in_file:
+            with safe_open(plan.folder / file_name("train", bucket), framework="pt") as file:
+                pieces.insert(0, file.get_slice("x")[: n - found])
+        parts += pieces
+        found += sum(map(len, pieces))
+        if found >= n:
+            break
+    return torch.cat(parts)[:n]
+
+
+def write_statistics(plan: Plan, median_rows: int, builder: Builder) -> list[str]:
     """Merge the buckets' statistics in order, so that the result does not depend on who computed them.
 
     `statistics.safetensors` holds, of the training rows: `count`, `mean_norm` (E||x||); float64 [d] `mean` and `variance` of
-    x, `dataset_mean` and `dataset_variance` of z = x sqrt(d) / E||x||, `layer_mean` and `layer_variance` of z under `layer`.
+    x, `dataset_mean` and `dataset_variance` of z = x sqrt(d) / E||x||, `layer_mean` and `layer_variance` of z under `layer`;
+    with `median_rows`, of so many rows, `geometric_median`, `dataset_geometric_median` and `layer_geometric_median`.
     """
     raw, layer, norm_sum = None, None, 0.0
     for bucket in plan.numbers("train"):
@@ -117,5 +139,14 @@ def write_statistics(plan: Plan, builder: Builder) -> list[str]:
         "layer_mean": layer.mean,
         "layer_variance": layer.variance,
     }
+    if median_rows:
+        rows = first_rows(plan, median_rows)
+        median = geometric_median(rows)
+        layer_median = geometric_median(layer_normalised(rows.float(), SAEConfig.norm_eps).z)
+        statistics |= {
+            "geometric_median": median,
+            "dataset_geometric_median": median * scale,
+            "layer_geometric_median": layer_median,
+        }
     builder.publish("statistics.safetensors", safetensors.torch.save(statistics))
     return ["statistics.safetensors"]

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sae import fast
+
 with warnings.catch_warnings():  # PyTorch says once per process that CSR tensors are in beta
     warnings.simplefilter("ignore")
     torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.empty(0, dtype=torch.long), torch.empty(0), (1, 1))
@@ -19,11 +21,19 @@ with warnings.catch_warnings():  # PyTorch says once per process that CSR tensor
 
 def bag(values: Tensor, indices: Tensor, weight: Tensor) -> Tensor:
     """`out[i] = sum_j values[i, j] * weight[indices[i, j]]`: [N, d] from [N, K], [N, K] and [n, d]."""
+    kernels = fast.kernels_for(weight)
+    if kernels is not None:
+        out: Tensor = kernels.bag(values, indices, weight)
+        return out
     return F.embedding_bag(indices, weight, per_sample_weights=values, mode="sum")
 
 
 def sampled_product(g: Tensor, weight: Tensor, indices: Tensor) -> Tensor:
     """`out[i, j] = g[i] . weight[indices[i, j]]`: [N, K] from [N, d], [n, d] and [N, K]."""
+    kernels = fast.kernels_for(weight)
+    if kernels is not None:
+        out: Tensor = kernels.sampled_product(g, weight, indices)
+        return out
     rows, entries = indices.shape
     starts = torch.arange(0, rows * entries + 1, entries, device=g.device)
     pattern = torch.sparse_csr_tensor(starts, indices.reshape(-1), g.new_zeros(rows * entries), (rows, weight.shape[0]))

@@ -2,8 +2,8 @@
 
 The gradients of `W_enc` and `W_dec` are never stored. They are kept as what they are sums of, a few entries per row sorted by
 latent, and `RowGradients.rows` gives those of any run of latents; `sae.update` forms a block of them, lets it act, and forgets
-it. `losses` in sae.loss is the same by autograd, for every architecture and number of ranks, and the twin in the tests.
-Shapes: N rows, n latents, K entries per row, d model width, D dead latents, B rows of a block.
+it. `losses` in sae.loss is the same by autograd, for every architecture, and the twin in the tests.
+Shapes: N rows of this rank, n latents of this rank, K entries per row, d model width, D dead latents, B rows of a block.
 """
 
 from typing import NamedTuple
@@ -13,21 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from core.product import linear
-from sae.model import SAE
+from core.runtime import Comm, Mesh
+from sae.loss import ALONE, Losses, Recipe, aux_weight
+from sae.model import CPU_ELEMENTS, GPU_ELEMENTS, SAE
+from sae.parallel import best
 from sae.sparse import bag, sampled_product, sums_by_latent, transpose
 from sae.topk import top_k
 
-# Pre-activations in memory at a time. On a CPU 16 MB stay in the last level of cache and, unlike larger blocks, are handed back
-# and forth by malloc without asking the kernel for zeroed pages, which costs as much as a quarter of the product itself.
-CPU_ELEMENTS, GPU_ELEMENTS = 2**22, 2**29
 DENSE_FACTOR = 6  # on a CPU an entry of a sparse product costs about as much as so many of a dense one
-
-
-class Weights(NamedTuple):
-    """What turns sums into the loss that is differentiated: `main * sum (z - z_hat)^2 + aux * sum (e - e_hat)^2`."""
-
-    main: float
-    aux: float = 0.0
 
 
 class Entries(NamedTuple):
@@ -37,8 +30,8 @@ class Entries(NamedTuple):
     starts: Tensor  # [n + 1], where each latent's begin
     values: Tensor  # [E], activation
     g_values: Tensor  # [E], its gradient
-    centred: Tensor  # [N, d], z - b_pre
-    g_decoded: Tensor  # [N, d], gradient of what the activations decode to
+    centred: Tensor  # [N, d], z - b_pre, of the products' type
+    g_decoded: Tensor  # [N, d], gradient of what the activations decode to, likewise
     b_enc: Tensor  # [n], gradient of b_enc
 
     def add_rows(self, start: int, stop: int, enc: Tensor, dec: Tensor) -> None:
@@ -47,7 +40,12 @@ class Entries(NamedTuple):
         row, offsets = self.row[first:last], starts - first
         for out, dense, weights in ((enc, self.centred, self.g_values), (dec, self.g_decoded, self.values)):
             out += F.embedding_bag(
-                row, dense, offsets, mode="sum", per_sample_weights=weights[first:last], include_last_offset=True
+                row,
+                dense.to(weights.dtype),
+                offsets,
+                mode="sum",
+                per_sample_weights=weights[first:last],
+                include_last_offset=True,
             )
 
 
@@ -63,16 +61,25 @@ class DenseRows(NamedTuple):
         bounds = torch.tensor([start, stop], device=enc.device)
         first, last = torch.searchsorted(self.latents, bounds).tolist()
         local = self.latents[first:last] - start
-        enc.index_add_(0, local, self.W_enc[first:last])
-        dec.index_add_(0, local, self.W_dec[first:last])
+        enc.index_add_(0, local, self.W_enc[first:last].to(enc.dtype))
+        dec.index_add_(0, local, self.W_dec[first:last].to(dec.dtype))
+
+
+class Weights(NamedTuple):
+    """What the products multiply with, in their type."""
+
+    W_enc: Tensor
+    b_enc: Tensor
+    W_dec: Tensor
 
 
 class RowGradients(NamedTuple):
-    """Gradients of all parameters; those of `W_enc` and `W_dec` are sums over `parts`."""
+    """Gradients of all parameters, of the rows of all ranks; those of `W_enc` and `W_dec` are sums over `parts` and ranks."""
 
     b_pre: Tensor
     b_enc: Tensor
     parts: list[Entries | DenseRows]
+    data: Comm
 
     def rows(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Gradients of `W_enc[start:stop]` and `W_dec[start:stop]`, [stop - start, d] each."""
@@ -80,70 +87,92 @@ class RowGradients(NamedTuple):
         dec = torch.zeros_like(enc)
         for part in self.parts:
             part.add_rows(start, stop, enc, dec)
-        return enc, dec
+        return self.data.sum_(enc), self.data.sum_(dec)
+
+    def plus(self, other: "RowGradients") -> "RowGradients":
+        return RowGradients(self.b_pre + other.b_pre, self.b_enc + other.b_enc, self.parts + other.parts, self.data)
 
     def finite(self) -> Tensor:
         """Whether the gradients of the biases, in which every entry of the others takes part, are finite: bool []."""
         return (self.b_pre.sum() + self.b_enc.sum()).isfinite()
 
 
-class StepLosses(NamedTuple):
-    """Sums over rows and entries as in sae.loss.Losses, and the gradients of the weighted loss."""
-
-    main: Tensor
-    aux: Tensor
-    l0: Tensor
-    fired: Tensor
-    gradients: RowGradients
-
-
 @torch.no_grad()
-def topk_step(sae: SAE, z: Tensor, weights: Weights, dead: Tensor | None = None, k_aux: int = 0) -> StepLosses:
-    """Loss and gradients of normalised rows `z` [N, d], N at least 1.
+def topk_step(
+    sae: SAE, z: Tensor, recipe: Recipe, scale: float, dead: Tensor | None = None, n_dead: int = 0, mesh: Mesh = ALONE
+) -> tuple[Losses, RowGradients]:
+    """Loss sums of normalised rows `z` [N, d], and the gradients of `scale` times the objective.
 
-    `dead` [D] int64, sorted, are the dead latents, of which the best `min(k_aux, D)` of each row reconstruct its error (Gao et
-    al. 2024, A.2); None or none of them: no AuxK.
+    Arguments and sums are those of `losses`; `dead` is sorted.
     """
-    n, on_cpu = len(sae.W_enc), z.device.type == "cpu"
+    latent, n, on_cpu = mesh.latent, len(sae.W_enc), z.device.type == "cpu"
+    of_products = recipe.products or z.dtype
+    weights = Weights(*(weight.to(of_products) for weight in (sae.W_enc, sae.b_enc, sae.W_dec)))
     auxiliary = None
-    if dead is not None and len(dead):
-        is_sparse = on_cpu and len(dead) > DENSE_FACTOR * k_aux
-        auxiliary = (_SparseAuxiliary if is_sparse else _DenseAuxiliary)(sae, dead, k_aux, weights.aux)
-    centred = z - sae.b_pre
-    blocks = []
-    for block in torch.split(centred, max(1, (CPU_ELEMENTS if on_cpu else GPU_ELEMENTS) // n)):
-        h = linear(block, sae.W_enc, sae.b_enc)
-        values, indices = top_k(h, sae.cfg.k)
-        error = block - bag(values.relu_(), indices, sae.W_dec)  # z - z_hat: b_pre cancels
+    if dead is not None and n_dead and recipe.aux_coefficient:
+        is_sparse = on_cpu and len(dead) > DENSE_FACTOR * recipe.k_aux
+        auxiliary = (_SparseAuxiliary if is_sparse else _DenseAuxiliary)(weights.W_dec, dead, n_dead, recipe, scale, latent)
+    exact = z - sae.b_pre
+    centred = exact.to(of_products)
+    blocks, step = [], max(1, (CPU_ELEMENTS if on_cpu else GPU_ELEMENTS) // n)
+    for block, rounded in zip(torch.split(exact, step), torch.split(centred, step), strict=True):
+        h = linear(rounded, weights.W_enc, weights.b_enc)
+        values, indices = _largest(h, recipe.k, latent)
+        values = values.to(z.dtype)
+        error = block - latent.sum_(bag(values, indices, weights.W_dec))  # z - z_hat: b_pre cancels
         if auxiliary is not None:
-            auxiliary.add(block, h, error)
+            auxiliary.add(rounded, h, error)
         blocks.append((values, indices, error))
-    values, indices, error = (torch.cat(column) for column in zip(*blocks, strict=True))
+    values, indices, error = _joined(blocks)
 
     main, active = error.square().sum(), values > 0
     fired = torch.zeros(n, dtype=torch.int32, device=z.device)
     fired.scatter_add_(0, indices.flatten(), active.flatten().int())
-    g_z_hat = error.mul_(-2 * weights.main)
-    parts: list[Entries | DenseRows] = [_entries(sae, values, indices, centred, g_z_hat)]
+    g_z_hat = error.mul_(-2 * scale)
+    parts: list[Entries | DenseRows] = [_entries(weights.W_dec, values, indices, centred, g_z_hat)]
+    aux = z.new_zeros(())
     if auxiliary is not None:
         parts.append(auxiliary.gradients(centred))
+        aux = auxiliary.total
     b_enc = torch.stack([part.b_enc for part in parts]).sum(0)
-    b_pre = g_z_hat.sum(0) - b_enc @ sae.W_enc
-    aux = auxiliary.total if auxiliary is not None else z.new_zeros(())
-    return StepLosses(main, aux, active.sum(), fired, RowGradients(b_pre, b_enc, parts))
+    b_pre = g_z_hat.sum(0) - latent.sum_(b_enc @ sae.W_enc)
+    gradients = RowGradients(mesh.data.sum_(b_pre), mesh.data.sum_(b_enc), parts, mesh.data)
+    objective = main + aux_weight(n_dead, recipe.k_aux, recipe.aux_coefficient) * aux
+    return Losses(objective, main, aux, z.new_zeros(()), active.sum(), fired, z.new_zeros(())), gradients
 
 
-def _entries(sae: SAE, values: Tensor, indices: Tensor, centred: Tensor, g_decoded: Tensor) -> Entries:
+def _largest(h: Tensor, k: int, latent: Comm) -> tuple[Tensor, Tensor]:
+    """This rank's share of the k largest of each row of `h`, 0 where negative: values [N, K] and indices."""
+    if latent.size == 1:
+        values, indices = top_k(h, k)
+        return values.relu_(), indices
+    indices, kept = best(h, k, latent)
+    if h.shape[1] == 0:
+        return h, indices[:, :0]
+    return h.gather(1, indices).relu_().masked_fill_(~kept, 0), indices  # type: ignore[operator]
+
+
+def _joined(blocks: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, indices and vectors of all blocks; in latent parallel a rank's share differs in width from block to block."""
+    if len(blocks) == 1:
+        return blocks[0]
+    K = max(values.shape[1] for values, _, _ in blocks)
+    padded = [(F.pad(v, (0, K - v.shape[1])), F.pad(i, (0, K - i.shape[1])), vectors) for v, i, vectors in blocks]
+    values, indices, vectors = (torch.cat(column) for column in zip(*padded, strict=True))
+    return values, indices, vectors
+
+
+def _entries(W_dec: Tensor, values: Tensor, indices: Tensor, centred: Tensor, g_decoded: Tensor) -> Entries:
     """Gradients of `bag(values, indices, W_dec)`, given its own, `g_decoded` [N, d]; values of 0 did not pass the ReLU."""
-    g_values = sampled_product(g_decoded, sae.W_dec, indices).mul_(values > 0)
-    by_latent = transpose(indices, len(sae.W_enc))
+    g_values = sampled_product(g_decoded, W_dec, indices).mul_(values > 0)
+    by_latent = transpose(indices, len(W_dec))
     return Entries(
         by_latent.rows,
         by_latent.starts,
         values.flatten()[by_latent.order],
         g_values.flatten()[by_latent.order],
         centred,
-        g_decoded,
+        g_decoded.to(centred.dtype),
         sums_by_latent(g_values, by_latent),
     )
 
@@ -151,13 +180,15 @@ def _entries(sae: SAE, values: Tensor, indices: Tensor, centred: Tensor, g_decod
 class _Auxiliary:
     """AuxK, added up block by block: `add` takes rows z - b_pre [B, d], their `h` [B, n] and `error` [B, d], held fixed."""
 
-    def __init__(self, sae: SAE, dead: Tensor, k_aux: int, weight: float) -> None:
-        self.sae, self.dead, self.k_aux, self.weight = sae, dead, k_aux, weight
-        self.total = sae.W_dec.new_zeros(())
+    def __init__(self, W_dec: Tensor, dead: Tensor, n_dead: int, recipe: Recipe, scale: float, latent: Comm) -> None:
+        self.W_dec, self.dead, self.latent = W_dec, dead, latent
+        self.k, self.all_chosen = min(recipe.k_aux, n_dead), n_dead <= recipe.k_aux
+        self.weight = scale * aux_weight(n_dead, recipe.k_aux, recipe.aux_coefficient)
+        self.total = torch.zeros((), dtype=torch.promote_types(W_dec.dtype, torch.float32), device=W_dec.device)
 
-    def _missed(self, error: Tensor, e_hat: Tensor) -> Tensor:
+    def _missed(self, error: Tensor, part_of_e_hat: Tensor) -> Tensor:
         """The gradient of `e_hat`."""
-        missed = error - e_hat
+        missed = error - self.latent.sum_(part_of_e_hat.to(error.dtype))
         self.total += missed.square().sum()
         return missed.mul_(-2 * self.weight)
 
@@ -165,41 +196,41 @@ class _Auxiliary:
 class _DenseAuxiliary(_Auxiliary):
     """By dense products over the dead latents: for few of them, or where a processor is made for dense products."""
 
-    def __init__(self, sae: SAE, dead: Tensor, k_aux: int, weight: float) -> None:
-        super().__init__(sae, dead, k_aux, weight)
-        self.rows = sae.W_dec[dead]  # (D, d)
-        self.W_enc, self.W_dec = torch.zeros_like(self.rows), torch.zeros_like(self.rows)
-        self.b_enc = self.rows.new_zeros(len(dead))
+    def __init__(self, W_dec: Tensor, dead: Tensor, n_dead: int, recipe: Recipe, scale: float, latent: Comm) -> None:
+        super().__init__(W_dec, dead, n_dead, recipe, scale, latent)
+        self.rows = W_dec[dead]  # (D, d)
+        self.g_enc, self.g_dec = torch.zeros_like(self.rows), torch.zeros_like(self.rows)
+        self.b_enc = self.total.new_zeros(len(dead))
 
     def add(self, centred: Tensor, h: Tensor, error: Tensor) -> None:
         f = h.index_select(1, self.dead).relu_()  # (B, D)
-        if len(self.dead) > self.k_aux:
-            best_values, best = top_k(f, self.k_aux)
-            f = torch.zeros_like(f).scatter_(1, best, best_values)
-        g = self._missed(error, f @ self.rows)
+        if not self.all_chosen:
+            values, chosen = _largest(f, self.k, self.latent)
+            f = torch.zeros_like(f).scatter_(1, chosen, values)
+        g = self._missed(error, f @ self.rows).to(f.dtype)
         g_f = (g @ self.rows.T).mul_(f > 0)
-        self.W_dec.addmm_(f.T, g)
-        self.W_enc.addmm_(g_f.T, centred)
-        self.b_enc += g_f.sum(0)
+        self.g_dec.addmm_(f.T, g)
+        self.g_enc.addmm_(g_f.T, centred)
+        self.b_enc += g_f.sum(0, dtype=self.b_enc.dtype)
 
     def gradients(self, centred: Tensor) -> DenseRows:
-        b_enc = centred.new_zeros(len(self.sae.W_enc)).index_add_(0, self.dead, self.b_enc)
-        return DenseRows(self.dead, self.W_enc, self.W_dec, b_enc)
+        b_enc = self.b_enc.new_zeros(len(self.W_dec)).index_add_(0, self.dead, self.b_enc)
+        return DenseRows(self.dead, self.g_enc, self.g_dec, b_enc)
 
 
 class _SparseAuxiliary(_Auxiliary):
     """By the same sparse products as the reconstruction itself: for many dead latents on a CPU."""
 
-    def __init__(self, sae: SAE, dead: Tensor, k_aux: int, weight: float) -> None:
-        super().__init__(sae, dead, k_aux, weight)
+    def __init__(self, W_dec: Tensor, dead: Tensor, n_dead: int, recipe: Recipe, scale: float, latent: Comm) -> None:
+        super().__init__(W_dec, dead, n_dead, recipe, scale, latent)
         self.blocks: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def add(self, centred: Tensor, h: Tensor, error: Tensor) -> None:
-        values, best = top_k(h.index_select(1, self.dead), self.k_aux)
-        indices = self.dead[best]
-        g = self._missed(error, bag(values.relu_(), indices, self.sae.W_dec))
+        values, chosen = _largest(h.index_select(1, self.dead), self.k, self.latent)
+        indices = self.dead[chosen]
+        g = self._missed(error, bag(values, indices, self.W_dec))
         self.blocks.append((values, indices, g))
 
     def gradients(self, centred: Tensor) -> Entries:
-        values, indices, g = (torch.cat(column) for column in zip(*self.blocks, strict=True))
-        return _entries(self.sae, values, indices, centred, g)
+        values, indices, g = _joined(self.blocks)
+        return _entries(self.W_dec, values, indices, centred, g)

@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sae import fast
+
 GROUPS = (64, 32, 16, 8)  # sizes tried, the largest first
+SMALL = 2**12  # numbers in all; for fewer, as for one token while a text is generated, the calls cost more than the looking
 SPARE = 6  # groups per element kept: with fewer, the next level has too many candidates (measured, docs/performance.md)
 
 
@@ -18,9 +21,13 @@ def top_k(h: Tensor, k: int) -> tuple[Tensor, Tensor]:
     and to look there in the same way. Where values tie, the choice depends on the input alone. NaN must be refused before: it
     would rank first.
     """
+    kernels = fast.kernels_for(h)
+    if kernels is not None:
+        found: tuple[Tensor, Tensor] = kernels.top_k(h, k)
+        return found
     n = h.shape[1]
     group = group_size(n, k)
-    if group == 1 or len(h) == 0:
+    if group == 1 or h.numel() <= SMALL:
         return torch.topk(h, k)
     m = n // group
     grouped = h[:, : m * group].view(len(h), m, group)  # (N, m, G)

@@ -24,6 +24,7 @@ import torch
 from core import files
 from core.artifact import building, config_record, open_artifact
 from core.cli import Progress, StageConfig, machine, run_stage
+from core.product import linear
 from core.runtime import Runtime
 from sae.batches import Batches
 from sae.checkpoint import Checkpoints, StopWish, stop_signals
@@ -180,7 +181,7 @@ def _line(trainer: Trainer, result: StepResult) -> dict[str, Any]:
     measured = result._asdict()
     return (
         {"step": trainer.step, "tokens": trainer.tokens}
-        | {name: measured[name] for name in measured if name not in ("stop_signal", "busy")}
+        | {name: float(measured[name]) for name in measured if name not in ("stop_signal", "busy")}
         | trainer.firing_histograms()
     )
 
@@ -204,16 +205,18 @@ class Clock:
 
 @torch.no_grad()
 def floor_seconds(trainer: Trainer) -> float:
-    """Seconds per row of a step, all ranks at work, for `z @ W_enc.T` alone: the best of three on this rank's share of a step,
-    cut into the parts that training cuts it into.
+    """Seconds per row of a step, all ranks at work, for the encoder's product alone: the best of three on this rank's share of
+    a step, cut into the parts that training cuts it into, in the type that it multiplies.
     """
     config, data, device = trainer.config, trainer.mesh.data, trainer.runtime.device
     n_rows = -(-config.batch_size // data.size // config.accumulate)
-    z = torch.ones(n_rows, trainer.sae.cfg.d_model, dtype=trainer.sae.W_enc.dtype, device=device)
+    d = trainer.sae.cfg.d_model
+    W_enc = trainer.sae.W_enc.to(config.recipe(0, d, device).products or trainer.sae.W_enc.dtype)
+    z = torch.ones(n_rows, d, dtype=W_enc.dtype, device=device)
     times = []
     for _ in range(3):
         began = _now(device)
-        z @ trainer.sae.W_enc.T
+        linear(z, W_enc)
         times.append(_now(device) - began)
     return min(times) / (n_rows * data.size)
 

@@ -4,8 +4,8 @@ Shapes: N rows of this rank, B rows of all ranks in a step, n latents of this ra
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor
 
 from core.runtime import Mesh, Runtime, Solo
 from sae.batches import Batches, Rows, Schedule
+from sae.descent import descent
 from sae.hyperparameters import Hyperparameters as Hyperparameters
+from sae.loader import Loader, Segments
 from sae.loss import Losses, losses
 from sae.model import SAE, SAEConfig
 
@@ -39,7 +41,8 @@ class StepResult(NamedTuple):
     l0: float
     dead_fraction: float
     lr: float
-    gradient_norm: float
+    gradient_norm: Tensor
+    """Left on the device: the step ends without waiting for it."""
     stop_signal: int
     busy: bool
 
@@ -87,7 +90,9 @@ class Trainer:
             decoupled_weight_decay=True,
             fused=True,
         )
+        self.descent = descent(config, self.sae, self.optimizer, self.mesh, self.first)
         device = runtime.device
+        self.loader = Loader(partial(self._read, batches.train), device)
         self.step = 0
         self.tokens = 0
         self.last_fired = torch.zeros(self.n_local, dtype=torch.long, device=device)  # `tokens` at that time
@@ -96,7 +101,7 @@ class Trainer:
         self.lowest_val_loss, self.validations_above = math.inf, 0
 
     def _new_sae(self, seed: int, begin_with: SAE | None) -> SAE:
-        """This rank's latents of a fresh SAE, or of `begin_with`; `b_pre` starts at the mean of z."""
+        """This rank's latents of a fresh SAE, or of `begin_with`; `b_pre` starts at a centre of z."""
         config, statistics = self.config, self.batches.statistics
         sae = SAE(
             SAEConfig(
@@ -118,8 +123,9 @@ class Trainer:
         )
         with torch.no_grad():
             if begin_with is None:
-                sae.initialise_(config.init, torch.Generator().manual_seed(seed), self.first, config.n_latents)
-                sae.b_pre.copy_(statistics.mean(config.norm))
+                generator, norm = torch.Generator().manual_seed(seed), config.initial_encoder_norm(statistics.d_model)
+                sae.initialise_(config.init, generator, self.first, config.n_latents, norm)
+                sae.b_pre.copy_(statistics.centre(config.norm, config.b_pre))
                 if config.architecture == "jumprelu":
                     sae.threshold.fill_(config.jump_threshold)  # type: ignore[union-attr]
             else:
@@ -141,16 +147,12 @@ class Trainer:
         config, d = self.config, self.sae.cfg.d_model
         dead, n_rows = self.dead(), self.schedule.rows_in(self.step)
         n_dead = self._over_latents(len(dead))
-        part = self._backward(dead, n_dead, n_rows)
-        for gradient in self._gradients().values():
-            self.mesh.data.sum_(gradient)
+        part = self._add_gradients(dead, n_dead, n_rows)
         fired = self.mesh.data.sum_(part.fired)
-        if config.unit_decoder:
-            self.sae.remove_parallel_gradient_()
-        main, aux, penalty, l0, gradient_norm = self._measure(part)
-        self._refuse_non_finite(main, aux + penalty, gradient_norm)
+        main, aux, penalty, l0 = self._refuse_non_finite(part)
         wishes = self.runtime.comm.max_(torch.tensor([stop_signal, int(busy)], device=self.runtime.device)).tolist()
-        lr = self._update(gradient_norm)
+        lr = config.lr_at(self.step, self.total_steps)
+        gradient_norm = self.descent.update(lr)
         if config.architecture == "batchtopk" and self.sae.threshold is not None:
             self.sae.threshold.lerp_(part.threshold / config.accumulate, 1 - THRESHOLD_DECAY if self.step else 1.0)
         self.step += 1
@@ -170,73 +172,44 @@ class Trainer:
             busy=bool(wishes[1]),
         )
 
-    def _backward(self, dead: Tensor, n_dead: int, n_rows: int) -> Losses:
+    def _add_gradients(self, dead: Tensor, n_dead: int, n_rows: int) -> Losses:
         """Gradients of this rank's part of the loss, and its sums; zeros where no row falls to it."""
-        config, sae, data = self.config, self.sae, self.mesh.data
-        x = self._read(self.batches.train, self.schedule.segments(self.step, data.rank, data.size))
-        recipe = config.recipe(self.step, sae.cfg.d_model)
-        parts = list[Losses]()
-        for rows in x.tensor_split(config.accumulate):
-            part = losses(sae, sae.normalise(rows).z, recipe, dead, n_dead, self.mesh, self.first)
-            (part.objective / (n_rows * sae.cfg.d_model)).backward()  # type: ignore[no-untyped-call]
-            parts.append(Losses(*(value.detach() for value in part)))
+        config, sae = self.config, self.sae
+        x = self.loader.take(*(self._segments(step) for step in (self.step, self.step + 1)))
+        recipe, scale = config.recipe(self.step, sae.cfg.d_model, self.runtime.device), 1 / (n_rows * sae.cfg.d_model)
+        parts = [
+            self.descent.add(sae.normalise(rows).z, recipe, scale, dead, n_dead) for rows in x.tensor_split(config.accumulate)
+        ]
         return Losses(*(torch.stack(values).sum(0, dtype=values[0].dtype) for values in zip(*parts, strict=True)))
-
-    def _gradients(self) -> dict[str, Tensor]:
-        return {name: parameter.grad for name, parameter in self.sae.named_parameters() if parameter.grad is not None}
 
     def _over_latents(self, count: int) -> int:
         """Sum of `count` over the ranks that share rows."""
         return int(self.mesh.latent.sum_(torch.tensor(count, device=self.runtime.device)))
 
-    def _measure(self, part: Losses) -> list[float]:
-        """Sums over all rows and latents: main, aux, penalty, L0; and the norm of the whole gradient.
-
-        What several ranks hold alike is counted once: main and aux by those of the first latents, gradients, which are summed
-        over the data groups already, by the first data group.
+    def _refuse_non_finite(self, part: Losses) -> list[float]:
+        """Sums over all rows and latents: main, aux, penalty, L0. NotFinite on all ranks where one of them or a gradient is not
+        finite.
         """
-        data, latent = self.mesh
-        counted_rows, counted_gradients = latent.rank == 0, data.rank == 0
-        squares = {
-            name: torch.linalg.vector_norm(gradient).double().square() * counted_gradients
-            for name, gradient in self._gradients().items()
-        }
-        squares["b_pre"] = squares["b_pre"] * counted_rows
-        values = [part.main.double() * counted_rows, part.aux.double() * counted_rows, part.penalty, part.l0]
-        sums = torch.stack([value.double() for value in (*values, sum(squares.values(), torch.zeros_like(squares["b_pre"])))])
-        *found, square = self.runtime.comm.sum_(sums).tolist()
-        return [*found, math.sqrt(square)]
-
-    def _update(self, gradient_norm: float) -> float:
-        """Let the gradients act, and forget them; returns the learning rate."""
-        config, sae = self.config, self.sae
-        if config.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(
-                sae.parameters(), config.clip_norm, torch.tensor(gradient_norm, dtype=torch.float64)
-            )
-        lr = config.lr_at(self.step, self.total_steps)
-        self.optimizer.param_groups[0]["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if config.unit_decoder:
-            sae.normalise_decoder_()
-        if sae.threshold is not None:
-            with torch.no_grad():
-                sae.threshold.clamp_(min=0)
-        return lr
-
-    def _read(self, rows: Rows, segments: Iterable[tuple[int, int]]) -> Tensor:
-        """Rows [N, d] on the device; N may be 0."""
-        parts = [rows.read(start, stop) for start, stop in segments]
-        x = torch.cat(parts) if parts else torch.empty(0, self.sae.cfg.d_model)
-        return x.to(self.runtime.device)
-
-    def _refuse_non_finite(self, main: float, extra: float, gradient_norm: float) -> None:
-        if not all(map(math.isfinite, (main, extra, gradient_norm))):
+        counted = self.mesh.latent.rank == 0  # ranks that share rows have the same reconstruction
+        values = [part.main * counted, part.aux * counted, part.penalty, part.l0, ~self.descent.finite()]
+        *sums, n_bad = self.runtime.comm.sum_(torch.stack([value.double() for value in values])).tolist()
+        if n_bad or not all(map(math.isfinite, sums)):
+            gradients = f"gradients that are not finite on {n_bad:g} ranks" if n_bad else "finite gradients"
             raise NotFinite(
-                f"step {self.step + 1}: loss and gradient must be finite; found {main}, {extra} and gradient norm "
-                f"{gradient_norm}. Nothing of this step was saved; lower --lr or set --clip-norm, with another --out"
+                f"step {self.step + 1}: loss and gradient must be finite; found loss sums {sums[0]}, {sums[1] + sums[2]} and "
+                f"{gradients}. Nothing of this step was saved; lower --lr or set --clip-norm, with another --out"
             )
+        return sums
+
+    def _segments(self, step: int) -> Segments:
+        """What this rank reads in `step`: nothing behind the last one."""
+        data = self.mesh.data
+        return list(self.schedule.segments(step, data.rank, data.size)) if step < self.total_steps else []
+
+    def _read(self, rows: Rows, segments: Segments) -> Tensor:
+        """Rows [N, d], on the CPU; N may be 0."""
+        parts = [rows.read(start, stop) for start, stop in segments]
+        return torch.cat(parts) if parts else torch.empty(0, self.sae.cfg.d_model)
 
     @torch.no_grad()
     def validate(self, most_rows: int) -> dict[str, float]:
@@ -246,11 +219,11 @@ class Trainer:
         if n_rows == 0:
             return {}
         (data, latent), d = self.mesh, self.sae.cfg.d_model
-        recipe, dead = self.config.recipe(self.step, d), self.dead()
+        recipe, dead = self.config.recipe(self.step, d, self.runtime.device), self.dead()
         n_dead = self._over_latents(len(dead))
         sums = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
         for start in range(data.rank * VALIDATION_ROWS, n_rows, data.size * VALIDATION_ROWS):
-            x = self._read(rows, [(start, min(n_rows, start + VALIDATION_ROWS))])
+            x = self._read(rows, [(start, min(n_rows, start + VALIDATION_ROWS))]).to(self.runtime.device)
             part = losses(self.sae, self.sae.normalise(x).z, recipe, dead, n_dead, Mesh(Solo(), latent), self.first)
             sums += torch.stack((part.main, part.aux)).double()
         main, aux = (data.sum_(sums) / n_rows).tolist()

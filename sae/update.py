@@ -4,50 +4,117 @@ Equal to forming all gradients, taking out what is parallel to each decoder row,
 state is that optimizer's own, and every row moves in every step.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
+from core.runtime import Comm, Solo
+from sae import fast
 from sae.model import SAE
-from sae.step import RowGradients
+from sae.step import DenseRows, Entries, RowGradients
 
-BLOCK_ELEMENTS = 2**19  # of one matrix: seven blocks of 2 MB are at work at a time
+SOLO = Solo()
+# Of one block of one matrix. On a CPU seven such blocks of 2 MB stay in cache.
+CPU_ELEMENTS, GPU_ELEMENTS = 2**19, 2**26
 
 
 @torch.no_grad()
 def update_(
-    sae: SAE, optimizer: torch.optim.Adam, gradients: RowGradients, clip_norm: float = 0.0, unit_decoder: bool = True
+    sae: SAE,
+    optimizer: torch.optim.Adam,
+    gradients: RowGradients,
+    clip_norm: float = 0.0,
+    unit_decoder: bool = True,
+    latent: Comm = SOLO,
 ) -> Tensor:
-    """Let `gradients` act on all parameters; returns their norm [], before clipping and after projection.
+    """Let `gradients` act on all parameters; returns their norm [], before clipping and after projection, over the latents of
+    all ranks in the group `latent`.
 
     `optimizer` gives learning rate, betas, epsilon and decay, and holds the state. With `clip_norm` the gradients are formed
     twice, first for their norm.
     """
+    biases = [gradients.b_pre, gradients.b_enc]
+    own = _square(gradients.b_pre) * (latent.rank == 0) + _square(gradients.b_enc)  # all ranks have the same b_pre
+    pass_over = partial(_by_kernel if _fused(sae, gradients) else _by_blocks, sae, optimizer, gradients, unit_decoder)
     scale = None
     if clip_norm:
-        squares = [_square(part) for block in _blocks(sae) for part in _projected(sae, gradients, block, unit_decoder)]
-        norm = torch.stack([*squares, _square(gradients.b_pre), _square(gradients.b_enc)]).sum().sqrt()
+        norm = latent.sum_(own + pass_over(act=False)).sqrt()
         scale = (clip_norm / (norm + 1e-6)).clamp_max(1)  # as torch.nn.utils.clip_grad_norm_
-    squares = [_square(gradients.b_pre), _square(gradients.b_enc)]
+        biases = [part * scale for part in biases]
+    squares = pass_over(scale)
+    _adam(optimizer, [sae.b_pre, sae.b_enc], biases, slice(None))
+    for parameter in sae.parameters():
+        optimizer.state[parameter]["step"] += 1
+    return latent.sum_(own + squares).sqrt()
+
+
+def _by_blocks(
+    sae: SAE,
+    optimizer: torch.optim.Adam,
+    gradients: RowGradients,
+    unit_decoder: bool,
+    scale: Tensor | None = None,
+    act: bool = True,
+) -> Tensor:
+    """The squared norm of the gradients of `W_enc` and `W_dec` []; with `act` they act, times `scale`."""
+    squares = []
     for block in _blocks(sae):
         parts = _projected(sae, gradients, block, unit_decoder)
         squares += [_square(part) for part in parts]
+        if not act:
+            continue
         if scale is not None:
             parts = [part.mul_(scale) for part in parts]
         _adam(optimizer, [sae.W_enc, sae.W_dec], parts, block)
         if unit_decoder:
             rows = sae.W_dec[block]
             rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
-    biases = [gradients.b_pre, gradients.b_enc]
-    _adam(optimizer, [sae.b_pre, sae.b_enc], biases if scale is None else [part * scale for part in biases], slice(None))
-    for parameter in sae.parameters():
-        optimizer.state[parameter]["step"] += 1
-    return torch.stack(squares).sum().sqrt()
+    return torch.stack(squares).sum()
+
+
+def _fused(sae: SAE, gradients: RowGradients) -> bool:
+    """Whether one kernel can form the gradients and let them act: on a GPU, where no gradient has to travel."""
+    kinds = [type(part) for part in gradients.parts]
+    return fast.kernels_for(sae.W_dec) is not None and gradients.data.size == 1 and kinds in ([Entries], [Entries, DenseRows])
+
+
+def _by_kernel(
+    sae: SAE,
+    optimizer: torch.optim.Adam,
+    gradients: RowGradients,
+    unit_decoder: bool,
+    scale: Tensor | None = None,
+    act: bool = True,
+) -> Tensor:
+    """As `_by_blocks`."""
+    kernels = fast.kernels_for(sae.W_dec)
+    assert kernels is not None
+    enc, dec = ([weight, *_moments(optimizer, weight)] for weight in (sae.W_enc, sae.W_dec))
+    numbers = _adam_numbers(optimizer, sae.W_dec, scale) if act else None
+    square: Tensor = kernels.update_rows(enc, dec, (*gradients.parts, None)[:2], numbers, unit_decoder)
+    return square
+
+
+def _adam_numbers(optimizer: torch.optim.Adam, parameter: Tensor, scale: Tensor | None) -> Tensor:
+    """What `update_rows` wants to know, float64 [7], without waiting for the device."""
+    group = optimizer.param_groups[0]
+    (beta1, beta2), lr, decay = group["betas"], group["lr"], group["weight_decay"]
+    step = _state(optimizer, parameter)["step"].double() + 1
+    constants = [1.0, 1 - beta1, 1 - beta2, 1 - lr * decay, lr, 1.0, group["eps"]]
+    pinned = torch.tensor(constants, dtype=torch.float64, pin_memory=parameter.is_cuda)
+    numbers = pinned.to(parameter.device, non_blocking=True)
+    if scale is not None:
+        numbers[0] = scale
+    numbers[4] /= 1 - beta1**step
+    numbers[5] = (1 - beta2**step).rsqrt()
+    return numbers
 
 
 def _blocks(sae: SAE) -> list[slice]:
     n, d = sae.W_dec.shape
-    rows = max(1, BLOCK_ELEMENTS // d)
+    rows = max(1, (CPU_ELEMENTS if sae.W_dec.device.type == "cpu" else GPU_ELEMENTS) // d)
     return [slice(start, min(n, start + rows)) for start in range(0, n, rows)]
 
 
@@ -85,6 +152,11 @@ def _adam(optimizer: torch.optim.Adam, parameters: list[Tensor], gradients: list
         maximize=False,
         decoupled_weight_decay=group["decoupled_weight_decay"],
     )
+
+
+def _moments(optimizer: torch.optim.Adam, parameter: Tensor) -> list[Tensor]:
+    state = _state(optimizer, parameter)
+    return [state["exp_avg"], state["exp_avg_sq"]]
 
 
 def _state(optimizer: torch.optim.Adam, parameter: Tensor) -> dict[str, Tensor]:

@@ -1,5 +1,9 @@
 """A server that speaks Anthropic's Message Batches over real HTTP on the loopback, and fails as real ones do.
 
+    python -m tests.fake_batches --port 8787 --faults 0.1
+
+serves until it is interrupted, for a rehearsal that costs nothing: what it answers names the strongest tokens of the prompt.
+
 Faults are drawn from a seeded generator: errors before and after a create was accepted, connections closed without an answer,
 answers that never come, requests that expire or err, results shuffled, doubled and cut. `BatchServer.faults` off, it is honest.
 """
@@ -15,6 +19,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import tyro
+
 Answer = Callable[[str, str], str]
 
 GOOD = '{"title": "storms at sea", "common_semantic": "Storms at sea.", "certainty": 0.8}'
@@ -25,20 +31,27 @@ class BatchServer:
     """`with BatchServer(...) as server:` serves at `server.url`. `answer(custom_id, prompt)` is the text of a reply."""
 
     def __init__(
-        self, seed: int = 0, faults: float = 0.0, expired: float = 0.0, hang_s: float = 2.0, answer: Answer = lambda i, p: GOOD
+        self,
+        seed: int = 0,
+        faults: float = 0.0,
+        expired: float = 0.0,
+        hang_s: float = 2.0,
+        answer: Answer = lambda i, p: GOOD,
+        port: int = 0,
     ) -> None:
         self.faults, self.expired, self.hang_s, self.answer = faults, expired, hang_s, answer
         self.batches: dict[str, dict[str, Any]] = {}
         self.calls: Counter[str] = Counter()
         self.injected: Counter[str] = Counter()
         self.looks_until_ended = 2
+        self.bytes_per_token = 5.0
         self.invalid: set[str] = set()
         """Ends of custom ids whose requests are answered with invalid_request_error."""
         self.keys: set[str] = set()
         """API keys seen."""
         self._random = random.Random(seed)
         self._lock = threading.Lock()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"server_state": self}))
+        self._http = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"server_state": self}))
         self._http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
 
@@ -138,7 +151,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         if path.endswith("/count_tokens"):
             self.server_state.calls["count_tokens"] += 1
-            self._json({"input_tokens": max(1, len(body) // 5)})
+            self._json({"input_tokens": max(1, round(len(body) / self.server_state.bytes_per_token))})
         elif path.endswith("/batches"):
             self._create(json.loads(body)["requests"])
         else:
@@ -236,3 +249,35 @@ class _Handler(BaseHTTPRequestHandler):
             super().handle()
         except (ConnectionError, TimeoutError):  # the client was killed
             pass
+
+
+def pretended(custom_id: str, prompt: str) -> str:
+    """An answer to any question of `interpretability.explain` or `interpretability.score`, without any understanding."""
+    lines = [json.loads(line) for line in prompt.splitlines() if line.startswith("{")]
+    if lines and "sentence" in lines[0]:
+        return json.dumps({"answers": [1] * (len(lines) if "Description:" in prompt else 1)})
+    tokens = Counter(token.strip() for line in lines for token, _ in line["peaks"] if token.strip())
+    names = [token for token, _ in tokens.most_common(3)] or ["white space"]
+    said = f"Rehearsal, not an explanation: fires most on {', '.join(names)}."
+    pieces = {"dominant_tokens": names, "patterns": said, "summary": said, "context": said}
+    return json.dumps({"title": f"rehearsal: {names[0]}", "common_semantic": said, "certainty": 0.5} | pieces)
+
+
+def main(port: int = 8787, faults: float = 0.0, expired: float = 0.0) -> None:
+    """Serve on 127.0.0.1 until interrupted.
+
+    Args:
+        port: Port of the loopback.
+        faults: Share of calls that fail: 429, 500, 529, time-outs, connections cut before and after the work was done.
+        expired: Share of requests that expire, err or are cancelled.
+    """
+    with BatchServer(faults=faults, expired=expired, answer=pretended, port=port) as server:
+        print(f"ANTHROPIC_API_KEY=any ANTHROPIC_BASE_URL={server.url}", flush=True)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            print(f"{len(server.batches)} batches, {sum(server.sent().values())} requests, faults {dict(server.injected)}")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -36,17 +36,22 @@ def fail_at(n: int, seen: list[str] | None = None, for_good: bool = False) -> Ho
     return hook
 
 
-def exit_at(n: int) -> Hook:
-    """A `files.before_operation` that ends the process with status 9 at the n-th operation, as a kill would; 0 never."""
+def do_at(n: int, act: Callable[[], None]) -> Hook:
+    """A `files.before_operation` that calls `act` at the n-th operation; 0 never."""
     count = 0
 
     def hook(operation: str, path: Path) -> None:
         nonlocal count
         count += 1
         if count == n:
-            os._exit(9)
+            act()
 
     return hook
+
+
+def exit_at(n: int) -> Hook:
+    """A `files.before_operation` that ends the process with status 9 at the n-th operation, as a kill would; 0 never."""
+    return do_at(n, lambda: os._exit(9))
 
 
 class ForkServer:
@@ -67,21 +72,30 @@ class ForkServer:
     def __exit__(self, *exc: object) -> None:
         self._process.communicate()
 
-    def run(self, function: Callable[..., Any], *arguments: Any, exit_at: int = 0, kill_after: float | None = None) -> int:
-        """0: came to its end; 1: raised (or the code of SystemExit); 9: ended at file operation `exit_at`; -9: killed after
-        `kill_after` seconds.
+    def run(
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        exit_at: int = 0,
+        kill_after: float | None = None,
+        kill_with: int = signal.SIGKILL,
+    ) -> int:
+        """0: came to its end; 1: raised (or the code of SystemExit); 9: ended at file operation `exit_at`; -N: killed by the
+        signal N = `kill_with` after `kill_after` seconds.
         """
         assert self._process.stdin
         assert self._process.stdout
         texts = [str(argument) for argument in arguments]
-        self._process.stdin.write(json.dumps([function.__module__, function.__name__, texts, exit_at, kill_after]) + "\n")
+        self._process.stdin.write(
+            json.dumps([function.__module__, function.__name__, texts, exit_at, kill_after, int(kill_with)]) + "\n"
+        )
         self._process.stdin.flush()
         return int(self._process.stdout.readline())
 
 
 def serve() -> None:
     for line in sys.stdin:
-        module, name, arguments, n, kill_after = json.loads(line)
+        module, name, arguments, n, kill_after, kill_with = json.loads(line)
         function = getattr(importlib.import_module(module), name)
         child = os.fork()
         if child == 0:
@@ -96,7 +110,7 @@ def serve() -> None:
                 os._exit(1)
         if kill_after is not None:
             time.sleep(kill_after)
-            os.kill(child, signal.SIGKILL)
+            os.kill(child, kill_with)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 

@@ -24,12 +24,21 @@ class MadeUpConfig(StageConfig):
 
 
 def make_activations(
-    folder: Path, rows: Tensor, lengths: Sequence[int], document_ids: Sequence[int] | None = None, chunk_sentences: int = 8
+    folder: Path,
+    rows: Tensor,
+    lengths: Sequence[int],
+    document_ids: Sequence[int] | None = None,
+    chunk_sentences: int = 8,
+    token_ids: Tensor | None = None,
 ) -> Path:
-    """An activations folder: sentence i has `lengths[i]` of the `rows` [N, d] and is of `document_ids[i]`, else of i // 2."""
+    """An activations folder: sentence i has `lengths[i]` of the `rows` [N, d] and is of `document_ids[i]`, else of i // 2.
+
+    Tokens are numbered through the whole folder where `token_ids` [N] are not given, so that no two sentences are the same.
+    """
     assert sum(lengths) == len(rows)
     documents = torch.tensor(document_ids if document_ids is not None else [i // 2 for i in range(len(lengths))])
     starts = torch.tensor([0, *lengths]).cumsum(0)
+    tokens = torch.arange(len(rows)) if token_ids is None else token_ids
     provenance = {
         "model_hash": "m", "tokenizer_hash": "t", "sites": [SITE], "d_model": rows.shape[1], "bos": "none", "max_length": 128,
         "dtype": {torch.float32: "fp32", torch.bfloat16: "bf16"}[rows.dtype], "corpus_hash": "c", "model": "tiny",
@@ -43,7 +52,7 @@ def make_activations(
             own = rows[starts[first] : starts[last]]
             tensors = {
                 "activations": own.contiguous(),
-                "token_ids": torch.arange(len(own), dtype=torch.int32),
+                "token_ids": tokens[starts[first] : starts[last]].int(),
                 "sentence_ids": torch.arange(first, last),
                 "document_ids": documents[first:last].clone(),
                 "offsets": starts[first : last + 1] - starts[first],

@@ -1,25 +1,27 @@
-"""Capture under faults: kills, damage, full disks, two jobs in one folder; then the same bytes and nothing left behind."""
+"""Capture under faults that are no kills: damaged files, full disks, two jobs in one folder."""
 
+import json
+import math
 import os
 import random
 import re
 import shutil
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from capture import plan
+from capture import chunks, plan
+from capture.batches import Batch, tokenise
+from capture.chunks import ChunkCapture, NonFinite, start_chunk
 from capture.store import open_activations, open_corpus
-from core import files
 from core.files import locked
-from tests.conftest import ROOT, Launch
-from tests.faults import ForkServer, fail_at
-from tests.test_capture import FLAGS, SITES, capture, command, contents, write_corpus
+from llama3 import load_tokenizer
+from tests.test_capture import FLAGS, SITES, capture, command, contents, how, write_corpus
+from tests.test_sentences import stage
 from tests.tiny import tiny_llama
 
 
@@ -31,72 +33,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_corpus(folder)
     capture(folder / "model", folder / "corpus", folder / "clean")
     return folder
-
-
-def resume(tiny: Path, out: Path) -> None:
-    """The same command again, then the bytes of the uninterrupted run."""
-    capture(tiny / "model", tiny / "corpus", out)
-    assert contents(out) == contents(tiny / "clean")
-
-
-def n_operations(tiny: Path, out: Path) -> int:
-    operations: list[str] = []
-    files.before_operation = fail_at(0, operations)
-    capture(tiny / "model", tiny / "corpus", out)
-    return len(operations)
-
-
-def test_killed_at_some_file_operations(tiny: Path, memory_path: Path, fork_server: ForkServer) -> None:
-    last = n_operations(tiny, memory_path / "whole")
-    for n in random.Random(0).sample(range(1, last + 1), 4):
-        out = memory_path / f"at{n}"
-        assert fork_server.run(capture, tiny / "model", tiny / "corpus", out, exit_at=n) == 9
-        resume(tiny, out)
-
-
-@pytest.mark.faults
-def test_killed_at_every_file_operation(tiny: Path, memory_path: Path, fork_server: ForkServer) -> None:
-    for n in range(1, n_operations(tiny, memory_path / "whole") + 1):
-        out = memory_path / f"at{n}"
-        assert fork_server.run(capture, tiny / "model", tiny / "corpus", out, exit_at=n) == 9
-        resume(tiny, out)
-        shutil.rmtree(out)
-
-
-@pytest.mark.faults
-def test_killed_at_fifty_moments(tiny: Path, memory_path: Path, fork_server: ForkServer) -> None:
-    for attempt in range(2):  # the second is timed: the first pays for what is loaded late
-        began = time.monotonic()
-        assert fork_server.run(capture, tiny / "model", tiny / "corpus", memory_path / f"whole{attempt}") == 0
-    whole = time.monotonic() - began
-    chance = random.Random(0)
-    statuses: list[int] = []
-    while statuses.count(-9) < 50:
-        out = memory_path / f"moment{len(statuses)}"
-        moment = chance.uniform(0, whole)
-        statuses.append(fork_server.run(capture, tiny / "model", tiny / "corpus", out, kill_after=moment))
-        resume(tiny, out)
-        shutil.rmtree(out)
-        assert len(statuses) < 250, "the runs end before they are killed"
-
-
-def test_two_ranks_then_one_then_three(tiny: Path, tmp_path: Path, fork_server: ForkServer, launch: Launch) -> None:
-    """Two ranks that are killed, one that is killed, and three to the end."""
-    out = tmp_path / "acts"
-    flags = ("--model", tiny / "model", "--corpus", tiny / "corpus", "--out", out, *FLAGS, "--timeout-s", 20)
-    lost = launch("-m", "tests.capture_ranks", 30, *flags, ranks=2, limit=400)
-    assert lost.returncode != 0
-    first = n_chunks(out)
-    assert fork_server.run(capture, tiny / "model", tiny / "corpus", out, exit_at=40) == 9
-    second = n_chunks(out)
-    assert 0 < first < second < n_chunks(tiny / "clean")
-    done = launch("-m", "capture.activations", *flags, ranks=3, limit=400)
-    assert done.returncode == 0, done.stderr
-    assert contents(out) == contents(tiny / "clean")
-
-
-def n_chunks(folder: Path) -> int:
-    return len(list(folder.rglob("*.safetensors")))
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------------
@@ -133,6 +69,42 @@ def read_everything(path: Path, folder: str) -> None:
             store = open_activations(path, site)
             for index in range(len(store)):
                 store.chunk(index)
+
+
+# --- NaN and Inf -----------------------------------------------------------------------------------------------------------
+
+
+def test_nan_and_inf_at_thirty_points_are_named(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any row, dimension and site; and `skip` takes that sentence's rows away and no others."""
+    corpus, tokenizer = open_corpus(tiny / "corpus"), load_tokenizer(tiny / "model")
+    tokens = tokenise(corpus.rows(0, corpus.n_sentences), tokenizer, 90)
+    strict, lenient = how(tiny), how(tiny, skip_nonfinite=True)
+    plain, chance = chunks._forward, random.Random(0)
+    whole = start_chunk(strict, tokens, lambda: None).result
+    for _ in range(30):
+        row, site, value = (
+            chance.randrange(len(tokens.token_ids)),
+            chance.choice(SITES),
+            chance.choice([math.nan, math.inf, -math.inf]),
+        )
+        dimension = chance.randrange(32)
+
+        def poisoned(how: ChunkCapture, batch: Batch) -> dict[str, torch.Tensor]:
+            acts = plain(how, batch)
+            acts[site][batch.rows == row, dimension] = value  # noqa: B023
+            return acts
+
+        monkeypatch.setattr(chunks, "_forward", poisoned)
+        sentence = int(torch.searchsorted(tokens.offsets, row, right=True)) - 1
+        begin, end = tokens.offsets[sentence : sentence + 2].tolist()
+        named = f"sentence {int(tokens.sentence_ids[sentence])}, token {row - begin}: NaN or Inf at site {site}"
+        with pytest.raises(NonFinite, match=re.escape(named)):
+            start_chunk(strict, tokens, lambda: None).result  # noqa: B018
+        left = start_chunk(lenient, tokens, lambda: None).result
+        assert left.counts["nonfinite"] == 1
+        for other in SITES:
+            kept = torch.cat((whole.rows[other].activations[:begin], whole.rows[other].activations[end:]))
+            assert torch.equal(left.rows[other].activations, kept)
 
 
 # --- disks and rivals ------------------------------------------------------------------------------------------------------
@@ -181,36 +153,28 @@ def test_a_disk_that_fills_up(
     assert contents(out) == clean
 
 
+def test_a_disk_that_fills_up_while_cutting(small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The corpus: the same, with the files of before unharmed and continued."""
+    lines = [json.dumps({"text": " ".join(f"Sentence {i}, no. {j * i}, of some." for j in range(40))}) for i in range(400)]
+    (tmp_path / "docs.jsonl").write_text("\n".join(lines))
+    flags = ("--source", tmp_path / "docs.jsonl", "--sentences-per-file", 2000, "--out")
+    stage(*flags, tmp_path / "clean")
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(2**20 - 64 * 1024))
+    with pytest.raises(SystemExit) as exit_:
+        stage(*flags, small_disk / "corpus")
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert re.search(rf"disk full: writing {small_disk}/corpus\S+ needs at least [\d,]+ bytes, [\d,]+ are free there", said)
+    earlier = list((small_disk / "corpus").glob("*.parquet"))
+    assert earlier
+    assert all(path.read_bytes() == (tmp_path / "clean" / path.name).read_bytes() for path in earlier)
+    ballast.unlink()
+    stage(*flags, small_disk / "corpus")
+    assert contents(small_disk / "corpus") == contents(tmp_path / "clean")
+
+
 def test_the_second_job_in_a_folder_is_refused(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with locked(tmp_path / "acts"), pytest.raises(SystemExit):
         command("--model", tiny / "model", "--corpus", tiny / "corpus", "--out", tmp_path / "acts", *FLAGS)
     assert f"another job is writing here (host {os.uname().nodename}, process {os.getpid()})" in capsys.readouterr().err
-
-
-def test_a_killed_job_leaves_no_process_and_no_shared_memory(tiny: Path, tmp_path: Path) -> None:
-    before = set(os.listdir("/dev/shm")) if Path("/dev/shm").is_dir() else set()
-    flags = ("--model", tiny / "model", "--corpus", tiny / "corpus", "--out", tmp_path / "acts", *FLAGS)
-    job = subprocess.Popen(
-        [sys.executable, "-m", "capture.activations", *map(str, flags)],
-        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    while job.poll() is None and not list((tmp_path / "acts").rglob("*.safetensors")):
-        time.sleep(0.01)
-    job.send_signal(signal.SIGKILL)
-    job.wait()
-    assert not group_members(job.pid)
-    assert (set(os.listdir("/dev/shm")) if Path("/dev/shm").is_dir() else set()) <= before
-    resume(tiny, tmp_path / "acts")
-
-
-def group_members(group: int) -> list[int]:
-    """Processes of a process group that are still there."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[2]) == group and fields[0] != "Z":
-            found.append(int(stat.parent.name))
-    return found

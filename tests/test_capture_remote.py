@@ -14,6 +14,7 @@ from pyarrow import fs
 from capture import merge
 from capture.merge import MergeConfig
 from capture.remote import Store, fetch
+from capture.store import open_activations
 from core.artifact import verify
 from tests.faults import ForkServer
 from tests.test_capture import capture, contents, solo, write_corpus
@@ -90,6 +91,8 @@ def test_captured_to_a_store_killed_continued_and_fetched(
     assert Store(url).size("layers.1.resid_post/chunk-000000.safetensors")
     capture_to(*map(str, arguments))
     assert sorted(contents(work)) == ["manifest.json"]
+    with pytest.raises(ValueError, match=r"written with --remote, fetch them with `python -m capture.remote`"):
+        open_activations(work, "layers.1.resid_post")
     fetch(url, tmp_path / "acts")
     assert contents(tmp_path / "acts") == contents(tiny / "clean")
     (tmp_path / "acts" / "layers.1.resid_post" / "chunk-000001.safetensors").unlink()
@@ -107,6 +110,8 @@ def test_a_damaged_object_is_refused(tiny: Path, tmp_path: Path) -> None:
     damaged.write_bytes(content)
     with pytest.raises(ValueError, match=r"chunk-000001.safetensors: damaged"):
         fetch(url, tmp_path / "acts")
+    with pytest.raises(ValueError, match="holds what another command wrote; choose another address"):
+        capture(tiny / "model", tiny / "corpus", tmp_path / "other", remote=url, storage="fp32")
 
 
 def test_addresses_that_lead_nowhere(tiny: Path, tmp_path: Path) -> None:

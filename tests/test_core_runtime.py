@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,11 @@ def late(runtime, folder):
         time.sleep(600)
     runtime.barrier()
 
+def busy(runtime, folder):
+    if runtime.rank == 1:
+        time.sleep(600)
+    runtime.comm.sum_(torch.ones(3))
+
 def gone(runtime, folder):
     if runtime.rank == 1:
         os._exit(0)  # any other code, and torchrun may end the peer before it has said what it saw
@@ -123,6 +129,16 @@ def test_a_barrier_names_the_rank_that_does_not_come(tmp_path: Path, script: Pat
     assert "<ConnectionError on rank 0: a barrier between the processes of this job failed: " in done.stderr
     assert "Ranks 1 failed" in done.stderr
     assert "did not answer within --timeout-s 5" in done.stderr
+
+
+def test_a_sum_names_the_rank_that_does_not_come(tmp_path: Path, script: Path, launch: Launch) -> None:
+    """Of three, the two that wait name the one that they wait for."""
+    done = launch(script, tmp_path, 5, "busy", ranks=3, limit=300)
+    assert done.returncode != 0
+    assert re.search(
+        r"<ConnectionError on rank \d: a sum between .* within --timeout-s 5 \(no sign of rank\(s\) 1\)>", done.stderr
+    )
+    assert "rank(s) 0" not in done.stderr
 
 
 def test_a_rank_that_ends_does_not_leave_the_other_waiting(tmp_path: Path, script: Path, launch: Launch) -> None:

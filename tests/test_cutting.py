@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,7 +23,7 @@ from capture.sources import Document
 from capture.store import open_corpus
 from llama3 import load_tokenizer
 from tests.conftest import ROOT
-from tests.test_capture_faults import group_members
+from tests.test_capture_kills import group_members
 from tests.test_sentences import contents, stage
 
 TOKENIZER = load_tokenizer("demo")
@@ -73,6 +75,16 @@ def test_a_corpus_of_passages_without_duplicates(tmp_path: Path) -> None:
     assert (counts["documents"], counts["dropped_duplicate"]) == (3, 1)
     stage(*flags, "--out", tmp_path / "c2", "--processes", 2)
     assert contents(tmp_path / "c2") == contents(tmp_path / "c")
+
+
+def test_documents_that_are_cut_already_stay_as_they_are(tmp_path: Path) -> None:
+    texts = ["Two sentences. In one row.", "Another row.", "", "  and one with space around it "]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "t.parquet")
+    stage("--source", tmp_path / "t.parquet", "--unit", "document", "--out", tmp_path / "c", "--min-characters", 1)
+    corpus = open_corpus(tmp_path / "c")
+    assert corpus.texts(range(corpus.n_sentences)) == [texts[0], texts[1], texts[3].strip()]
+    assert corpus.document_ids(range(corpus.n_sentences)) == [0, 1, 3]
+    assert "punkt_hash" not in corpus.artifact.manifest.provenance
 
 
 def test_seen_is_a_set(monkeypatch: pytest.MonkeyPatch) -> None:

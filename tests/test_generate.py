@@ -5,6 +5,7 @@ Shapes: B rows, T tokens of a pass, V vocabulary.
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +92,35 @@ def test_text_of_a_row_does_not_depend_on_its_neighbours(
         assert [piece.token_id for piece in rows[0]] == alone
 
 
+@pytest.mark.parametrize("temperature", [0, 0.8], ids=["greedy", "sampled"])
+def test_texts_part_only_where_the_best_tokens_are_equally_likely(
+    temperature: float, model: Transformer, tokenizer: Tokenizer
+) -> None:
+    """60 rows of random tokens and lengths in one batch, and each alone; a sampled text may also part where the number drawn
+    falls between two tokens, so of those only few are allowed to."""
+    generator = torch.Generator().manual_seed(4)
+    lengths = torch.randint(1, 60, (60,), generator=generator).tolist()
+    prompts = [torch.randint(0, tokenizer.n_vocab, (n,), generator=generator).tolist() for n in lengths]
+    sampling = Sampling(max_new_tokens=20, temperature=temperature)
+    parted = 0
+    for row, pieces in enumerate(by_row(generate(model, tokenizer, prompts, sampling), 60)):
+        single = replace(sampling, first_row=row)
+        alone = [piece.token_id for piece in generate(model, tokenizer, prompts[row : row + 1], single)]
+        together = [piece.token_id for piece in pieces]
+        if together != alone:
+            parted += 1
+            at = next(i for i, (a, b) in enumerate(zip(together, alone, strict=False)) if a != b)
+            best = model(torch.tensor([prompts[row] + alone[:at]]))[0, -1].topk(2).values
+            assert temperature or best[0] - best[1] < 1e-3
+    assert parted <= 2
+
+
 def test_seed_and_row_choose_the_text(model: Transformer, tokenizer: Tokenizer) -> None:
     same = complete(model, tokenizer, ["the"] * 3, Sampling(max_new_tokens=20))
     assert same == complete(model, tokenizer, ["the"] * 3, Sampling(max_new_tokens=20))
     assert len(set(same)) == 3, "equal prompts in one batch must not give equal texts"
     assert same != complete(model, tokenizer, ["the"] * 3, Sampling(max_new_tokens=20, seed=1))
+    assert same[1:] == complete(model, tokenizer, ["the"] * 2, Sampling(max_new_tokens=20, first_row=1))
 
 
 def test_the_global_generator_is_not_touched(model: Transformer, tokenizer: Tokenizer) -> None:
@@ -390,6 +415,11 @@ def test_rows_end_where_their_own_context_is_full(model: Transformer, tokenizer:
     assert rows[0][-1].position == 127
     alone = list(generate(model, tokenizer, [short], sampling))
     assert [piece.token_id for piece in rows[1]] == [piece.token_id for piece in alone]
+    endless = list(
+        generate(model, tokenizer, [short], replace(sampling, max_new_tokens=10**12))
+    )  # room is taken for the context
+    assert len(endless) == 126
+    assert [piece.token_id for piece in endless[:40]] == [piece.token_id for piece in alone]
 
 
 @pytest.mark.parametrize(

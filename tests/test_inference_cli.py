@@ -48,9 +48,9 @@ def complete(flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
-def stdin(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
+def stdin(monkeypatch: pytest.MonkeyPatch, data: bytes, terminal: bool = False) -> None:
     text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8")
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=text.buffer, isatty=lambda: False, readline=text.readline))
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=text.buffer, isatty=lambda: terminal, readline=text.readline))
 
 
 def test_complete_streams_one_prompt(paths: Features, capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,6 +72,25 @@ def test_complete_reads_a_prompt_a_line(
     stdin(monkeypatch, b"the storm\n\nshe read\n")
     whole = json.loads(complete([*paths.flags, "--json", "--whole"], capsys))
     assert whole["prompt"] == "the storm\n\nshe read"
+
+
+def test_texts_do_not_depend_on_the_batch(
+    paths: Features, recipe_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sampled, steered and watched: all five at once, two at a time, or each alone; a long one takes no room from others."""
+    long = "the other one and then the storm " * 5
+    flags = [*paths.flags, "--steer", str(recipe_file), "--watch", "3", "--json", "--max-new-tokens", "30", "--seed", "5"]
+    answers = []
+    for size in ("5", "2", "1"):
+        stdin(monkeypatch, f"the storm\nshe read\n{long}\na\nthe storm\n".encode())
+        inference.complete.run(parse(CompleteConfig, "", [*flags, "--batch-size", size]), alone())
+        answers.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    texts = [[record["completion"] for record in records] for records in answers]
+    assert texts[0] == texts[1] == texts[2]
+    assert texts[0][0] != texts[0][4], "equal prompts must not give equal texts"
+    for together, single in zip(answers[0], answers[2], strict=True):
+        assert together["tokens"] == single["tokens"]
+        assert together["watch"]["3"][1:-1] == pytest.approx(single["watch"]["3"][1:-1], abs=1e-4)
 
 
 def test_complete_compares(paths: Features, recipe_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,6 +143,27 @@ def test_chat_answers_each_line(
     assert talk("--system", "Be brief.")[0]["answer"] != first["answer"]
 
 
+def test_chat_survives_a_message_that_is_too_long(
+    paths: Features,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At the keyboard the conversation goes on as if it had not been sent; in a pipe the command fails."""
+    config = parse(ChatConfig, "", [*paths.flags, "--max-new-tokens", "5", "--temperature", "0", "--json"])
+    answers = []
+    for lines in (b"hello\n" + b"word " * 100 + b"\nonce more\n", b"hello\nonce more\n"):
+        stdin(monkeypatch, lines, terminal=True)
+        inference.chat.run(config, alone())
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+    assert len(answers[0].splitlines()) == 2
+    assert "the context holds 128" in caplog.text
+    stdin(monkeypatch, b"word " * 100)
+    with pytest.raises(ValueError, match="the context holds 128"):
+        inference.chat.run(config, alone())
+
+
 def test_dialogues_fit_into_the_context(paths: Features) -> None:
     session = open_session(InferenceConfig(model=str(paths.model)), torch.device("cpu"))
     messages = [Message("system", "Be kind.")]
@@ -150,6 +190,7 @@ def test_dialogues_fit_into_the_context(paths: Features) -> None:
         (["--alarm", "0.5"], "--watch too"),
         (["--compare"], "--steer recipe.json too"),
         (["--alarm", "-1", "--watch", "3"], "0 or more"),
+        (["--batch-size", "0"], "at least 1 prompt; found 0"),
         (["--model", "m", "--top", "t"], "--sae too"),
         (["--model", "m", "--sae", "s", "--explanations", "e"], "--top too"),
         (["--style", "x"], "Unrecognized"),

@@ -389,8 +389,15 @@ def test_wrong_tensors_are_named(tiny: Path, name: str, weight: torch.Tensor | N
 def test_a_vocabulary_that_does_not_fit(tiny: Path) -> None:
     params = json.loads((tiny / "params.json").read_text())
     with (tiny / "tokenizer.model").open("a") as file:
-        file.write("AAAAAA== 999\n")
-    refused(tiny, rf"tokenizer\.model has {params['vocab_size'] + 1} tokens .* vocab_size {params['vocab_size']}")
+        file.write(f"AAAAAA== {params['vocab_size'] - 256}\n")
+    refused(
+        tiny, rf"tokenizer\.model has {params['vocab_size'] + 1} tokens .* params\.json says vocab_size {params['vocab_size']}"
+    )
+    refused(tiny, "they do not belong together", load_tokenizer)
+    (tiny / "params.json").rename(
+        tiny / "config.json"
+    )  # the layout of Hugging Face, where loading the model reads no tokenizer
+    refused(tiny, r"tokenizer\.model has .* config\.json says", load_tokenizer)
 
 
 def test_folders_of_neither_layout(tmp_path: Path) -> None:

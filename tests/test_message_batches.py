@@ -4,7 +4,7 @@ import io
 import json
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,20 @@ import pytest
 
 from core.artifact import verify
 from core.cli import parse
+from interpretability.asking import Reply, Request, writable
 from interpretability.batch_api import DEFAULT_MODEL, LIST_PRICES, open_client
 from interpretability.batch_journal import JOURNAL
 from interpretability.batch_results import checked
 from interpretability.explain import ExplainConfig, run
+from interpretability.llm_explainer import LLMExplainer
 from interpretability.message_batches import BatchJob
-from interpretability.records import read_explanations
+from interpretability.records import explanation_lines, open_top, read_explanations
 from tests import written_latents as written
 from tests.batch_client import REPLIES, client_config, complete, requests, run_client
-from tests.fake_batches import BatchServer, succeeded
+from tests.fake_batches import BatchServer, pretended, succeeded
 from tests.faults import ForkServer
 from tests.interp_folders import solo
+from tests.test_prompts import malformed
 
 KEY = "sk-ant-test-0123456789"
 
@@ -77,6 +80,17 @@ def test_run_explains_every_latent_that_fires_and_keeps_what_came(top: Path, tmp
     assert server.calls == calls  # a finished folder asks nothing
 
 
+def test_the_five_pieces_reach_the_folder(top: Path, tmp_path: Path) -> None:
+    with BatchServer(answer=pretended) as server:
+        run(flags("run", top, tmp_path / "out", server, "--yes", "--style", "title"), solo())
+        assert '"dominant_tokens"' in next(iter(server.batches.values()))["requests"][0]["params"]["system"]
+    found = read_explanations(tmp_path / "out")[0]
+    assert (found.state, found.title) == ("valid", "rehearsal: soldiers")
+    assert found.explanation == "Rehearsal, not an explanation: fires most on soldiers."
+    assert set(found.details) == {"style", "dominant_tokens", "patterns", "context"}
+    assert found.details["dominant_tokens"] == ["soldiers"]
+
+
 def test_steps(top: Path, tmp_path: Path, server: BatchServer, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     run(flags("submit", top, out, server, "--yes"), solo())
@@ -93,25 +107,50 @@ def test_nothing_is_sent_without_consent_or_beyond_the_budget(
     top: Path, tmp_path: Path, server: BatchServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO())
-    with pytest.raises(ValueError, match=r"4 requests, about [\d,]+ tokens .*\$0\.00.*nothing was sent; add --yes"):
+    with pytest.raises(ValueError, match=r"4 requests, about [\d,]+ tokens .*\$0\.00\d\d; nothing was sent; add --yes"):
         run(flags("run", top, tmp_path / "a", server), solo())
-    with pytest.raises(ValueError, match=r"--budget 0.001: .*\$0\.00 .*nothing was sent"):
+    with pytest.raises(ValueError, match=r"--budget 0.001: .*\$0\.00\d\d .*nothing was sent"):
         run(flags("run", top, tmp_path / "b", server, "--yes", "--budget", "0.001"), solo())
     with pytest.raises(ValueError, match="price is not known"):
         run(flags("run", top, tmp_path / "c", server, "--yes", "--model", "claude-of-tomorrow"), solo())
-    assert server.calls["create"] == 0
+    assert not server.calls  # not so much as a count of tokens
     run(flags("run", top, tmp_path / "b", server, "--yes", "--budget", "1"), solo())
     assert server.calls["create"] == 1
 
 
+def test_a_count_above_the_guess_is_held_to_the_budget_and_asked_again(
+    top: Path, tmp_path: Path, server: BatchServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.bytes_per_token = 0.001  # a thousand times what the length of the text promised
+    with pytest.raises(ValueError, match=r"--budget 0.1: .*nothing was sent"):
+        run(flags("run", top, tmp_path / "a", server, "--yes", "--budget", "0.1"), solo())
+    questions: list[str] = []
+
+    def answer(question: str) -> str:
+        questions.append(question)
+        return "y" if len(questions) == 1 else "n"
+
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("builtins.input", answer)
+    with pytest.raises(ValueError, match="not sent"):
+        run(flags("run", top, tmp_path / "b", server), solo())
+    assert "3 bytes a token" in questions[0]
+    assert "by the server's count of a few" in questions[1]
+    assert server.calls["create"] == 0
+
+
 def test_the_cost_is_that_of_the_formula(tmp_path: Path, server: BatchServer) -> None:
-    """Half the list price; input as counted by the server (a fifth of the request's bytes), output at most --max-tokens."""
+    """Half the list price; input by length, then as the server counts it (a fifth of it), output at most --max-tokens."""
     config = client_config(server.url, 3, max_tokens=1000)
     from core.artifact import building
 
     with building(tmp_path / "out", "replies", config, solo()) as builder, open_client(config) as client:
         job = BatchJob(builder, config, requests(3), client)
+        guess = job.estimate(job.to_send())
+        assert guess.input_tokens == round(sum(request.bytes for request in requests(3)) / 3)
+        job.count()
         estimate = job.estimate(job.to_send())
+        assert estimate.input_tokens > guess.input_tokens  # these requests are all envelope
         price = LIST_PRICES[DEFAULT_MODEL]
         assert estimate.output_tokens == 3000
         assert estimate.dollars == pytest.approx(0.5 * (estimate.input_tokens * price.input + 3000 * price.output) / 1e6)
@@ -147,6 +186,31 @@ def test_invalid_requests_are_not_sent_again_and_others_are(tmp_path: Path) -> N
         assert server.sent()["r3"] == 1
         assert max(server.sent().values()) > 2
         assert set(server.successes().values()) == {1}
+
+
+def test_a_thousand_malformed_replies_are_failed_with_reason_and_text(top: Path, tmp_path: Path) -> None:
+    """From the server's answer to the line on disk: none is taken for an explanation, and what was said is kept."""
+    said = list(malformed(1000))
+    with BatchServer(answer=lambda custom_id, prompt: said[int(custom_id.rsplit("r", 1)[1])]) as server:
+        replies = complete(tmp_path / "out", client_config(server.url, 1000), solo())
+        assert set(server.sent().values()) == {1}  # a malformed answer was paid for: it is not bought again
+    explainer = LLMExplainer(Named(), open_top(top), "semantic", 20)
+    by_latent = {f"latent-{i}": replies[f"r{i}"] for i in range(1000)}
+    lines = [json.loads(line) for line in explanation_lines(explainer.explanations(range(1000), by_latent))]
+    assert [line["latent"] for line in lines] == list(range(1000))
+    assert {line["state"] for line in lines} == {"failed"}
+    assert {line["title"] + line["explanation"] for line in lines} == {""}
+    assert all(line["reason"].startswith("malformed reply: ") for line in lines)
+    assert [line["reply"] for line in lines] == [writable(text) for text in said]
+
+
+class Named:
+    """An asker that is never asked."""
+
+    name, model = "anthropic", "m"
+
+    def ask(self, requests: Sequence[Request]) -> Iterator[Reply]:
+        raise AssertionError
 
 
 def test_attempts_run_out(tmp_path: Path) -> None:

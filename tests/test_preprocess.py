@@ -14,7 +14,7 @@ from torch import Tensor
 from core import files
 from core.artifact import open_artifact, verify
 from sae.batches import Batches
-from sae.moments import Moments
+from sae.moments import Moments, geometric_median
 from sae.preprocess import PreprocessConfig, run
 from sae.split import held_out, is_held_out
 from tests.conftest import Launch
@@ -108,13 +108,14 @@ def test_order_is_a_global_permutation(tmp_path: Path) -> None:
     assert not torch.equal(read(tmp_path / "one", "train"), read(tmp_path / "other", "train"))
 
 
-def test_same_bytes_for_one_and_two_processes(launch: Launch, activations: Path, tmp_path: Path) -> None:
+def test_same_bytes_for_any_number_of_processes(launch: Launch, activations: Path, tmp_path: Path) -> None:
     flags = ("--batch-rows", 16, "--memory", SMALL, "--validation-fraction", 0.2, "--activations", activations, "--threads", 1)
-    for ranks in (1, 2):
+    flags += ("--drop-duplicates", "--median-rows", 100)
+    for ranks in (1, 2, 4):
         done = launch("-m", "sae.preprocess", *flags, "--out", tmp_path / str(ranks), ranks=ranks, limit=300)
         assert done.returncode == 0, done.stderr
     assert "training and" in done.stderr
-    assert digests(tmp_path / "1") == digests(tmp_path / "2")
+    assert digests(tmp_path / "1") == digests(tmp_path / "2") == digests(tmp_path / "4")
 
 
 def test_continues_after_a_failure_at_every_stage(activations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,6 +200,54 @@ def test_rows_of_abnormal_norm_are_dropped_and_counted(tmp_path: Path, rows: Ten
     assert torch.equal(sorted_rows(kept), sorted_rows(loud[normal]))
 
 
+def test_repeated_sentences_are_dropped_before_the_split(tmp_path: Path, rows: Tensor) -> None:
+    """Sentences 20 to 39 repeat 0 to 19, across chunks and documents; one more differs in its last token alone."""
+    lengths = LENGTHS[:20] * 2 + LENGTHS[40:]
+    tokens = torch.arange(sum(lengths))
+    n = sum(LENGTHS[:20])
+    tokens[n : 2 * n] = tokens[:n]
+    tokens[2 * n - 1] += 1
+    acts = make_activations(tmp_path / "acts", rows[: sum(lengths)], lengths, token_ids=tokens)
+    run(config(acts, tmp_path / "all"), ALONE)
+    assert verify(tmp_path / "all").counts["repeated_rows"] == 0
+    run(config(acts, tmp_path / "out", drop_duplicates=True), ALONE)
+    counts = verify(tmp_path / "out").counts
+    kept = torch.cat((rows[:n], rows[2 * n - LENGTHS[19] : sum(lengths)]))
+    assert counts["repeated_rows"] == sum(lengths) - len(kept) == n - LENGTHS[19]
+    found = torch.cat((read(tmp_path / "out", "train"), read(tmp_path / "out", "validation")))
+    assert torch.equal(sorted_rows(found), sorted_rows(kept))
+
+
+def test_geometric_median_has_the_smallest_sum_of_distances() -> None:
+    """Where it lies, the unit vectors towards the rows cancel; outliers move the mean and not it."""
+    rows = torch.randn(999, 5, generator=torch.Generator().manual_seed(0))
+    rows[:99] += 1000
+    median = geometric_median(rows)
+    towards = torch.nn.functional.normalize(rows.double() - median, dim=1)
+    assert towards.mean(0).norm() < 1e-4
+    assert rows.mean(0).norm() > 200
+    assert (median - geometric_median(rows[99:])).norm() < 0.5
+    torch.testing.assert_close(geometric_median(torch.ones(7, 3)), torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("memory", [SMALL, 1.0])
+def test_medians_are_those_of_the_first_training_rows(activations: Path, tmp_path: Path, memory: float) -> None:
+    run(config(activations, tmp_path / "out", median_rows=50, memory=memory, batch_rows=8), ALONE)
+    statistics = Batches(tmp_path / "out").statistics
+    sample = torch.cat([read(tmp_path / "out", "train")])
+    found = statistics.centre("none", "geometric_median")
+    if memory == 1.0:  # one bucket: the sample is what stands first
+        torch.testing.assert_close(found, geometric_median(sample[:50]))
+    assert (found - geometric_median(sample)).norm() < 0.5
+    torch.testing.assert_close(statistics.centre("dataset", "geometric_median"), found * statistics.scale("dataset"))
+    x = sample[:50].float()
+    layer = (x - x.mean(1, keepdim=True)) / (x.std(1, keepdim=True) + 1e-6)
+    assert (statistics.centre("layer", "geometric_median") - geometric_median(layer)).norm() < 0.5
+    run(config(activations, tmp_path / "without"), ALONE)
+    with pytest.raises(ValueError, match="--median-rows 32768"):
+        Batches(tmp_path / "without").statistics.centre("dataset", "geometric_median")
+
+
 def test_one_sentence_is_enough(tmp_path: Path) -> None:
     acts = make_activations(tmp_path / "acts", torch.ones(3, D), [3])
     run(config(acts, tmp_path / "out", batch_rows=1024, memory=4.0, validation_fraction=0.05), ALONE)
@@ -209,7 +258,7 @@ def test_one_sentence_is_enough(tmp_path: Path) -> None:
 
 def test_nothing_left_for_training_is_said_in_one_line(tmp_path: Path) -> None:
     acts = make_activations(tmp_path / "acts", torch.ones(3, D), [3])
-    with pytest.raises(ValueError, match=r"no row is left for training \(3 read, 3 held out, 0 of abnormal norm\)"):
+    with pytest.raises(ValueError, match=r"no row is left for training \(3 read, 3 held out, 0 of abnormal norm, 0 repeated\)"):
         run(config(acts, tmp_path / "out", validation_fraction=0.999999), ALONE)
 
 
@@ -235,7 +284,7 @@ def test_split_depends_on_document_and_seed_alone() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"memory": 0}, "--memory"), ({"batch_rows": 0}, "--batch-rows"), ({"validation_fraction": 1}, "--validation-fraction"),
-     ({"max_norm_ratio": -1}, "--max-norm-ratio")],
+     ({"max_norm_ratio": -1}, "--max-norm-ratio"), ({"median_rows": -1}, "--median-rows")],
 )  # fmt: skip
 def test_flags_out_of_range_are_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):

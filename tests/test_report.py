@@ -14,6 +14,7 @@ import torch
 
 from core.artifact import building, open_artifact, verify
 from core.cli import StageConfig
+from interpretability import page as html_page
 from interpretability import report
 from interpretability.records import (
     EXPLANATIONS_FILE,
@@ -23,11 +24,21 @@ from interpretability.records import (
     TOP_FILE,
     TOP_SCHEMA,
     Explanation,
-    LatentStatistics,
+    TopSentence,
     explanation_lines,
     parquet_bytes,
 )
-from interpretability.report import REPORT_FILE, ReportConfig, agreement, density_histogram, nearest_that_fire, ranking
+from interpretability.report import BLOCK, REPORT_FILE, ReportConfig
+from interpretability.report_features import (
+    agreement,
+    best_of,
+    by_level,
+    density_histogram,
+    differing,
+    nearest_that_fire,
+    ranking,
+)
+from interpretability.search import Neighbour, neighbours
 from sae.evaluation import figures
 from sae.model import SAE, SAEConfig, load
 from sae.tally import Tally
@@ -145,11 +156,20 @@ def make_report(folders: Path, out: str = "report", **flags: Any) -> str:
     return (folders / out / REPORT_FILE).read_text(encoding="utf-8")
 
 
-def data_of(page: str) -> Any:
-    """What the page's script will read: the text up to the first thing that ends a script element."""
-    start = page.index('<script type="application/json"')
+def data_of(page: str, element: str = 'id="data"') -> Any:
+    """What the page's script will read there: the text up to the first thing that ends a script element."""
+    start = page.index(f'<script type="application/json" {element}')
     text = page[page.index(">", start) + 1 :]
     return json.loads(text[: text.lower().index("</script")])
+
+
+def file_of(report_folder: Path, name: str) -> Any:
+    """What a file beside the page hands over to it: one call, with its own name and JSON."""
+    text = (report_folder / f"{name}.js").read_text(encoding="utf-8")
+    call, _, value = text.partition(",")
+    assert call == f'loaded("{name}"'
+    assert value.endswith(");\n")
+    return json.loads(value[:-3])
 
 
 def with_all(folders: Path) -> dict[str, Any]:
@@ -157,35 +177,82 @@ def with_all(folders: Path) -> dict[str, Any]:
 
 
 def test_page_holds_every_feature(folders: Path) -> None:
-    page = make_report(folders, **with_all(folders))
-    data = data_of(page)
+    data = data_of(make_report(folders, sentences=5, **with_all(folders)))
     assert verify(folders / "report").kind == "report"
     assert data["latents"]["title"] == [f"title of {i} é<b>" for i in range(N_LATENTS - 3)] + [""] * 3
-    assert data["best"] == list(range(N_LATENTS - 4, -1, -1))
-    assert data["order"] == [*data["best"], 9, 10, DEAD]
-    assert [len(rows) for rows in data["top"]] == [5] * (N_LATENTS - 1) + [0]
-    tokens = data["pool"]["tokens"][data["top"][3][0][0]]
-    assert tokens.split("\x7f") == [
-        " The",
-        f" {HOSTILE}",
-        " naïve",
-        " 日本",
-        "\ufffd",
-        ".",
+    assert data["best"]["latents"] == list(range(N_LATENTS - 4, -1, -1))
+    assert [len(rows) for rows in data["best"]["examples"]] == [1] * (N_LATENTS - 3), "all its sentences are the same"
+    assert data["order"] == [*data["best"]["latents"], 9, 10, DEAD]
+    assert data["failed"] == [N_LATENTS - 3]
+    assert data["block"] == BLOCK
+    block = file_of(folders / "report", "features/00000")
+    features = block["features"]
+    assert [len(feature["top"]["max"]) for feature in features] == [5] * (N_LATENTS - 1) + [0]
+    tokens = block["pool"]["tokens"][features[3]["top"]["max"][0][0]]
+    assert tokens.split("\x7f") == [" The", f" {HOSTILE}", " naïve", " 日本", "\ufffd", "."]
+    assert features[3]["top"]["max"][0][1:] == [1, 1000]
+    assert features[3]["top"]["max"][4][1:] == [1, round(1000 * 10 / 14)]
+    assert features[0]["histogram"] == [12, 7]
+    assert features[DEAD]["histogram"] == []
+    assert features[0]["promoted"] == f" war\x7f{HOSTILE}"
+    assert features[N_LATENTS - 3]["explanation"] == "no JSON"
+    assert [latent for latent, _ in features[0]["near"]] == [row.latent for row in _near(folders, 0)]
+    words = file_of(folders / "report", "words/00000")
+    assert words[0] == f"{HOSTILE} war {HOSTILE}"
+    assert words[DEAD] == f"war {HOSTILE}"
+
+
+def _near(folders: Path, latent: int) -> list[Neighbour]:
+    rows = neighbours(load(folders / "run" / "sae").W_dec, latent, N_LATENTS)
+    return [row for row in rows if row.latent != DEAD][:8]
+
+
+def test_many_blocks_hold_what_one_does(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of five latents, of which the last is not full, and words of four."""
+    make_report(folders, "whole", **with_all(folders))
+    monkeypatch.setattr(report, "BLOCK", 5)
+    monkeypatch.setattr(report, "WORDS_BLOCK", 4)
+    make_report(folders, "cut", **with_all(folders))
+    whole = file_of(folders / "whole", "features/00000")
+    cut = [file_of(folders / "cut", f"features/{i:05d}") for i in range(3)]
+    assert [len(block["features"]) for block in cut] == [5, 5, 2]
+
+    def resolved(block: Any, feature: Any) -> Any:
+        text = block["pool"]["tokens"]
+        return feature | {"top": {name: [[text[row[0]], *row[1:]] for row in rows] for name, rows in feature["top"].items()}}
+
+    found = [resolved(block, feature) for block in cut for feature in block["features"]]
+    assert found == [resolved(whole, feature) for feature in whole["features"]]
+    words = [text for i in range(3) for text in file_of(folders / "cut", f"words/{i:05d}")]
+    assert words == file_of(folders / "whole", "words/00000")
+
+
+def test_one_file_holds_the_same(folders: Path) -> None:
+    make_report(folders, "many", **with_all(folders))
+    page = make_report(folders, "one", one_file=True, **with_all(folders))
+    assert sorted(path.name for path in (folders / "one").iterdir()) == ["manifest.json", REPORT_FILE]
+    for name in ("features/00000", "words/00000"):
+        assert data_of(page, f'data-file="{name}"') == file_of(folders / "many", name)
+    assert data_of(page) == data_of((folders / "many" / REPORT_FILE).read_text(encoding="utf-8"))
+
+
+def test_levels_go_by_the_bin_of_the_histogram() -> None:
+    rows = [TopSentence(0, "level", i, value, i, "", None, "", [], []) for i, value in enumerate([5.0, 4.0, 3.9, 1e-9, 1e9])]
+    assert [(bin_, [row.rank for row in found]) for bin_, found in by_level(rows)] == [
+        (19, [4]),
+        (12, [0, 1]),
+        (11, [2]),
+        (0, [3]),
     ]
-    assert data["top"][3][0][1:] == [1, 1000]
-    assert data["top"][3][4][1:] == [1, round(1000 * 10 / 14)]
-    assert data["latents"]["histogram"][0] == [12, 7]
-    assert data["latents"]["histogram"][DEAD] == []
 
 
 def test_nothing_from_a_network_and_no_markup_from_text(folders: Path) -> None:
     page = make_report(folders, **with_all(folders))
     assert not re.search(r"https?:|\bsrc=|<link|@import|url\(|fetch\(|XMLHttpRequest|innerHTML", page)
-    template_scripts = (Path(report.__file__).parent / "report_template.html").read_text(encoding="utf-8").count("</script>")
-    assert page.count("</script>") == template_scripts
-    assert "alert(1)</script" not in page
-    assert "<!--" not in page
+    assert page.count("</script>") == html_page.asset("report.html").count("</script>")
+    for text in (page, *(path.read_text(encoding="utf-8") for path in (folders / "report").rglob("*.js"))):
+        assert "alert(1)</script" not in text
+        assert "<!--" not in text
 
 
 def test_training_curves_and_evaluation(folders: Path) -> None:
@@ -228,15 +295,10 @@ def test_refuses_a_damaged_evaluation(folders: Path, text: str) -> None:
 
 
 def test_without_run_and_evaluation(folders: Path) -> None:
-    data = data_of(make_report(folders))
-    assert (data["curves"], data["evaluation"], data["neighbours"]) == (None, None, None)
-
-
-def test_cards_limit_what_is_inlined(folders: Path) -> None:
-    data = data_of(make_report(folders, cards=2, sentences=3, best=1))
-    assert [i for i, rows in enumerate(data["top"]) if rows] == [7, 8]
-    assert len(data["pool"]["tokens"]) == 6
-    assert data["best"] == [8]
+    data = data_of(make_report(folders, best=1))
+    assert (data["curves"], data["evaluation"]) == (None, None)
+    assert data["best"]["latents"] == [8]
+    assert {len(feature["near"]) for feature in file_of(folders / "report", "features/00000")["features"]} == {0}
 
 
 def test_same_inputs_same_bytes_and_second_run_does_nothing(folders: Path) -> None:
@@ -293,6 +355,22 @@ def test_ranking_prefers_score_then_evenness() -> None:
     assert ranking(found, [0.1, 0.7, 1.0, 1.0, 0.0, 1.0]) == [4, 1, 0, 2, 3, 5]
 
 
+def test_sentences_that_differ_where_a_latent_fires() -> None:
+    texts = ["a b c d e f g h PEAK i", "x b c d e f g h PEAK i", "a b c d e f g H PEAK i", "PEAK i"]
+    rows = [
+        TopSentence(0, "max", i, 1.0, i, "", None, text, text.split(), [float(word == "PEAK") for word in text.split()])
+        for i, text in enumerate(texts)
+    ]
+    assert [row.rank for row in differing(rows, 9)] == [0, 2, 3]
+    assert [row.rank for row in differing(rows, 2)] == [0, 2]
+
+
+def test_the_best_are_of_meaning_and_new() -> None:
+    titles = ['"the"', '"river"', '"river"', '"bread"', "", '"the"']
+    found = {i: explained(i, title=title, state="valid" if title else "failed") for i, title in enumerate(titles)}
+    assert best_of([5, 2, 4, 1, 3, 0], found) == [2, 3, 1, 5, 0]
+
+
 def test_agreement_counts_absent_sentences() -> None:
     assert agreement([3.0] * 10) == 1.0
     assert agreement([3.0] * 5) == 0.5
@@ -307,12 +385,11 @@ def test_neighbours_against_the_plain_way() -> None:
         others = [j for j in range(17) if j != i and counts[j]]
         cosine = {j: float(torch.cosine_similarity(directions[i], directions[j], dim=0)) for j in others}
         expected = sorted(others, key=lambda j: -cosine[j])[:4] if counts[i] else []
-        assert row[::2] == expected
-        assert row[1::2] == pytest.approx([1000 * cosine[j] for j in expected], abs=0.51)
+        assert [latent for latent, _ in row] == expected
+        assert [value for _, value in row] == pytest.approx([1000 * cosine[j] for j in expected], abs=0.51)
 
 
 def test_density_histogram_bins() -> None:
-    rows = [LatentStatistics(i, 1, 1, 1.0, 1.0, density, [], [], []) for i, density in enumerate([0.0, 1e-4, 1.1e-4, 0.5])]
-    found = density_histogram(rows)
+    found = density_histogram([0.0, 1e-4, 1.1e-4, 0.5])
     assert found["first"] == -16
     assert found["counts"] == [2] + [0] * 13 + [1]

@@ -1,5 +1,6 @@
 """The architectures beside TopK: each loss against its definition in dense matrices, what they select, and whole runs."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from sae.hyperparameters import Hyperparameters
 from sae.loss import Losses, Recipe, losses
 from sae.model import SAE, SAEConfig, load
 from sae.parallel import best_of_batch
-from sae.plan import memory_of_rank
 from sae.train import TrainConfig, run
 from sae.trainer import Trainer
 from tests.sae_folders import ALONE, make_batches, sparse_rows
@@ -185,6 +185,22 @@ def test_accumulating_parts_of_a_step_changes_nothing_but_the_order_of_sums(batc
         torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
 
 
+def test_k_falls_to_its_last_value_and_a_run_continues_on_its_way(batches: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"k_start": 12, "k_anneal_steps": 9, "epochs": 2}
+    assert [Hyperparameters(**SMALL | settings).k_at(step) for step in (0, 1, 3, 8, 9, 99)] == [12, 11, 9, 4, 3, 3]
+    assert Hyperparameters(**SMALL).k_at(0) == 3
+    out = tmp_path / "run"
+    run(config(batches, out, **settings, checkpoint_every=4), ALONE)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [math.ceil(lines[step]["l0"]) for step in (0, 1, 3, 8, 9)] == [12, 11, 9, 4, 3]
+    whole = load(out / "sae")
+    assert whole.cfg.k == 3
+    for path in (out / "sae").iterdir():  # its end is lost: it goes back to its newest checkpoint
+        path.unlink()
+    run(config(batches, out, **settings, checkpoint_every=4), ALONE)
+    assert load(out / "sae").weights_hash == whole.weights_hash
+
+
 def test_patience_ends_a_run_that_gains_nothing(batches: Path, tmp_path: Path) -> None:
     run(config(batches, tmp_path / "run", lr=1e-12, patience=2, validate_every=2), ALONE)
     done = load(tmp_path / "run" / "sae").cfg.provenance["training_steps"]
@@ -203,17 +219,6 @@ def test_a_run_begins_with_the_weights_of_another(batches: Path, tmp_path: Path)
         run(config(batches, tmp_path / "third", init_from=tmp_path / "first" / "sae", n_latents=50), ALONE)
 
 
-def test_plan_says_what_to_turn(batches: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(config(batches, tmp_path / "run", plan=True), ALONE)
-    assert "it fits" in capsys.readouterr().out
-    run(config(batches, tmp_path / "run", plan=True, n_latents=2**40), ALONE)
-    assert "raise --latent-parallel" in capsys.readouterr().out
-    assert not (tmp_path / "run").exists()
-    one, four = (memory_of_rank(Hyperparameters(k=8, n_latents=2**16), 512, 4096, n, 4) for n in (1, 4))
-    assert four[0] < 0.26 * one[0]
-    assert one[0] == 4 * 4 * (2 * 2**16 * 512 + 2**16 + 512)
-
-
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_presets_are_valid(path: Path) -> None:
     found = parse(TrainConfig, "", ["--config", str(path), "--batches", "b", "--out", "o"])
@@ -224,7 +229,8 @@ def test_presets_are_valid(path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"matryoshka": (0.5,), "architecture": "matryoshka"}, "end with 1"), ({"accumulate": 0}, "--accumulate must be at"),
-     ({"sparsity": -1.0}, "--sparsity must not be negative"), ({"jump_bandwidth": 0.0}, "--jump-bandwidth")],
+     ({"k_start": 2}, "--k-start must lie between --k 3 and"), ({"sparsity": -1.0}, "--sparsity must not be negative"),
+     ({"jump_bandwidth": 0.0}, "--jump-bandwidth")],
 )  # fmt: skip
 def test_flags_out_of_range_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -85,7 +85,7 @@ def sae_of(house: House, folder: Path, exact: bool = False, **provenance: Any) -
             for weight in (sae.W_enc, sae.W_dec):
                 weight.copy_(torch.cat((torch.eye(32), -torch.eye(32))))
         else:
-            sae.b_pre.copy_(data.statistics.mean("dataset"))
+            sae.b_pre.copy_(data.statistics.centre("dataset"))
     sae.save(folder)
     return load(folder)
 

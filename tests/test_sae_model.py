@@ -10,7 +10,7 @@ from torch import Tensor
 import sae as sae_package
 from core.artifact import open_artifact, verify
 from sae.loss import Recipe, aux_weight, default_k_aux, losses
-from sae.model import SAE, Latents, SAEConfig, load
+from sae.model import SAE, Latents, SAEConfig, best_encoder_norm, load
 from sae.sparse import decode, encode_at, sampled_product, sums_by_latent, transpose, transposed_product
 from sae.topk import group_size, top_k
 
@@ -177,6 +177,23 @@ def test_initial_rows_have_unit_norm_per_latent(how: str) -> None:
         torch.testing.assert_close(sae.W_dec[:12] @ sae.W_dec[:12].T, torch.eye(12, dtype=torch.float64), atol=1e-6, rtol=0)
 
 
+def test_encoder_starts_at_the_norm_that_reconstructs_best() -> None:
+    """With it, no other factor reconstructs random rows much better."""
+    d, n, k = 128, 2048, 16
+    sae, z = make_sae(d_model=d, n_latents=n, k=k), rows(500, d)
+    norm = best_encoder_norm(n, k, d)
+    sae.initialise_("tied", torch.Generator().manual_seed(3), encoder_norm=norm)
+    with torch.no_grad():
+        sae.b_enc.zero_()
+        sae.b_pre.zero_()
+        torch.testing.assert_close(sae.W_enc, sae.W_dec * norm)
+        z_hat = sae(z)
+    best_factor = float((z * z_hat).sum() / z_hat.square().sum())
+    assert best_factor == pytest.approx(1, abs=0.06)
+    assert norm < 0.6
+    assert best_encoder_norm(8, 8, 8) == 0.5
+
+
 def test_parallel_gradient_is_removed_row_by_row() -> None:
     sae = make_sae()
     sae.W_dec.grad = rows(40, 12, 8)
@@ -250,7 +267,7 @@ def test_encode_takes_any_leading_shape_and_pads() -> None:
 def test_encode_without_gradients_equals_encode_in_small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     sae, x = make_sae(), rows(24, 12)
     whole = sae.encode(x)
-    monkeypatch.setattr("sae.model.BLOCK_ELEMENTS", 7 * 40)
+    monkeypatch.setattr("sae.model.CPU_ELEMENTS", 7 * 40)
     with torch.no_grad():
         blocks = sae.encode(x)
     torch.testing.assert_close(blocks.values, whole.values)

@@ -5,11 +5,12 @@ import copy
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from sae import step
-from sae.loss import Recipe, aux_weight, losses
+from sae.loss import Losses, Recipe, losses
 from sae.model import SAE, SAEConfig
-from sae.step import StepLosses, Weights, topk_step
+from sae.step import RowGradients, topk_step
 from sae.update import update_
 
 K_AUX = 4
@@ -36,15 +37,16 @@ def some_dead(n_dead: int, n: int = 40) -> Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(2))[:n_dead].sort().values
 
 
-def by_autograd(sae: SAE, z: Tensor, dead: Tensor) -> StepLosses:
-    """Gradients in `.grad` by autograd, of the mean loss; values as `topk_step` returns them."""
+def by_hand(sae: SAE, z: Tensor, dead: Tensor = NO_AUX) -> tuple[Losses, RowGradients]:
+    """Of the mean loss."""
+    return topk_step(sae, z, Recipe(sae.cfg.k, K_AUX, 1 / 32), 1 / z.numel(), dead, len(dead))
+
+
+def by_autograd(sae: SAE, z: Tensor, dead: Tensor) -> Losses:
+    """The same, with gradients in `.grad`."""
     part = losses(sae, z, Recipe(sae.cfg.k, K_AUX, 1 / 32), dead, len(dead))
     (part.objective / z.numel()).backward()
     return part
-
-
-def weights(z: Tensor, dead: Tensor) -> Weights:
-    return Weights(1 / z.numel(), aux_weight(len(dead), K_AUX, 1 / 32) / z.numel())
 
 
 @pytest.mark.parametrize("n_dead", [0, 1, 4, 17, 30])  # none, all of them chosen, by dense products, by sparse ones
@@ -52,27 +54,28 @@ def test_gradients_equal_autograd(n_dead: int, monkeypatch: pytest.MonkeyPatch) 
     assert 17 <= step.DENSE_FACTOR * K_AUX < 30
     monkeypatch.setattr(step, "CPU_ELEMENTS", 7 * 40)  # blocks of 7, 7 and 6 rows
     sae, z, dead = make_sae(), rows(20), some_dead(n_dead)
-    ours, theirs = topk_step(sae, z, weights(z, dead), dead, K_AUX), by_autograd(sae, z, dead)
-    torch.testing.assert_close(ours.main, theirs.main.detach())
-    torch.testing.assert_close(ours.aux, theirs.aux.detach())
+    (ours, gradients), theirs = by_hand(sae, z, dead), by_autograd(sae, z, dead)
+    for name in ("objective", "main", "aux"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name).detach())
     assert ours.l0 == theirs.l0
     assert int(ours.l0) < 20 * 5  # the ReLU cut some of them off
     assert torch.equal(ours.fired, theirs.fired)
-    enc, dec = ours.gradients.rows(0, 40)
-    found = {"W_enc": enc, "W_dec": dec, "b_enc": ours.gradients.b_enc, "b_pre": ours.gradients.b_pre}
+    enc, dec = gradients.rows(0, 40)
+    found = {"W_enc": enc, "W_dec": dec, "b_enc": gradients.b_enc, "b_pre": gradients.b_pre}
     for name, parameter in sae.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, rtol=1e-11, atol=1e-13)
     for start, stop in ((0, 13), (13, 14), (14, 40)):
-        for whole, part in zip((enc, dec), ours.gradients.rows(start, stop), strict=True):
+        for whole, part in zip((enc, dec), gradients.rows(start, stop), strict=True):
             torch.testing.assert_close(part, whole[start:stop], rtol=1e-12, atol=1e-14)
 
 
 def test_gradients_tell_that_they_are_not_finite() -> None:
     sae, z = make_sae(), rows(20)
-    assert bool(topk_step(sae, z, Weights(1.0)).gradients.finite())
+    part, gradients = by_hand(sae, z)
+    assert bool(gradients.finite())
     with torch.no_grad():
-        sae.W_dec[topk_step(sae, z, Weights(1.0)).fired.argmax(), 3] = float("nan")
-    assert not bool(topk_step(sae, z, Weights(1.0)).gradients.finite())
+        sae.W_dec[part.fired.argmax(), 3] = float("nan")
+    assert not bool(by_hand(sae, z)[1].finite())
 
 
 def adam(sae: SAE, decay: float) -> torch.optim.Adam:
@@ -92,13 +95,13 @@ def test_fused_update_equals_adam_in_separate_steps(
     clip_norm: float, decay: float, unit_decoder: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Five steps, with AuxK in all but the first, in blocks of 7 latents."""
-    monkeypatch.setattr("sae.update.BLOCK_ELEMENTS", 7 * 12)
+    monkeypatch.setattr("sae.update.CPU_ELEMENTS", 7 * 12)
     ours = make_sae()
     theirs = copy.deepcopy(ours)
     mine, twin = adam(ours, decay), adam(theirs, decay)
     for i in range(5):
         z, dead = rows(20, seed=i), some_dead(9) if i else NO_AUX
-        norm = update_(ours, mine, topk_step(ours, z, weights(z, dead), dead, K_AUX).gradients, clip_norm, unit_decoder)
+        norm = update_(ours, mine, by_hand(ours, z, dead)[1], clip_norm, unit_decoder)
         by_autograd(theirs, z, dead)
         if unit_decoder:
             theirs.remove_parallel_gradient_()
@@ -116,3 +119,27 @@ def test_fused_update_equals_adam_in_separate_steps(
         for moment in ("exp_avg", "exp_avg_sq", "step"):
             torch.testing.assert_close(mine.state[a][moment], twin.state[b][moment], rtol=1e-9, atol=1e-14)
     twin.load_state_dict(mine.state_dict())  # the same form
+
+
+@pytest.mark.parametrize("n_dead", [0, 6553])
+def test_memory_beyond_weights_and_state(n_dead: int) -> None:
+    """At the size of the benchmark on a CPU, with AuxK on two latents in five: at most three bf16 tensors of [batch, n]."""
+    n, d, n_rows = 16_384, 512, 2048
+    sae = SAE(SAEConfig(d_model=d, n_latents=n, k=32, norm="none"))
+    optimizer, z = adam(sae, 0.0), torch.randn(n_rows, d, generator=torch.Generator().manual_seed(0))
+    dead = torch.arange(0, n_dead * 2, 2)
+
+    def run() -> None:
+        part, gradients = topk_step(sae, z, Recipe(32, 256, 1 / 32), 1 / z.numel(), dead, n_dead)
+        assert int(part.l0) > 0
+        update_(sae, optimizer, gradients)
+
+    run()  # Adam's moments are made
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    held = peak = 0
+    for event in sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    assert n_rows * d * 4 < peak <= 3 * 2 * n_rows * n

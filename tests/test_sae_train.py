@@ -21,7 +21,9 @@ from core.artifact import verify
 from core.cli import parse
 from sae.batches import Batches, Schedule
 from sae.checkpoint import Checkpoints, complete, latents_name, read_state, remove_old_checkpoints
-from sae.model import load
+from sae.descent import ByAutograd, ByHand
+from sae.model import SAEConfig, load
+from sae.preprocess import PreprocessConfig
 from sae.train import TrainConfig, run
 from sae.trainer import Hyperparameters, State, Trainer
 from tests.conftest import Launch
@@ -68,7 +70,9 @@ def finish_run(batches: str, out: str) -> None:
 
 @pytest.mark.parametrize("norm", ["dataset", "layer", "none"])
 def test_decoder_rows_stay_units_and_their_gradients_orthogonal(batches: Path, norm: str, monkeypatch: Any) -> None:
-    trainer = Trainer(Hyperparameters(**SMALL, norm=norm), ALONE, Batches(batches))  # type: ignore[arg-type]
+    """Where autograd makes them; topk's are compared with it below."""
+    settings = Hyperparameters(**SMALL, norm=norm, architecture="batchtopk")  # type: ignore[arg-type]
+    trainer = Trainer(settings, ALONE, Batches(batches))
     cosines = []
     step = torch.optim.Adam.step
 
@@ -127,13 +131,34 @@ def test_a_step_equals_dense_autograd_and_torch_adam(batches: Path) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.parametrize(("accumulate", "clip_norm"), [(1, 0.0), (3, 0.05)])
+def test_by_hand_equals_autograd_over_200_steps(
+    batches: Path, accumulate: int, clip_norm: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64, with dead latents, shares of unequal size, and a last batch that is not whole."""
+    settings = {"dtype": "float64", "accumulate": accumulate, "clip_norm": clip_norm, "weight_decay": 0.01}
+    ours = trained(ALONE, batches, 1, settings, 200)
+    monkeypatch.setattr("sae.trainer.descent", ByAutograd)
+    theirs = trained(ALONE, batches, 1, settings, 200)
+    assert isinstance(ours.descent, ByHand)
+    assert len(ours.dead()) > 0
+    for mine, twin in zip(ours.state(), theirs.state(), strict=True):
+        assert mine.keys() == twin.keys()
+        for name, tensor in mine.items():
+            if name not in ("rng", "lowest_val_loss"):
+                assert (tensor - twin[name]).abs().max() <= 1e-10 * twin[name].abs().max(), name
+    a, b = ours.train_step(), theirs.train_step()
+    assert float(a.gradient_norm) == pytest.approx(float(b.gradient_norm), rel=1e-8)
+    assert (a.loss, a.aux_loss, a.l0) == pytest.approx((b.loss, b.aux_loss, b.l0), rel=1e-9)
+
+
 def test_learning_rate_warms_up_and_follows_a_cosine() -> None:
     settings = Hyperparameters(lr=1.0, lr_end=0.1, warmup_steps=4)
     rates = [settings.lr_at(step, 105) for step in range(105)]
     assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert rates[54] == pytest.approx(0.55)
     assert rates[-1] == pytest.approx(0.1)
-    assert Hyperparameters(n_latents=4096).peak_lr == pytest.approx(4e-4)
+    assert Hyperparameters(n_latents=4096).peak_lr == pytest.approx(1e-3)
 
 
 # which rows ----------------------------------------------------------------------------------------------------------
@@ -492,11 +517,38 @@ def test_a_folder_of_another_kind_is_refused(batches: Path, tmp_path: Path) -> N
     assert not (tmp_path / "run").exists()
 
 
-def test_the_reference_preset_is_valid() -> None:
+def test_the_reference_preset_holds_the_settings_of_the_reference_run() -> None:
+    """What of them other stages' flags set, the preset's comments give as command lines."""
     preset = Path(__file__).parent.parent / "configs" / "reference.toml"
     found = parse(TrainConfig, "", ["--config", str(preset), "--batches", "b", "--out", "o"])
-    assert (found.n_latents, found.k, found.aux_k, found.norm, found.batch_size) == (65_536, 64, 2048, "layer", 8192)
-    assert (found.lr, found.lr_end, found.betas, found.eps, found.epochs) == (5e-5, 1e-5, (0.85, 0.9999), 6.25e-10, 10)
+    wanted: dict[str, Any] = {
+        "architecture": "topk", "n_latents": 65_536, "k": 64, "aux_k": 2048, "aux_coefficient": 1 / 32, "norm": "layer",
+        "batch_size": 8 * 1024, "epochs": 10, "lr": 5e-5, "lr_end": 1e-5, "betas": (0.85, 0.9999), "eps": 6.25e-10,
+        "weight_decay": 0.01, "clip_norm": 0.0, "dead_after_tokens": 80_000 * 8192, "dtype": "float32",
+    }  # fmt: skip
+    assert {name: getattr(found, name) for name in wanted} == wanted
+    assert SAEConfig.norm_eps == 1e-6
+    text = preset.read_text(encoding="utf-8")
+    assert "layers.23.attn_norm" in text
+    assert "--max-length 192" in text
+    assert PreprocessConfig.validation_fraction == 0.05
+
+
+def test_weights_and_biases_keeps_a_run_without_a_key(
+    launch: Launch, batches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library itself, offline: it leaves a run's file with the lines; with `off` it leaves nothing."""
+    flags = ("--batches", batches, "--n-latents", 16, "--k", 2, "--batch-size", 60, "--max-steps", 3, "--log-every", 1)
+    monkeypatch.setenv("WANDB_API_KEY", "")
+    monkeypatch.setenv("HOME", str(tmp_path))  # no key in a file there either
+    for mode, n_runs in (("auto", 1), ("off", 0)):
+        out = tmp_path / mode
+        done = launch("-m", "sae.train", *flags, "--wandb", mode, "--out", out, limit=300)
+        assert done.returncode == 0, done.stderr
+        assert len(read_metrics(out)) == 3
+        runs = [path.read_bytes() for path in out.rglob("*.wandb")]
+        assert len(runs) == n_runs
+        assert all(name in run for run in runs for name in (b"since_fired_histogram", b"activations_per_s", b"val_aux_loss"))
 
 
 def test_weights_and_biases_gets_a_copy(batches: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nltk.tokenize.punkt import PunktParameters
 
-from capture import punkt, sentences, sources
+from capture import listing, punkt, sentences, sources
 from capture.punkt import load_splitter
 from capture.sentences import SentencesConfig
 from capture.sources import Document, open_source
@@ -221,7 +221,7 @@ def memory_files() -> Iterator[fsspec.AbstractFileSystem]:
 def test_addresses_read_as_local_folders_do(
     tmp_path: Path, memory_files: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "PRESETS", {"hf://preset": "memory://texts/*.parquet"})
+    monkeypatch.setattr(listing, "PRESETS", {"hf://preset": "memory://texts/*.parquet"})
     table = pa.table({"sentence": ["one", "two"], "text": ["eins", "zwei"]})
     local = tmp_path / "texts"
     write(local / "b.jsonl.gz", gzip.compress(b'{"text": "packed"}\n'))
@@ -247,21 +247,45 @@ def test_addresses_read_as_local_folders_do(
         list(open_source("memory://bad"))
 
 
+def test_errors_of_a_store_are_one_line(memory_files: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of whatever class the backend raises: that of `hf://` without a network is no OSError."""
+    memory_files.pipe("/texts/a.txt", b"A text.")
+
+    def unreachable(self: object, *args: object, **kwargs: object) -> None:
+        raise LookupError("name not known")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(memory_files), "open", unreachable)
+        with pytest.raises(OSError, match=r"texts/a.txt: cannot be read: name not known; the same command continues"):
+            list(open_source("memory://texts"))
+    monkeypatch.setattr(type(memory_files), "find", unreachable)
+    with pytest.raises(ValueError, match="memory://texts: cannot be listed: name not known"):
+        list(open_source("memory://texts"))
+
+
+def test_presets_are_addresses_that_fsspec_takes_apart() -> None:
+    for preset, address in listing.PRESETS.items():
+        assert preset.startswith("hf://")
+        system, path = fsspec.core.url_to_fs(address)
+        assert type(system).__name__ == "HfFileSystem"
+        assert path.startswith("datasets/")
+
+
 def test_a_remote_source_is_told_by_its_listing(
     memory_files: fsspec.AbstractFileSystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory_files.pipe("/texts/a.txt", b"A text.")
-    assert sources.source_version("memory://texts") is None  # this store names no content: it is read
+    assert listing.source_version("memory://texts") is None  # this store names no content: it is read
     plain = type(memory_files).find
 
     def with_hashes(self: fsspec.AbstractFileSystem, path: str, detail: bool = False) -> dict[str, dict[str, object]]:
         return {name: info | {"blob_id": "b1"} for name, info in plain(self, path, detail=True).items()}
 
     monkeypatch.setattr(type(memory_files), "find", with_hashes)
-    first = sources.source_version("memory://texts")
+    first = listing.source_version("memory://texts")
     assert first
     memory_files.pipe("/texts/b.txt", b"Another.")
-    assert sources.source_version("memory://texts") not in (None, first)
+    assert listing.source_version("memory://texts") not in (None, first)
 
 
 def test_nltk_corpora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

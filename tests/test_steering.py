@@ -13,10 +13,11 @@ from torch import Tensor
 
 from inference.session import Features as Features_
 from inference.session import InferenceConfig, Session, open_session
-from inference.steering import MODES, Edit, Recipe, Steering, chain, hooks_for_all
+from inference.steering import MODES, Edit, Recipe, Steering, chain, hooks_for_all, present_values
 from inference.watch import Alarm, Watch, parse_latents
 from llama3.generate import HooksFor, Sampling, generate
 from llama3.sites import Hook
+from sae.model import SAE, SAEConfig
 from tests.tiny import tiny_llama
 from tests.tiny_features import SENTENCES, Features, tiny_sae, write_features
 
@@ -424,6 +425,24 @@ def test_saes_that_are_not_there_are_named(two: Session, session: Session, paths
         open_session(config_of(paths, paths), torch.device("cpu"))
     with pytest.raises(ValueError, match="--top is missing"):
         open_session(config_of(paths, top=(), explanations=()), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("architecture", ["topk", "relu", "jumprelu", "batchtopk"])
+def test_present_values_are_those_of_the_encoding(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only where they are asked for, over several blocks of rows; and for latents that are silent everywhere."""
+    torch.manual_seed(0)
+    sae = SAE(SAEConfig(d_model=16, n_latents=40, k=4, architecture=architecture)).requires_grad_(False)
+    sae.b_enc[7] = -100.0
+    if sae.threshold is not None:
+        sae.threshold.fill_(0.2)
+    x, where = torch.randn(30, 16), torch.rand(30, 40) > 0.4
+    encoding = sae.encode(x)
+    expected = torch.zeros(30, 40).scatter_add(1, encoding.indices, encoding.values)
+    monkeypatch.setattr("inference.steering.ROWS", 8)
+    found = present_values(sae, x, torch.arange(40), where)
+    torch.testing.assert_close(found, expected * where, atol=1e-5, rtol=0)
+    assert (found > 0).any()
+    assert torch.equal(present_values(sae, x, torch.tensor([7]), where[:, :1]), torch.zeros(30, 1))
 
 
 def test_recipes_that_do_not_fit_are_refused(session: Session) -> None:

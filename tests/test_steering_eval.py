@@ -15,11 +15,10 @@ import inference.steering_eval
 from core.artifact import open_artifact
 from core.cli import parse
 from inference.session import Session, open_session
-from inference.steered_texts import Panel, continued, first_tokens, hooks_for, label_words, pushed
+from inference.steered_texts import Panel, continued, first_tokens, hooks_for, label_words, promoted_tokens, pushed
 from inference.steering import Edit, Recipe
 from inference.steering_eval import TOP_K, EvalConfig, best_explained, read_prompts, typical_length
 from inference.steering_report import as_table, best_strengths, interval, summarise
-from inference.workbench import default_strength
 from llama3.generate import Sampling
 from tests.tiny import tiny_llama
 from tests.tiny_features import Features, alone, tiny_sae, write_features
@@ -140,6 +139,9 @@ def test_first_tokens_begin_the_words(session: Session) -> None:
     assert table[tokenizer.encode(" storm")[0], 0] == table[tokenizer.encode(" Storm")[0], 0] == 1
     for token in table[:, 1].nonzero()[:, 0].tolist():
         assert tokenizer.decode([token]).strip().lower().startswith("st")
+    session_features = session.needs_features()
+    promoted = promoted_tokens(session_features, (2, 5), tokenizer)
+    assert {tokenizer.pieces([i])[0] for i in promoted[:, 1].nonzero()[:, 0].tolist()} <= {" rain", " storm"}
 
 
 # Choosing and summing up
@@ -147,7 +149,7 @@ def test_first_tokens_begin_the_words(session: Session) -> None:
 
 def row(latent: int, length: float, half: str, steered: float, random: float, perplexity: float = 10.0) -> dict[str, Any]:
     def measured(firing: float, surprise: float = 10.0) -> dict[str, float]:
-        return {"firing": firing, "words": firing, "next_token": firing, "perplexity": surprise}
+        return {"firing": firing, "words": firing, "next_token": firing, "promoted": firing, "perplexity": surprise}
 
     kinds = {"baseline": measured(0.01), "random": measured(random), "others": measured(random)}
     base = {"latent": latent, "label": "x", "length": length, "strength": length * 3, "prompts": half}
@@ -166,6 +168,8 @@ def test_strengths_are_chosen_on_their_own_prompts() -> None:
     """The judging prompts would choose otherwise: they like 0.5 best for feature 0, and any strength for feature 1."""
     assert best_strengths(ROWS, 2.0) == {"0": 3.0}
     assert best_strengths(ROWS, 20.0) == {"0": 6.0}
+    weak = [row(5, 0.5, "choosing", 0.03, 0.02)]
+    assert list(best_strengths([*weak, *ROWS], 2.0)) == ["0", "5"], "the strongest effect first"
 
 
 def test_summary_is_of_the_judging_prompts() -> None:
@@ -176,7 +180,7 @@ def test_summary_is_of_the_judging_prompts() -> None:
     assert best["features"] == 2
     assert best["steered_firing_mean"] == pytest.approx((0.30 + 0.01) / 2), "a feature that nothing raises stays as it is"
     assert best["firing_over_random"][0] == best["firing_over_random_mean"][0] == pytest.approx(0.14)
-    assert as_table(summary).count("\n| best |") == 4
+    assert as_table(summary).count("\n| best |") == 5
     assert "nan" not in as_table(summary)
 
 
@@ -219,8 +223,7 @@ def test_the_folder_agrees_with_itself(config: EvalConfig, session: Session, pan
     flags = [*paths.flags, "--prompt", "x", "--strengths", str(config.out)]
     again = open_session(parse(inference.complete.CompleteConfig, "", flags), torch.device("cpu")).needs_features()
     assert dict(again.best_strengths) == {int(latent): strength for latent, strength in best.items()}
-    for latent, strength in again.best_strengths.items():
-        assert default_strength(again, latent) == min(30.0, strength)
+    assert list(again.best_strengths) == [int(latent) for latent in best], "the strongest effect first"
 
 
 def test_strengths_of_another_sae_are_refused(config: EvalConfig, paths: Features, tmp_path: Path) -> None:

@@ -179,3 +179,13 @@ def test_an_altered_sentences_file_is_refused(folder: Path, tmp_path: Path) -> N
     assert corpus.texts([0])
     with pytest.raises(ValueError, match=r"sentences-00001.parquet: damaged"):
         corpus.texts([10])
+
+
+def test_an_address_is_no_folder(folder: Path) -> None:
+    """With what to do instead; also as a Path, which makes one slash of two."""
+    for address in ("s3://bucket/acts", Path("s3://bucket/acts")):
+        for opened in (open_activations, open_corpus):
+            with pytest.raises(
+                ValueError, match=r"^s3://bucket/acts: lies in a store.*capture.remote --remote s3://bucket/acts"
+            ):
+                opened(address)

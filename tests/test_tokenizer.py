@@ -210,6 +210,7 @@ def test_known_answers_of_the_real_tokenizer() -> None:
     assert tokenizer.stop_ids == {128001, 128008, 128009}
     assert tokenizer.special_tokens["<|python_tag|>"] == 128010
     assert tokenizer.special_tokens["<|reserved_special_token_245|>"] == 128255
+    assert tokenizer.decode(tokenizer.encode(" " * 1_000_000)) == " " * 1_000_000
 
 
 # --- special tokens and the chat format -----------------------------------------------------------------------------------

@@ -24,8 +24,8 @@ from interpretability.ngrams import NgramCounter, ngrams_of
 from interpretability.promoted import promoted_by
 from interpretability.records import HISTOGRAM_BINS, HISTOGRAM_FIRST_EXPONENT, TopSentences, open_top
 from interpretability.selection import Hits, Ragged, Sentences, offsets_of
-from interpretability.top_sentences import TopSentencesConfig, run
-from llama3 import load_model, load_tokenizer
+from interpretability.top_sentences import TopSentencesConfig, parts_of, run
+from llama3 import Transformer, load_model, load_tokenizer
 from sae.model import load
 from tests.interp_folders import SITE, ChunkConfig, Folders, make_folders, make_sae, random_texts, solo
 from tests.tiny import tiny_llama
@@ -72,7 +72,11 @@ AGGREGATE = {
 
 
 @pytest.mark.parametrize("n_sentences", [150, 10_000])
-def test_equal_to_brute_force(tmp_path: Path, n_sentences: int) -> None:
+def test_equal_to_brute_force(tmp_path: Path, n_sentences: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if n_sentences > 150:  # many parts, joined many times between many merges
+        monkeypatch.setattr("interpretability.top_sentences.BATCH_TOKENS", 64)
+        monkeypatch.setattr("interpretability.selection.MIN_PENDING", 5000)
+        monkeypatch.setattr("interpretability.firing.GROUP", 4)  # the fast way, on activations that often tie
     texts = random_texts(n_sentences, longest=12 if n_sentences == 150 else 2)
     folders = make_folders(tmp_path, texts, n_latents=48, k=4, chunk_sentences=16 if n_sentences == 150 else 2048)
     run(config(folders, tmp_path / "top", "--n-sentences", "7"), solo())
@@ -99,6 +103,20 @@ def test_equal_to_brute_force(tmp_path: Path, n_sentences: int) -> None:
         assert [s.rank for s in found] == list(range(len(found)))
         assert all(s.value == max(s.activations) == peaks[latent, s.sentence_id] for s in found)
     check_background(top, sentences, texts)
+
+
+def test_parts_hold_every_sentence_once(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("interpretability.top_sentences.BATCH_TOKENS", 20)
+    chunk = open_activations(folders.activations).chunk(1)
+    parts = list(parts_of(chunk))
+    assert len(parts) > 2
+    assert torch.equal(torch.cat([part.sentence_ids for part in parts]), chunk.sentence_ids)
+    assert torch.equal(torch.cat([part.document_ids for part in parts]), chunk.document_ids)
+    for i, sentence_id in enumerate(chunk.sentence_ids.tolist()):
+        part = next(part for part in parts if sentence_id in part.sentence_ids)
+        rows, wanted = part.sentence(sentence_id), chunk.sentence(sentence_id)
+        assert torch.equal(rows.activations, wanted.activations), i
+        assert torch.equal(rows.token_ids, wanted.token_ids), i
 
 
 def test_texts_names_and_labels_are_those_of_the_sentence(folders: Folders, top: Path) -> None:
@@ -155,13 +173,16 @@ def digest(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.is_file()}
 
 
-def test_two_ranks_write_the_same_bytes_as_one(folders: Folders, top: Path, tmp_path: Path) -> None:
+def on_two_ranks(*flags: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "interpretability.top_sentences", *folders.flags(), "--out", str(tmp_path / "two"), "--n-sentences", "5"]
-    command += ["--device", "cpu", "--threads", "1"]
+    command += ["-m", "interpretability.top_sentences", *flags, "--device", "cpu", "--threads", "1"]
     root = Path(__file__).parents[1]
     done = subprocess.run(command, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_two_ranks_write_the_same_bytes_as_one(folders: Folders, top: Path, tmp_path: Path) -> None:
+    on_two_ranks(*folders.flags(), "--out", str(tmp_path / "two"), "--n-sentences", "5")
     assert digest(tmp_path / "two") == digest(top)
     verify(tmp_path / "two")
 
@@ -212,6 +233,20 @@ def test_nan_is_refused_naming_the_sentence(folders: Folders, tmp_path: Path, ba
     damaged = rewrite_chunk(folders.activations, tmp_path / "acts", 2, activations=rows)
     with pytest.raises(ValueError, match=r"sentence 35 \(chunk 2, token 1 of the sentence\)"):
         run(config(folders._replace(activations=damaged), tmp_path / "top"), solo())
+
+
+def test_nan_straight_from_the_model_is_refused(folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def poisoned(path: str, device: torch.device) -> Transformer:
+        model = load_model(path, device)
+        token = load_tokenizer(folders.model).encode(open_corpus(folders.corpus).texts([9])[0])[0]
+        with torch.no_grad():
+            model.tok_embeddings.weight[token] = torch.nan
+        return model
+
+    monkeypatch.setattr("interpretability.live.load_model", poisoned)
+    argv = ["--sae", str(folders.sae), "--model", str(folders.model), "--corpus", str(folders.corpus)]
+    with pytest.raises(ValueError, match=rf"straight from the model: .*sentence \d+.*NaN or Inf at site {SITE}; store activ"):
+        run(parse(TopSentencesConfig, "", [*argv, "--out", str(tmp_path / "top"), "--device", "cpu"]), solo())
 
 
 def test_rows_beyond_the_norm_of_training_are_left_out(folders: Folders, tmp_path: Path) -> None:
@@ -306,7 +341,7 @@ def reference_levels(peaks: list[float], latent: int, n: int) -> list[int]:
         low = 0 if level == 0 else 2.0 ** (level + HISTOGRAM_FIRST_EXPONENT)
         high = math.inf if level == HISTOGRAM_BINS - 1 else 2.0 ** (level + 1 + HISTOGRAM_FIRST_EXPONENT)
         there = [i for i, peak in enumerate(peaks) if peak > 0 and low <= peak < high]
-        found += sorted(there, key=lambda i: (plain_hash(latent, i, 0), i))[:n]
+        found += sorted(there, key=lambda i: (plain_hash(0, latent, i), i))[:n]
     return found
 
 
@@ -314,7 +349,7 @@ def check_background(top: TopSentences, sentences: list[torch.Tensor], texts: li
     """The sample and the latents that fire together, against every pair of columns of the dense activations."""
     background = top.background()
     limit = 2**31 * 1000 // len(texts)
-    assert [s.sentence_id for s in background] == [i for i in range(len(texts)) if plain_hash(i, 0, 1) < limit]
+    assert [s.sentence_id for s in background] == [i for i in range(len(texts)) if plain_hash(0, -1, i) < limit]
     for found in background:
         dense = torch.zeros_like(sentences[found.sentence_id])
         dense[torch.from_numpy(found.positions), torch.from_numpy(found.latents)] = torch.from_numpy(found.activations)
@@ -334,7 +369,7 @@ def check_background(top: TopSentences, sentences: list[torch.Tensor], texts: li
 
 
 def test_straight_from_the_model_gives_the_same_folder(tmp_path: Path) -> None:
-    """Stored by capture.activations and read back, or never stored: the same tables to the last bit."""
+    """Stored by capture.activations and read back, or never stored, by one rank or two: the same tables to the last bit."""
     stored = make_folders(tmp_path, random_texts(60), integers=False)
     capture = parse(ActivationsConfig, "", [
         "--model", str(stored.model), "--corpus", str(stored.corpus), "--out", str(tmp_path / "acts"), "--sites", SITE,
@@ -352,6 +387,8 @@ def test_straight_from_the_model_gives_the_same_folder(tmp_path: Path) -> None:
     }
     left, right = (open_artifact(tmp_path / name).manifest for name in ("from-disk", "live"))
     assert (left.counts, left.provenance) == (right.counts, right.provenance)
+    on_two_ranks(*argv, "--out", str(tmp_path / "two"))
+    assert digest(tmp_path / "two") == other
 
 
 def test_another_model_is_refused_when_it_is_asked_live(folders: Folders, tmp_path: Path) -> None:

@@ -1,0 +1,220 @@
+"""What steering and watching cost while text is generated, and how soon the first token comes; pairs in one run.
+
+    python -m benchmarks.bench_inference --out inference.json                  # the embedded model and its SAE
+    python -m benchmarks.bench_inference --model M --sae run/sae --top top/ --device cuda
+
+Each cost is the median over rounds of neighbouring timings, without and with the edit in changing order, and is printed with its
+quartiles. Decoding is greedy from the same prompts, and no end token ends a row, so that both sides generate as many tokens.
+Prints a table and writes JSON.
+"""
+
+import copy
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from core.cli import machine, one_line_errors, parse
+from core.runtime import pick_device
+from inference.session import InferenceConfig, Session, open_session
+from inference.steering import MODES, Edit, Recipe
+from inference.watch import Watch
+from inference.workbench import Knobs, checked_request, compare
+from llama3.generate import HooksFor, Sampling, generate
+from llama3.tokenizer import Tokenizer
+
+PROMPT = "The storm came over the harbour in the night, and in the morning nobody could find the old man who kept the light."
+FIRST_TOKEN_MS = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig(InferenceConfig):
+    """What is measured and where."""
+
+    out: Path = machine(Path("bench_inference.json"))
+    """JSON with every number of the table."""
+    batches: tuple[int, ...] = (1, 8)
+    """Rows decoded together."""
+    new_tokens: int = 64
+    """Tokens that each timing generates per row."""
+    rounds: int = 9
+    """Pairs of timings."""
+    latent: int = -1
+    """Latent that is steered; -1 takes the one that fires on most tokens of the prompt, the dearest for a clamp. Another row
+    clamps one that is silent on the whole prompt, as most are."""
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    measure: str
+    plain: float
+    changed: float
+    cost: float
+    quartiles: tuple[float, float]
+    reach: str
+    reached: bool | None
+
+    def __str__(self) -> str:
+        mark = {True: "yes", False: "NO", None: ""}[self.reached]
+        low, high = self.quartiles
+        figures = f"{self.plain:>9,.4g} {self.changed:>9,.4g} {self.cost:>8.3g} {low:>8.3g} {high:>8.3g}"
+        return f"{self.measure:<62} {figures}  {self.reach:<9} {mark}"
+
+
+HEADER = f"{'measure':<62} {'plain':>9} {'changed':>9} {'cost':>8} {'25 %':>8} {'75 %':>8}  {'to reach':<9} reached"
+
+
+def seconds(work: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+class Decoding:
+    """Greedy decoding of the same prompts, with whatever hooks."""
+
+    def __init__(self, session: Session, rows: int, n: int) -> None:
+        self._session, self._n = session, n
+        ids = session.tokenizer.encode(PROMPT, bos=True)
+        self.prompts = [ids] * rows
+        self._tokenizer: Tokenizer = copy.copy(session.tokenizer)
+        self._tokenizer.stop_ids = frozenset()
+
+    def run(self, hooks: HooksFor | None) -> None:
+        for _ in generate(self._session.model, self._tokenizer, self.prompts, Sampling(self._n, temperature=0), hooks):
+            pass
+
+
+def race(measure: str, decoding: Decoding, make: Callable[[], HooksFor | None], config: BenchConfig, reach: float) -> Row:
+    """Tokens per second without and with what `make` gives for each request, which is timed too, and the cost in per cent."""
+    device = decoding._session.model.device
+    works: tuple[Callable[[], None], Callable[[], None]] = (lambda: decoding.run(None), lambda: decoding.run(make()))
+    for work in works:
+        seconds(work, device)
+    pairs = []
+    for i in range(config.rounds):
+        order = (0, 1) if i % 2 == 0 else (1, 0)
+        spent = {which: seconds(works[which], device) for which in order}
+        pairs.append((spent[0], spent[1]))
+    tokens = len(decoding.prompts) * config.new_tokens
+    plain, changed = (tokens / statistics.median(column) for column in zip(*pairs, strict=True))
+    costs = [100 * (1 - without / with_it) for without, with_it in pairs]
+    low, cost, high = statistics.quantiles(costs, n=4)
+    return Row(measure, plain, changed, cost, (low, high), f"<= {reach:g} %", cost <= reach)
+
+
+def compare_steering(session: Session, config: BenchConfig, latent: int) -> Iterator[Row]:
+    """Tokens per second of decoding, in every mode of an edit, and while a latent is watched."""
+    features = session.needs_features()
+
+    def steered(recipe: Recipe, decoding: Decoding) -> Callable[[], HooksFor | None]:
+        lengths = [len(prompt) for prompt in decoding.prompts]
+        return lambda: features.steering.hooks_for([recipe] * len(lengths), lengths)
+
+    for rows in config.batches:
+        decoding = Decoding(session, rows, config.new_tokens)
+        edits = {mode: Edit(latent=latent, mode=mode) for mode in MODES}  # type: ignore[arg-type]
+        edits["clamp, a latent silent on the prompt"] = Edit(latent=silent_latent(session), mode="clamp")
+        recipes = {name: Recipe((edit,), features.sae.weights_hash) for name, edit in edits.items()}
+        for name, recipe in {"no edit": Recipe(), **recipes}.items():
+            yield race(f"decode tokens/s, batch {rows}: {name}", decoding, steered(recipe, decoding), config, 10)
+        watch = lambda: Watch(features, (latent,)).hooks_for  # noqa: E731
+        yield race(f"decode tokens/s, batch {rows}: one latent watched", decoding, watch, config, 10)
+
+
+def first_token(session: Session, config: BenchConfig, latent: int) -> Iterator[Row]:
+    """Milliseconds from a request as the page sends it, text and all, to the first token of baseline and steered column."""
+    features = session.needs_features()
+    edit = Recipe((Edit(latent=latent),), features.sae.weights_hash)
+    room = session.context - config.new_tokens
+    for words in (1, 16, room // 2):
+        text = " ".join((PROMPT.split() * words)[:words])
+        n_tokens = len(session.tokenizer.encode(text, bos=True))
+
+        def begin(recipe: Recipe, text: str = text) -> None:
+            next(compare(session, checked_request(session, text, recipe, Knobs())))
+
+        begin(edit)
+        device = session.model.device
+        pairs = [(seconds(lambda: begin(Recipe()), device), seconds(lambda: begin(edit), device)) for _ in range(config.rounds)]
+        plain, both = ([1000 * value for value in column] for column in zip(*pairs, strict=True))
+        low, median, high = statistics.quantiles(both, n=4)
+        measure = f"first token of a prompt of {n_tokens} tokens, ms: baseline / both columns"
+        reached = median <= FIRST_TOKEN_MS
+        yield Row(measure, statistics.median(plain), median, median, (low, high), f"<= {FIRST_TOKEN_MS:g}", reached)
+
+
+@torch.no_grad()
+def zero_edits(session: Session, latent: int) -> Row:
+    """Largest difference of the logits of a prompt under edits that change nothing; 0 is bit-identical."""
+    steering = session.needs_features().steering
+    tokens = torch.tensor([session.tokenizer.encode(PROMPT, bos=True)], device=session.model.device)
+    plain, worst = session.model(tokens), 0.0
+    nothing: Sequence[tuple[Edit, ...]] = ((), (Edit(latent=latent, strength=0),), (Edit(latent=latent, positions=10**6),))
+    for edits in nothing:
+        hooks = steering.hooks_for([Recipe(edits, steering.sae.weights_hash)], [tokens.shape[1]])
+        with session.model.hooks(hooks(torch.arange(tokens.shape[1], device=tokens.device)[None]) if hooks else {}):
+            worst = max(worst, float((session.model(tokens) - plain).abs().max()))
+    return Row("largest logit difference: no, zero and far away edits", 0, worst, worst, (worst, worst), "= 0", worst == 0)
+
+
+def dearest_latent(session: Session) -> int:
+    """The latent that fires on most tokens of the prompt."""
+    reading = session.read(session.tokenizer.encode(PROMPT, bos=True))
+    return int(reading.indices[1:][reading.values[1:] > 0].bincount().argmax())
+
+
+def silent_latent(session: Session) -> int:
+    """The first latent that fires on the corpus and on no token of the prompt."""
+    reading = session.read(session.tokenizer.encode(PROMPT, bos=True))
+    silent = session.needs_features().max_values.cpu() > 0
+    silent[reading.indices[reading.values > 0]] = False
+    return int(silent.nonzero()[0])
+
+
+def measured(session: Session, config: BenchConfig) -> Iterator[Row]:
+    latent = dearest_latent(session) if config.latent < 0 else config.latent
+    yield zero_edits(session, latent)
+    yield from compare_steering(session, config, latent)
+    yield from first_token(session, config, latent)
+
+
+def main() -> None:
+    with one_line_errors():
+        config = parse(BenchConfig, __doc__ or "")
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        session = open_session(config, pick_device(config.device, 0))
+        features = session.needs_features()
+    gpu = session.model.device.type == "cuda"
+    where = torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    shape = f"d_model {features.sae.cfg.d_model}, {features.n_latents} latents, k {features.sae.cfg.k}"
+    print(f"{where}, torch {torch.__version__}, {session.name}, SAE with {shape}")
+    print(HEADER)
+    rows = []
+    for row in measured(session, config):
+        rows.append(row)
+        print(row, flush=True)
+    record = {
+        "device": where,
+        "torch": torch.__version__,
+        "sae": shape,
+        "config": {name: str(value) for name, value in vars(config).items() if name != "out"},
+        "rows": [row._asdict() for row in rows],
+    }
+    config.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
