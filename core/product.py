@@ -11,8 +11,9 @@ ONEDNN = torch._C._has_mkldnn and "AMD" in torch.cpu.get_capabilities().get("cpu
 processors (pytorch/builder issue 504; measured in docs/log.md)."""
 
 FEW_ROWS = 64  # fewer are not rounded: a prompt or a decoding step has few sizes, and would pay most
-LARGE_WEIGHT, LARGE_PRODUCT = 2**17, 2**20
-"""Numbers in W, and multiplications in `x W^T`, from either of which on oneDNN's longer call (about 10 us) is worth it."""
+LARGE_WEIGHT, LARGE_PRODUCT = 2**20, 2**20
+"""Numbers in W, and multiplications in `x W^T`, from either of which on oneDNN is the faster: its call takes about 10 us more,
+and for a single row of x MKL is good where W is small (measured in docs/log.md)."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -22,7 +23,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if ONEDNN and large and not plain and x.dtype == torch.float32 and x.is_cpu:
         rows = x.reshape(-1, x.shape[-1])
         n = len(rows)
-        product = torch.ops.mkldnn._linear_pointwise(F.pad(rows, (0, 0, 0, _rounded(n) - n)), weight, bias, "none", [], "")
+        if more := _rounded(n) - n:
+            rows = F.pad(rows, (0, 0, 0, more))
+        product = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
         return cast(Tensor, product[:n].view(*x.shape[:-1], -1))
     return F.linear(x, weight, bias)
 
