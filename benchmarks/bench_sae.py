@@ -93,9 +93,7 @@ def libraries(setup: Setup, only: tuple[str, ...]) -> dict[str, Library]:
         "SAELens": SAELens,
         "dictionary_learning": DictionaryLearning,
     }
-    if setup.device == "cpu":
-        others |= {f"ours, --nominate {C}": partial(Ours, nominate=C) for C in (2, 3)}
-    else:
+    if setup.device != "cpu":
         others |= {"dense step, bf16": partial(DenseStep, autocast=True)}
     for name, make in others.items():
         if only and name not in only:

@@ -10,8 +10,9 @@ ONEDNN = torch._C._has_mkldnn and "AMD" in torch.cpu.get_capabilities().get("cpu
 """Whether large float32 products go to oneDNN. PyTorch gives them to MKL, which runs at less than half the rate on AMD
 processors (pytorch/builder issue 504; measured in docs/log.md)."""
 
-LARGE_WEIGHT, LARGE_PRODUCT = 2**17, 2**20
-"""Numbers in W, and multiplications in `x W^T`, from either of which on oneDNN's longer call (about 10 us) is worth it."""
+LARGE_WEIGHT, LARGE_PRODUCT = 2**20, 2**20
+"""Numbers in W, and multiplications in `x W^T`, from either of which on oneDNN is the faster: its call takes about 10 us more,
+and for a single row of x MKL is good where W is small (measured in docs/log.md)."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -254,8 +254,8 @@ def summary(
     yield "\n| cosine at least | descend | split | kept | gone |\n|---:|---:|---:|---:|---:|\n"
     for least in THRESHOLDS:
         near = parents.cosines >= least
-        n = torch.bincount(parents.latents[near], minlength=n_small)
-        counts = (int(which.sum()) for which in (near, n > 1, n == 1, n == 0))
+        found = torch.bincount(parents.latents[near], minlength=n_small)
+        counts = (int(which.sum()) for which in (near, found > 1, found == 1, found == 0))
         yield f"| {least:g} | {' | '.join(f'{count:,}' for count in counts)} |\n"
     if firing:
         yield from _agreement(firing, descends)
