@@ -22,10 +22,11 @@ import torch
 
 from core.cli import machine, one_line_errors, parse
 from core.runtime import pick_device
+from inference.limits import Knobs
 from inference.session import InferenceConfig, Session, open_session
 from inference.steering import MODES, Edit, Recipe
 from inference.watch import Watch
-from inference.workbench import Knobs, checked_request, compare
+from inference.workbench import checked_request, compare
 from llama3.generate import HooksFor, Sampling, generate
 from llama3.tokenizer import Tokenizer
 
@@ -43,10 +44,11 @@ class BenchConfig(InferenceConfig):
     """Rows decoded together."""
     new_tokens: int = 64
     """Tokens that each timing generates per row."""
-    rounds: int = 15
+    rounds: int = 9
     """Pairs of timings."""
     latent: int = -1
-    """Latent that is steered; -1 takes the one that fires on most tokens of the prompt, the dearest for a clamp."""
+    """Latent that is steered; -1 takes the one that fires on most tokens of the prompt, the dearest for a clamp. Another row
+    clamps one that is silent on the whole prompt, as most are."""
 
 
 class Row(NamedTuple):
@@ -123,7 +125,9 @@ def compare_steering(session: Session, config: BenchConfig, latent: int) -> Iter
 
     for rows in config.batches:
         decoding = Decoding(session, rows, config.new_tokens)
-        recipes = {mode: Recipe((Edit(latent=latent, mode=mode),), features.sae.weights_hash) for mode in MODES}  # type: ignore[arg-type]
+        edits = {mode: Edit(latent=latent, mode=mode) for mode in MODES}  # type: ignore[arg-type]
+        edits["clamp, a latent silent on the prompt"] = Edit(latent=silent_latent(session), mode="clamp")
+        recipes = {name: Recipe((edit,), features.sae.weights_hash) for name, edit in edits.items()}
         for name, recipe in {"no edit": Recipe(), **recipes}.items():
             yield race(f"decode tokens/s, batch {rows}: {name}", decoding, steered(recipe, decoding), config, 10)
         watch = lambda: Watch(features, (latent,)).hooks_for  # noqa: E731
@@ -170,6 +174,14 @@ def dearest_latent(session: Session) -> int:
     """The latent that fires on most tokens of the prompt."""
     reading = session.read(session.tokenizer.encode(PROMPT, bos=True))
     return int(reading.indices[1:][reading.values[1:] > 0].bincount().argmax())
+
+
+def silent_latent(session: Session) -> int:
+    """The first latent that fires on the corpus and on no token of the prompt."""
+    reading = session.read(session.tokenizer.encode(PROMPT, bos=True))
+    silent = session.needs_features().max_values.cpu() > 0
+    silent[reading.indices[reading.values > 0]] = False
+    return int(silent.nonzero()[0])
 
 
 def measured(session: Session, config: BenchConfig) -> Iterator[Row]:

@@ -33,12 +33,12 @@ from capture.store import Chunk
 from interpretability.prompts import MalformedReply, parse
 from interpretability.records import AGGREGATIONS
 from interpretability.selection import LatentTotals, Ragged, Sentences, TopTable, pairs_of
-from interpretability.top_sentences import encode_part, parts_of, usable_tokens
+from interpretability.top_sentences import encode_chunk, parts_of, usable_tokens
 from sae.model import CPU_ELEMENTS, GPU_ELEMENTS, SAE, SAEConfig
 
 CPU = torch.device("cpu")
-SHAPES = {"demo": (256, 4096, 32, 2048), "wide": (1024, 16_384, 64, 256), "reference": (3072, 65_536, 64, 2048)}
-"""d_model, n_latents, k, sentences of a chunk. reference: the size of the reference run's SAE, too much for a small CPU."""
+SHAPES = {"demo": (256, 4096, 32, 2048), "wide": (1024, 16_384, 64, 256), "reference": (3072, 65_536, 64, 48)}
+"""d_model, n_latents, k, sentences of a chunk. reference: the size of the reference run's SAE, minutes on a small CPU."""
 WARM_UP = 3
 """Chunks before the first timing: they fill the tables, as the first few thousand sentences of a corpus do."""
 REFERENCE_BATCH = 128
@@ -102,7 +102,7 @@ class Pass:
         for part in parts_of(chunk):
             keep = usable_tokens(part, float("inf"))
             sentences = Sentences(part.sentence_ids, part.document_ids, Ragged(part.token_ids, part.offsets))
-            hits = encode_part(self.sae, part, keep, self.device)
+            hits = encode_chunk(self.sae, part, keep, self.device)
             pairs = pairs_of(hits, sentences.to(self.device), AGGREGATIONS)
             self.totals.add(hits, pairs, int(keep.sum()))
             self.table.add(pairs, sentences)
@@ -160,7 +160,7 @@ def speed(config: BenchConfig) -> Iterator[Row]:
 def speed_of(name: str, d: int, n: int, k: int, n_sentences: int, rounds: int, device: torch.device) -> Iterator[Row]:
     sae = random_sae(d, n, k).to(device)
     work, tops = Pass(sae, 50, device), (defaultdict(list), defaultdict(list), defaultdict(list))
-    few = max(REFERENCE_BATCH, n_sentences // 8)
+    few = min(n_sentences, max(REFERENCE_BATCH, n_sentences // 8))
     ratios, against, bounds, rates, both = [], [], [], [], [0.0, 0.0]
     for i in range(WARM_UP):
         work.add(random_chunk(i, d, n_sentences))

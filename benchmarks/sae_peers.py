@@ -68,9 +68,9 @@ def decayed(step: int, steps: int) -> float:
 
 
 class Ours:
-    """This repository; `nominate` is --nominate."""
+    """This repository."""
 
-    def __init__(self, setup: Setup, nominate: int = 0) -> None:
+    def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.sae = SAE(SAEConfig(d_model=setup.d, n_latents=setup.n, k=setup.k, norm="none"))
         self.sae.initialise_("tied", torch.Generator().manual_seed(setup.seed))
@@ -78,7 +78,7 @@ class Ours:
         self.optimizer = torch.optim.Adam(
             self.sae.parameters(), lr=setup.lr, eps=6.25e-10, decoupled_weight_decay=True, fused=True
         )
-        config = Hyperparameters(n_latents=setup.n, k=setup.k, nominate=nominate)
+        config = Hyperparameters(n_latents=setup.n, k=setup.k)
         self.recipe = config.recipe(0, setup.d, torch.device(setup.device))
         self.descent = descent(config, self.sae, self.optimizer, ALONE, 0)
         self.since = torch.zeros(setup.n, dtype=torch.long, device=setup.device)

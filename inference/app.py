@@ -9,41 +9,24 @@ needs --password-file. Nothing is loaded from any other host, and no file but th
 
 import logging
 import os
-from collections.abc import Awaitable, Callable, MutableMapping
+import socket
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from core.cli import machine, run_stage
 from core.runtime import Runtime
 from inference.dialogue import style_of
+from inference.guard import Guard
 from inference.handlers import Handlers
 from inference.session import InferenceConfig, open_session
 
 log = logging.getLogger("inference.app")
 
-MAX_BODY_BYTES = 2 * 2**20
-"""Largest request body that is read at all; every field has a much lower limit of its own."""
 USER = "workbench"
-
-POLICY = "; ".join(
-    (
-        "default-src 'self'",
-        "script-src 'self' 'unsafe-inline' 'unsafe-eval'",  # Gradio's page is built from inline scripts and templates
-        "style-src 'self' 'unsafe-inline'",
-        "img-src 'self' data: blob:",
-        "font-src 'self' data:",
-        "connect-src 'self'",
-        "frame-ancestors 'self'",
-    )
-)
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +67,13 @@ def is_loopback(host: str) -> bool:
 def run(config: AppConfig, runtime: Runtime) -> None:
     """Serve the page until Ctrl-C."""
     password = read_password(config.password_file)
-    session = open_session(config, runtime.device)
-    serve(Handlers(session, style_of(config.style, config.model)), config, password, block=True)
+    usable_port(config.host, config.port)  # before the model is loaded
+    serve(open_handlers(config, runtime.device), config, password, block=True)
+
+
+def open_handlers(config: AppConfig, device: torch.device) -> Handlers:
+    """Load what `config` names; ValueError where a part is missing or does not belong to the others."""
+    return Handlers(open_session(config, device), style_of(config.style, config.model))
 
 
 def serve(handlers: Handlers, config: AppConfig, password: str | None = None, block: bool = False) -> tuple[Any, str]:
@@ -94,14 +82,15 @@ def serve(handlers: Handlers, config: AppConfig, password: str | None = None, bl
     With `block`, returns only when the server ends.
     """
     ignore_gradio_variables()  # before the imports below: Gradio reads its variables when it is imported
-    from inference.layout import MAX_THREADS, QUEUE_SIZE, Page
+    from inference.layout import Page
+    from inference.panels.events import MAX_THREADS, QUEUE_SIZE
     from inference.theme import stylesheet, theme
 
     blocks = Page(handlers).blocks
     blocks.queue(max_size=QUEUE_SIZE)
     _, address, _ = blocks.launch(
         server_name=config.host,
-        server_port=config.port or free_port(config.host),
+        server_port=usable_port(config.host, config.port),
         share=config.public_link,
         auth=(USER, password) if password else None,
         inbrowser=config.open_browser,
@@ -137,12 +126,16 @@ def ignore_gradio_variables() -> None:
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 
-def free_port(host: str) -> int:
-    """A port that nothing listens on now."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind((host, 0))
+def usable_port(host: str, port: int) -> int:
+    """`port`, or for 0 one that nothing listens on now; ValueError where it cannot be had."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ValueError(
+                f"--host {host} --port {port}: {error.strerror}; choose another, or --port 0 for a free one"
+            ) from None
         return int(probe.getsockname()[1])
 
 
@@ -154,31 +147,6 @@ def read_password(path: Path | None) -> str | None:
     if not lines or len(lines[0].strip()) < 8:
         raise ValueError(f"--password-file {path}: expected a first line of at least 8 characters")
     return lines[0].strip()
-
-
-class Guard:
-    """In front of Gradio: refuses large bodies before they are read, and tells the browser to ask no other host."""
-
-    def __init__(self, app: Asgi) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > MAX_BODY_BYTES:
-            await send({"type": "http.response.start", "status": 413, "headers": [(b"content-type", b"text/plain")]})
-            await send({"type": "http.response.body", "body": b"the request is too large\n"})
-            return
-
-        async def guarded(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                extra = [(b"content-security-policy", POLICY.encode()), (b"referrer-policy", b"no-referrer")]
-                message = {**message, "headers": [*message["headers"], *extra]}
-            await send(message)
-
-        await self._app(scope, receive, guarded)
 
 
 def _middleware() -> Any:

@@ -6,33 +6,21 @@ page's own controls and come with every request, three values a row, in the orde
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from inference import views
 from inference.dialogue import Style, prepare
+from inference.finding import Hit, by_label, by_text
+from inference.limits import STRENGTHS, Knobs, checked_edit, checked_latent, checked_recipe
 from inference.session import Features, Session
 from inference.steering import Edit, Recipe
 from inference.turns import Turns
-from inference.workbench import (
-    Knobs,
-    Request,
-    Snapshot,
-    answer,
-    checked_edit,
-    checked_latent,
-    checked_recipe,
-    checked_request,
-    compare,
-    default_strength,
-    firing_on,
-    fitted,
-    heat,
-    new_row,
-    search,
-)
+from inference.workbench import Request, Snapshot, answer, checked_request, compare, default_strength, fitted, heat, new_row
 from llama3.chat_format import Message
 
 N_SLOTS = 6
+N_STARTERS = 4
 BY_LABEL, BY_TEXT = "Labels", "Fires on a text"
 
 Slots = tuple[int | None, ...]
@@ -68,22 +56,39 @@ class Handlers:
     def features(self) -> Features:
         return self.session.needs_features()
 
+    @cached_property
+    def starters(self) -> list[Hit]:
+        """Features to begin with: those that were measured to steer most, else the best explained; no label twice."""
+        known = [Hit(latent, self.features.label(latent), 0.0) for latent in self.features.best_strengths]
+        found: dict[str, Hit] = {}
+        for hit in known or by_label(self.features, ""):
+            found.setdefault(hit.label, hit)
+        return [hit for label, hit in found.items() if label][:N_STARTERS]
+
     # Finding and reading features
 
     def find(self, scope: Any, text: Any) -> str:
         """The list of features for a search in the labels, or by what fires on a text."""
         if self.session.features is None:
             return views.note("No SAE is loaded: start the app with --sae and --top.")
+        if scope == BY_TEXT and not str(text).strip():
+            return views.note("Write or paste a text: the features that fire on it appear here.")
         try:
-            if scope != BY_TEXT:
-                hits = search(self.features, text)
-            elif str(text).strip():
-                hits = firing_on(self.session, text)
-            else:
-                return views.note("Write or paste a text: the features that fire on it appear here.")
+            hits = self._hits(scope, text)
         except ValueError as error:
-            return views.note(str(error))
-        return views.results(hits, self.features) if hits else views.note("Nothing found. Try another word, or a number.")
+            return views.status(str(error), "error")
+        return views.results(hits, self.features, text) if hits else views.note("Nothing found. Try another word, or a number.")
+
+    def first(self, scope: Any, text: Any) -> int | None:
+        """The first feature of that list, None where it is empty."""
+        try:
+            hits = self._hits(scope, text)
+        except ValueError:
+            return None
+        return hits[0].latent if hits else None
+
+    def _hits(self, scope: Any, text: Any) -> list[Hit]:
+        return by_text(self.session, text) if scope == BY_TEXT else by_label(self.features, text)
 
     def open(self, latent: Any, snapshot: Snapshot | None) -> Shown:
         """Show a feature's card and shade the texts by it. ValueError for a latent that does not exist."""
@@ -113,19 +118,22 @@ class Handlers:
         return (*slots[:row], index, *slots[row + 1 :]), row
 
     def fresh(self, latent: int | None) -> Controls:
-        """The controls of an edit that was just added."""
+        """The controls of an edit that was just added: at the strength measured as best where one was."""
         assert latent is not None
-        return Controls(default_strength(self.features, latent))
+        strength = self.features.best_strengths.get(latent) or default_strength(self.features, latent)
+        return Controls(round(min(STRENGTHS[1], max(STRENGTHS[0], strength)), 2))
 
     def recipe(self, slots: Slots, controls: Sequence[Any]) -> Recipe:
         """The recipe that the page's edit rows describe; `controls` holds strength, mode and positions of each row in turn."""
+        if not any(slot is not None for slot in slots):
+            return Recipe()
         rows = [Controls(*controls[i : i + 3]) for i in range(0, len(controls), 3)]
         edits = [
             checked_edit(self.features, latent, row.strength, row.mode, row.positions)
             for latent, row in zip(slots, rows, strict=True)
             if latent is not None
         ]
-        return Recipe(tuple(edits), self.features.sae.weights_hash) if edits else Recipe()
+        return Recipe(tuple(edits), self.features.sae.weights_hash)
 
     def applied(self, text: Any) -> tuple[Slots, list[Controls]]:
         """The edit rows for a recipe given as text. ValueError says what is wrong with it."""
@@ -143,22 +151,20 @@ class Handlers:
     def generate(self, text: Any, knobs: Knobs, slots: Slots, controls: Sequence[Any]) -> Iterator[Snapshot]:
         """Snapshots of both columns while they are written. ValueError, before the model runs, where something is out of
         range."""
-        recipe = self.recipe(slots, controls) if any(slot is not None for slot in slots) else Recipe()
-        return compare(self.session, checked_request(self.session, text, recipe, knobs))
+        return compare(self.session, checked_request(self.session, text, self.recipe(slots, controls), knobs))
 
     def chat(
         self, messages: Sequence[tuple[str, str]], system: Any, knobs: Knobs, slots: Slots, controls: Sequence[Any]
     ) -> Iterator[tuple[str, int]]:
-        """The answer to the last message as it grows, and how many old messages no longer fit into the context."""
-        recipe = self.recipe(slots, controls) if any(slot is not None for slot in slots) else Recipe()
+        """The answer to the last message as it grows, and how many old messages no longer fit into the context. ValueError as
+        in `generate`."""
+        recipe, sampling = self.recipe(slots, controls), knobs.checked()
         opening = [Message("system", str(system).strip())] if isinstance(system, str) and system.strip() else []
         said = [Message("user" if role == "user" else "assistant", text) for role, text in messages]
-        sampling = knobs.checked()
         turn = prepare(self.session, [*opening, *said], self.style, sampling.max_new_tokens)
         row = new_row(self.session, "", turn.ids)
-        request = Request((row,), recipe, replace(fitted(self.session, sampling, [row]), stop=turn.stop))
-        for row in answer(self.session, request):
-            yield row.text.strip(), turn.dropped
+        request = Request((row,), recipe, replace(fitted(self.session, sampling, [row]), stop=(*turn.stop, *sampling.stop)))
+        return ((row.text.strip(), turn.dropped) for row in answer(self.session, request))
 
 
 def _controls(edit: Edit) -> Controls:

@@ -5,21 +5,19 @@ A session is read by all requests and changed by none.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import llama3
-from core.artifact import check_provenance, open_artifact
 from core.cli import StageConfig, machine
 from inference.steering import Steering
-from interpretability.records import Explanation, TopSentences, open_top, read_explanations
+from interpretability.records import Explanation, TopSentences
+from interpretability.search import check_sae, open_explanations_of, open_top_of
 from llama3.model import Transformer
-from llama3.sites import check_sites
 from llama3.tokenizer import Tokenizer
 from sae.model import SAE
 from sae.model import load as load_sae
@@ -58,6 +56,8 @@ class Features:
     site: str
     top: TopSentences
     explanations: Mapping[int, Explanation]
+    best_strengths: Mapping[int, float] = field(default_factory=dict)
+    """Strengths at which latents were measured to steer best, in multiples of their maximum; the strongest effect first."""
 
     @cached_property
     def steering(self) -> Steering:
@@ -149,23 +149,8 @@ def _checked(paths: Mapping[str, Path | None], model: Transformer, tokenizer: To
     assert paths["sae"] is not None
     assert paths["top"] is not None
     autoencoder = load_sae(paths["sae"], device)
-    origin: dict[str, Any] = {"model_hash": model.weights_hash, "tokenizer_hash": tokenizer.hash}
-    provenance = autoencoder.cfg.provenance
-    check_provenance(f"SAE {paths['sae']}", origin, provenance, origin)
-    site = str(provenance.get("site"))
-    try:
-        check_sites([site], model.params.n_layers)
-    except ValueError as error:
-        raise ValueError(f"SAE {paths['sae']}: {error}") from None
-    if autoencoder.cfg.d_model != model.params.dim:
-        raise ValueError(f"SAE {paths['sae']}: d_model is {autoencoder.cfg.d_model}, but the model's is {model.params.dim}")
-    wanted = origin | {"site": site, "sae_hash": autoencoder.weights_hash}
-    top = open_top(paths["top"])
-    check_provenance(f"top sentences {paths['top']}", wanted, top.provenance, wanted)
-    explanations: Mapping[int, Explanation] = {}
-    if paths["explanations"] is not None:
-        found = open_artifact(paths["explanations"], "explanations").manifest.provenance
-        check_provenance(f"explanations {paths['explanations']}", wanted, found, ["sae_hash"])
-        explanations = read_explanations(paths["explanations"])
+    site = check_sae(autoencoder, paths["sae"], model, tokenizer)
+    top = open_top_of(autoencoder, paths["top"])
+    explanations = open_explanations_of(autoencoder, paths["explanations"]) if paths["explanations"] is not None else {}
     log.info("%s: %d latents at %s, %d with a label", paths["sae"], len(top.max_values), site, len(explanations))
     return Features(autoencoder, site, top, explanations)

@@ -265,18 +265,18 @@ class Steering:
 def present_values(sae: SAE, flat: Tensor, wanted: Tensor, where: Tensor) -> Tensor:
     """Values (N, E) of the latents `wanted` (E) in the encoding of `flat` (N, D) where `where` (N, E) holds, 0 elsewhere.
 
-    In every architecture a latent fires only where its own pre-activation is positive. That is looked at first, and only in
-    rows where it holds all latents are computed: most of them are silent at most tokens.
+    In every architecture a latent fires only where its own pre-activation is positive. That is looked at first, and all latents
+    are computed only if it is anywhere: while a text is generated, most of them are silent at most tokens.
     """
     z = sae.normalise(flat).z
     own = linear(z - sae.b_pre, sae.W_enc[wanted], sae.b_enc[wanted])
-    rows = ((own > 0) & where).any(1).nonzero().squeeze(1)
-    present = torch.zeros_like(own)
-    for part in torch.split(rows, ROWS) if len(rows) else ():
-        values, indices = sae.select(sae.pre_activations(z[part]))  # (M, K)
-        fires = indices[:, :, None] == wanted  # (M, K, E)
-        present[part] = (values[:, :, None] * fires).sum(1)
-    return present.mul_(where)
+    if not bool(((own > 0) & where).any()):
+        return torch.zeros_like(own)
+    parts = []
+    for block in torch.split(z, ROWS):
+        values, indices = sae.select(sae.pre_activations(block))  # (n, K)
+        parts.append((values[:, :, None] * (indices[:, :, None] == wanted)).sum(1))
+    return torch.cat(parts) * where
 
 
 def reconstruct_with_bias(sae: SAE, flat: Tensor, latents: Tensor, bias: Tensor) -> Tensor:

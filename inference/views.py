@@ -4,11 +4,16 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+from inference.finding import Hit, similar
 from inference.session import Features, Session
-from inference.workbench import Hit, Row, Snapshot, confidence, neighbours
+from inference.workbench import Row, Snapshot, confidence
 from interpretability.records import HISTOGRAM_FIRST_EXPONENT, Explanation, LatentStatistics, TopSentence
 
 N_SENTENCES = 12
+N_OPEN = 4
+"""Sentences that are in sight at once; a click shows the others."""
+N_STORED = 40
+"""Sentences among which different texts are looked for."""
 
 
 def tokens(pieces: Sequence[str], values: Sequence[float], largest: float) -> str:
@@ -29,8 +34,27 @@ def note(message: str) -> str:
     return f'<p class="empty">{escape(message)}</p>'
 
 
-def results(hits: Sequence[Hit], features: Features) -> str:
-    """The list of found features; each can be opened, and added to the edits."""
+def no_card(error: str = "") -> str:
+    """The place of the card while no feature is open, or where it could not be opened."""
+    said = status(error, "error") if error else ""
+    return (
+        f'<div class="nothing">{said}<p>Open a feature to read what it responds to: the sentences in which it fires most, the '
+        "words that it raises, and its neighbours.</p><p>The texts that you generate are then shaded by it.</p></div>"
+    )
+
+
+def edits_hint(text: str, starters: Sequence[Hit]) -> str:
+    """The heading of the edits, and where there are none yet how to begin."""
+    chips = "".join(
+        f'<button data-steer="{hit.latent}" title="Steer with feature {hit.latent}">{escape(hit.label)}</button>'
+        for hit in starters
+    )
+    begin = f'<div class="examples">{chips}</div>' if chips else ""
+    return f'<h2 class="section">Edits</h2>{note(text) if text else ""}{begin}'
+
+
+def results(hits: Sequence[Hit], features: Features, query: str) -> str:
+    """The list of features found for `query`; each can be opened, and added to the edits."""
     items = []
     for hit in hits:
         label = escape(hit.label) or "<i>no label</i>"
@@ -41,7 +65,7 @@ def results(hits: Sequence[Hit], features: Features) -> str:
             f'<span class="label">{label}{token}</span><span class="meter" style="--v:{max(0.0, hit.value):.3f}" '
             f'title="{hit.value:.2f}"></span></button>{_plus(hit.latent) if steerable else ""}</li>'
         )
-    return f'<ol class="hits">{"".join(items)}</ol>'
+    return f'<ol class="hits" data-query="{escape(query)}">{"".join(items)}</ol>'
 
 
 def _plus(latent: int) -> str:
@@ -54,19 +78,29 @@ def card(features: Features, latent: int) -> str:
     """Everything known about one feature."""
     statistics = features.top.statistics(latent)
     title = escape(features.label(latent)) or "No label"
-    sentences = features.top.sentences(latent, n=N_SENTENCES)
     parts = [
         f'<article class="card" data-latent="{latent}"><header><span class="num big">{latent}</span><h2>{title}</h2></header>',
         _origin(features, latent),
         _facts(statistics),
-        _steer_button(latent) if statistics.max > 0 else '<p class="empty">It never fired on the corpus.</p>',
+        _steer_button(latent, features.best_strengths.get(latent))
+        if statistics.max > 0
+        else '<p class="empty">It never fired on the corpus.</p>',
         _histogram(statistics),
         _words("Raises", statistics.promoted, "up") + _words("Lowers", statistics.suppressed, "down"),
-        _sentences(sentences, statistics.max),
+        _sentences(distinct(features.top.sentences(latent, n=N_STORED)), statistics.max),
         _neighbours(features, latent),
+        _cofiring(features, statistics),
         "</article>",
     ]
     return "".join(parts)
+
+
+def distinct(sentences: Sequence[TopSentence]) -> list[TopSentence]:
+    """The first N_SENTENCES of different text: documentation repeats itself."""
+    found: dict[str, TopSentence] = {}
+    for sentence in sentences:
+        found.setdefault(sentence.text, sentence)
+    return list(found.values())[:N_SENTENCES]
 
 
 def _origin(features: Features, latent: int) -> str:
@@ -77,9 +111,10 @@ def _origin(features: Features, latent: int) -> str:
         return f'<p class="empty">{escape(explanation.method)} found no label: {escape(explanation.reason)}</p>'
     trust = confidence(features, latent)
     measured = "score" if explanation.score is not None else "certainty"
-    by = f"{measured} {trust:.2f}, by {escape(explanation.method)}" if trust else f"by {escape(explanation.method)}"
+    by = [f"{measured} {trust:.2f}"] if trust else []
+    by += [escape(explanation.method.replace("_", " "))] + ([escape(explanation.model)] if explanation.model else [])
     text = f"<p>{escape(explanation.explanation)}</p>" if explanation.explanation != explanation.title else ""
-    return f'{text}<p class="by">{by}{" · " + escape(explanation.model) if explanation.model else ""}</p>'
+    return f'{text}<p class="by">{" · ".join(by)}</p>'
 
 
 def _facts(statistics: LatentStatistics) -> str:
@@ -98,8 +133,9 @@ def _share(density: float) -> str:
     return f"{density:.1%}" if density >= 0.001 else f"1 in {round(1 / density):,}"
 
 
-def _steer_button(latent: int) -> str:
-    return f'<button class="steer" data-steer="{latent}">Steer with this feature</button>'
+def _steer_button(latent: int, best: float | None) -> str:
+    measured = f" <span>at {best:g} × its maximum, where it was measured to steer best</span>" if best else ""
+    return f'<button class="steer" data-steer="{latent}">Steer with this feature{measured}</button>'
 
 
 def _histogram(statistics: LatentStatistics) -> str:
@@ -135,22 +171,35 @@ def _words(name: str, words: Sequence[str], kind: str) -> str:
 def _sentences(sentences: Sequence[TopSentence], largest: float) -> str:
     if not sentences:
         return ""
-    items = "".join(
+    items = [
         f'<li><p class="text">{tokens(s.tokens, s.activations, largest)}</p>'
         f'<p class="by"><b>{s.value:.3g}</b> {escape(s.document)}{" · " + escape(s.label) if s.label else ""}</p></li>'
         for s in sentences
-    )
-    return f'<h3>Fires most in</h3><ol class="sentences">{items}</ol>'
+    ]
+    shown, others = "".join(items[:N_OPEN]), "".join(items[N_OPEN:])
+    n = len(items) - N_OPEN
+    more = f"<summary>{n} more sentence{'s' if n > 1 else ''}</summary>"
+    folded = f'<details>{more}<ol class="sentences">{others}</ol></details>' if others else ""
+    return f'<h3>Fires most in</h3><ol class="sentences">{shown}</ol>{folded}'
 
 
 def _neighbours(features: Features, latent: int) -> str:
+    return _near("Writes in a similar direction", "cosine", similar(features, latent))
+
+
+def _cofiring(features: Features, statistics: LatentStatistics) -> str:
+    hits = [Hit(one["latent"], features.label(one["latent"]), one["jaccard"]) for one in statistics.cofiring]
+    return _near("Fires on the same tokens", "Jaccard index", hits) if hits else ""
+
+
+def _near(title: str, unit: str, hits: Sequence[Hit]) -> str:
     items = "".join(
         f'<li><button class="hit" data-open="{hit.latent}"><span class="num">{hit.latent}</span>'
         f'<span class="label">{escape(hit.label) or "<i>no label</i>"}</span>'
-        f'<span class="cos">{hit.value:.2f}</span></button></li>'
-        for hit in neighbours(features, latent)
+        f'<span class="cos" title="{unit}">{hit.value:.2f}</span></button></li>'
+        for hit in hits
     )
-    return f'<h3>Writes in a similar direction</h3><ol class="hits near">{items}</ol>'
+    return f'<h3>{title}</h3><ol class="hits near">{items}</ol>'
 
 
 def columns(session: Session, snapshot: Snapshot | None, lens: int | None, heats: Sequence[Sequence[float]] = ()) -> str:
@@ -208,7 +257,7 @@ def edit_title(features: Features, latent: int) -> str:
 
 
 def status(text: str, kind: str = "") -> str:
-    """The line below the buttons: what goes on, or what went wrong (`kind` "error")."""
+    """The line below the buttons: what goes on, or what went wrong (`kind` "error"); "busy" moves."""
     return f'<p class="status {kind}" role="status">{escape(text)}</p>' if text else ""
 
 
@@ -216,7 +265,7 @@ def progress(snapshot: Snapshot) -> str:
     """How far a generation is, as a status line."""
     rate = snapshot.new_tokens / max(snapshot.seconds, 1e-3)
     what = "Writing… " if snapshot.running else "Stopped. " if snapshot.stopped else ""
-    return status(f"{what}{snapshot.new_tokens} tokens, {rate:.0f} a second")
+    return status(f"{what}{snapshot.new_tokens} tokens, {rate:.0f} a second", "busy" if snapshot.running else "")
 
 
 def transcript(messages: Sequence[tuple[str, str]]) -> str:
@@ -227,17 +276,30 @@ def transcript(messages: Sequence[tuple[str, str]]) -> str:
     return f'<div class="chat" aria-live="polite">{items}</div>'
 
 
+KEYS = (
+    ("/", "search"),
+    ("↓ ↑", "go through what was found"),
+    ("Enter", "open the feature"),
+    ("+", "steer with it"),
+    ("Ctrl Enter", "generate, or send"),
+    ("Esc", "stop"),
+    ("?", "this list"),
+)
+
+
 def masthead(session: Session) -> str:
-    """Name, what is loaded, and the switch between light and dark."""
+    """Name, what is loaded, the keys, and the switch between light and dark."""
     n_parameters = sum(p.numel() for p in session.model.parameters())
     facts = [escape(session.name), f"{n_parameters / 1e6:.1f} M parameters", f"context {session.context:,}"]
     if session.features is not None:
         sae = session.features.sae
         facts += [f"{session.features.n_latents:,} features at {escape(session.features.site)}", f"k {sae.cfg.k}"]
     spans = "".join(f"<span>{fact}</span>" for fact in facts)
+    keys = "".join(f"<div><dt><kbd>{key}</kbd></dt><dd>{what}</dd></div>" for key, what in KEYS)
     return (
         f'<header class="masthead"><div><h1>Feature workbench</h1><p class="loaded">{spans}</p></div>'
         '<nav><a href="#find">Find</a><a href="#steer">Steer</a><a href="#read">Read</a>'
+        f'<details class="keys"><summary>Keys</summary><dl>{keys}</dl></details>'
         '<button class="theme" aria-label="Switch between light and dark">◐</button></nav></header>'
     )
 

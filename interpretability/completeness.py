@@ -96,7 +96,7 @@ class Row(NamedTuple):
     """A concept, looked up."""
 
     concept: Concept
-    count: int
+    mentions: int
     """How often it is named in the corpus."""
     firing: list[Firing]
     naming: list[int] | None
@@ -238,7 +238,7 @@ def _write(
 def _line(row: Row, explanations: Mapping[int, Explanation]) -> dict[str, Any]:
     features = [hit._asdict() | {"title": title_of(explanations.get(hit.latent))} for hit in row.firing]
     return {
-        "list": row.concept.list, "concept": row.concept.name, "text": row.concept.text, "count": row.count,
+        "list": row.concept.list, "concept": row.concept.name, "text": row.concept.text, "mentions": row.mentions,
         "found": None if row.naming is None else bool(row.naming), "naming": row.naming, "features": features,
     }  # fmt: skip
 
@@ -272,7 +272,7 @@ def by_frequency(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Share found by how often a concept is named: never, and 1 to 3, 4 to 15, 16 to 63 times and so on."""
     bins: dict[int, list[Row]] = {}
     for row in rows:
-        bins.setdefault((row.count.bit_length() + 1) // 2, []).append(row)
+        bins.setdefault((row.mentions.bit_length() + 1) // 2, []).append(row)
     edges = {bin_: (0, 0) if bin_ == 0 else (4 ** (bin_ - 1), 4**bin_ - 1) for bin_ in bins}
     return [{"from": edges[i][0], "to": edges[i][1]} | share_found(bins[i]) for i in sorted(bins)]
 
@@ -297,7 +297,7 @@ def table(
             latent = next(iter(row.naming or [hit.latent for hit in row.firing]), None)
             title = "" if latent is None else f"{latent}: {title_of(explanations.get(latent))}"
             mark = "no answer" if row.naming is None else "yes" if row.naming else ""
-            yield f"| {_cell(row.concept.name)} | {row.count:,} | {mark} | {_cell(title)} |\n"
+            yield f"| {_cell(row.concept.name)} | {row.mentions:,} | {mark} | {_cell(title)} |\n"
 
 
 def _share(row: Mapping[str, Any]) -> str:

@@ -29,7 +29,7 @@ from core.cli import StageConfig, run_stage
 from core.runtime import Runtime
 from interpretability.page import json_text, render
 from interpretability.records import Explanation, TopSentences
-from interpretability.report_features import agreement, best_of, ranking, short
+from interpretability.report_features import agreement, best_of, ranking, short, short_or_none
 from interpretability.search import open_explanations_of, open_top_of, title_of
 from sae.model import load
 
@@ -104,7 +104,8 @@ def coordinates(directions: Tensor, config: MapConfig) -> npt.NDArray[np.float64
     )  # fmt: skip
     places = np.asarray(reducer.fit_transform(rows), dtype=np.float64)
     places -= places.min(0)
-    return places / places.max()
+    scaled: npt.NDArray[np.float64] = places / places.max()
+    return scaled
 
 
 def contents(
@@ -157,7 +158,7 @@ def _numbers(name: str, values: Sequence[float | None], text: str) -> dict[str, 
         return None
     low, high = min(known), max(known)
     ends = {"low": short(low), "high": short(high), "low_text": text.format(low), "high_text": text.format(high)}
-    return {"name": name, "values": [short(value) for value in values], **ends}
+    return {"name": name, "values": [short_or_none(value) for value in values], **ends}
 
 
 def page(data: dict[str, Any], report: str) -> str:

@@ -61,7 +61,7 @@ class Features:
             "explanation": said(explanation),
             "more": more(explanation),
             "method": explanation.method if explanation else "",
-            "certainty": short(explanation.certainty) if explanation else None,
+            "certainty": short_or_none(explanation.certainty) if explanation else None,
             "firing": row.firing_count,
             "sentences": row.sentence_count,
             "mean": short(row.mean),
@@ -85,9 +85,10 @@ class Features:
         return texts
 
     def best(self, latents: Sequence[int], n: int) -> dict[str, Any]:
-        """The `n` largest sentences of some latents."""
+        """The `n` largest sentences of some latents that differ where it fires."""
         pool = SentencePool()
-        rows = [pool.add(self._top.sentences(i, self._evenness_by, n), self.statistics[i].max) for i in latents]
+        found = [differing(self._top.sentences(latent, self._evenness_by), n) for latent in latents]
+        rows = [pool.add(rows, self.statistics[latent].max) for latent, rows in zip(latents, found, strict=True)]
         return {"latents": list(latents), "examples": rows, "pool": pool.columns()}
 
     def columns(self) -> dict[str, list[Any]]:
@@ -95,7 +96,7 @@ class Features:
         explained = [self._explanations.get(row.latent) for row in self.statistics]
         return {
             "title": [title_of(item) for item in explained],
-            "score": [short(item.score) if item else None for item in explained],
+            "score": [short_or_none(item.score) if item else None for item in explained],
             "density": [short(row.density) for row in self.statistics],
             "max": [short(row.max) for row in self.statistics],
         }
@@ -131,6 +132,15 @@ def by_level(rows: Iterable[TopSentence]) -> list[tuple[int, list[TopSentence]]]
         bin_ = min(HISTOGRAM_BINS - 1, max(0, math.floor(math.log2(row.value)) - HISTOGRAM_FIRST_EXPONENT))
         levels.setdefault(bin_, []).append(row)
     return sorted(levels.items(), reverse=True)
+
+
+def differing(sentences: Iterable[TopSentence], n: int) -> list[TopSentence]:
+    """The first `n` whose words around the largest token come in none before: corpora repeat themselves."""
+    found: dict[tuple[str, ...], TopSentence] = {}
+    for sentence in sentences:
+        peak = sentence.activations.index(max(sentence.activations))
+        found.setdefault(tuple(sentence.tokens[max(0, peak - 3) : peak + 4]), sentence)
+    return list(found.values())[:n]
 
 
 def agreement(values: Sequence[float]) -> float:
@@ -172,9 +182,13 @@ def without_zeros(counts: Sequence[int]) -> list[int]:
     return [filled[0], *counts[filled[0] : filled[-1] + 1]] if filled else []
 
 
-def short(value: float | None) -> float | None:
+def short(value: float) -> float:
     """Four significant digits."""
-    return None if value is None else float(f"{value:.4g}")
+    return float(f"{value:.4g}")
+
+
+def short_or_none(value: float | None) -> float | None:
+    return None if value is None else short(value)
 
 
 def joined(tokens: Iterable[str]) -> str:

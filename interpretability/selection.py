@@ -271,33 +271,27 @@ class TopTable:
         self._pending_sentences.append(sentences.to("cpu").used_by(hopefuls))
         self._n_pending += hopefuls.n
         if len(self._recent) == PARTS:
-            self._join()
+            joined = cat_pairs(self._recent)
+            self._pending.append(joined.take(joined.latents.argsort(stable=True)))
+            self._recent = []
         if self._n_pending > max(sum(block.n for block in self.blocks) // 2, MIN_PENDING):
             self.merge()
 
-    def _join(self) -> None:
-        """One part, by latent, of what was added last."""
-        if self._recent:
-            joined = cat_pairs(self._recent)
-            self._pending.append(joined.take(joined.latents.argsort(stable=True)))
-        self._recent = []
-
     def merge(self) -> None:
         """Bring what waits into the table. Needed once more after the last `add`."""
-        self._join()
-        cuts = [torch.searchsorted(part.latents, self._edges).tolist() for part in self._pending]
+        parts = [*self._pending, *self._recent]
+        cuts = [torch.searchsorted(part.latents, self._edges).tolist() for part in parts]
         for i, block in enumerate(self.blocks):
-            waiting = [part.slice(cut[i], cut[i + 1]) for part, cut in zip(self._pending, cuts, strict=True)]
+            waiting = [part.slice(cut[i], cut[i + 1]) for part, cut in zip(parts, cuts, strict=True)]
             if any(part.n for part in waiting):
                 self.blocks[i] = self._kept(cat_pairs([block, *waiting]))
-        parts = ([self.sentences] if self.sentences else []) + self._pending_sentences
-        if parts:
-            every = cat_sentences(parts)
+        if known := ([self.sentences] if self.sentences else []) + self._pending_sentences:
+            every = cat_sentences(known)
             used = torch.zeros(len(every.ids), dtype=torch.bool)
             for block in self.blocks:
                 used[torch.searchsorted(every.ids, block.sentence_ids)] = True
             self.sentences = every.take(used.nonzero().squeeze(1))
-        self._pending, self._pending_sentences, self._n_pending = [], [], 0
+        self._recent, self._pending, self._pending_sentences, self._n_pending = [], [], [], 0
 
     def _kept(self, pairs: Pairs) -> Pairs:
         """Those of `pairs` that are among the top N or the sample of some level; remembers what it takes to be so."""

@@ -178,7 +178,7 @@ def _pass(config: TopSentencesConfig, runtime: Runtime, sae: SAE, activations: A
             for part in parts_of(activations.chunk(index)):
                 keep = usable_tokens(part, max_norm)
                 sentences = Sentences(part.sentence_ids, part.document_ids, Ragged(part.token_ids.int(), part.offsets))
-                hits = encode_part(sae, part, keep, device)
+                hits = encode_chunk(sae, part, keep, device)
                 pairs = pairs_of(hits, sentences.to(device), config.aggregations)
                 totals.add(hits, pairs, int(keep.sum()))
                 table.add(pairs, sentences)
@@ -257,12 +257,12 @@ def parts_of(chunk: Chunk) -> Iterator[Chunk]:
         )
 
 
-def encode_part(sae: SAE, part: Chunk, keep: Tensor, device: torch.device) -> Hits:
+def encode_chunk(sae: SAE, chunk: Chunk, keep: Tensor, device: torch.device) -> Hits:
     """Activations above zero of the tokens where `keep` is True, on `device`, in order of token."""
     tokens = keep.nonzero().squeeze(1)
-    rows = torch.searchsorted(part.offsets, tokens, right=True) - 1
-    positions = tokens - part.offsets[rows]
-    token, latents, values = firing(sae, part.activations[tokens].to(device))
+    rows = torch.searchsorted(chunk.offsets, tokens, right=True) - 1
+    positions = tokens - chunk.offsets[rows]
+    token, latents, values = firing(sae, chunk.activations[tokens].to(device))
     return Hits(latents, values, positions.to(device)[token], rows.to(device)[token])
 
 

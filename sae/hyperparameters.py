@@ -12,7 +12,7 @@ from sae.model import best_encoder_norm
 
 NOT_NEGATIVE = (
     "max_steps", "lr", "lr_end", "warmup_steps", "eps", "weight_decay", "aux_k", "aux_coefficient", "clip_norm", "sparsity",
-    "sparsity_warmup_steps", "patience", "jump_threshold", "nominate", "encoder_norm", "k_start", "k_anneal_steps",
+    "sparsity_warmup_steps", "patience", "jump_threshold", "encoder_norm", "k_start", "k_anneal_steps",
 )  # fmt: skip
 
 
@@ -44,9 +44,6 @@ class Hyperparameters:
     products: Literal["auto", "float32", "bfloat16"] = "auto"
     """topk on a GPU: type of what is multiplied; sums, weights and moments stay in --dtype. auto: bfloat16 where --dtype is
     float32. A CPU multiplies in --dtype."""
-    nominate: int = 0
-    """topk on a CPU: have a product in 8 bits nominate so many candidates per active latent, and score those alone; 2 misses
-    few (docs/performance.md). 0: score every latent."""
     batch_size: int = 1024
     """Rows per step, all ranks together."""
     accumulate: int = 1
@@ -154,6 +151,5 @@ class Hyperparameters:
             aux_coefficient=self.aux_coefficient,
             sparsity=self.sparsity * min(1.0, (step + 1) / max(1, self.sparsity_warmup_steps)),
             bandwidth=self.jump_bandwidth,
-            nominate=self.nominate,
             products=torch.bfloat16 if in_bfloat16 and device.type == "cuda" and fast.has_kernels() else None,
         )

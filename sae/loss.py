@@ -30,8 +30,6 @@ class Recipe(NamedTuple):
     """Width of the window around a threshold in which `jumprelu` has a gradient for it."""
     products: torch.dtype | None = None
     """Type of what sae.step multiplies; None: that of the weights."""
-    nominate: int = 0
-    """Candidates per active latent that sae.nominate proposes to sae.step; 0: every latent is scored."""
 
 
 class Losses(NamedTuple):

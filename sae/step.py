@@ -16,7 +16,6 @@ from core.product import linear
 from core.runtime import Comm, Mesh
 from sae.loss import ALONE, Losses, Recipe, aux_weight
 from sae.model import CPU_ELEMENTS, GPU_ELEMENTS, SAE
-from sae.nominate import Nominator
 from sae.parallel import best
 from sae.sparse import bag, sampled_product, sums_by_latent, transpose
 from sae.topk import top_k
@@ -112,19 +111,14 @@ def topk_step(
     auxiliary = None
     if dead is not None and n_dead and recipe.aux_coefficient:
         is_sparse = on_cpu and len(dead) > DENSE_FACTOR * recipe.k_aux
-        auxiliary = (_SparseAuxiliary if is_sparse else _DenseAuxiliary)(weights, dead, n_dead, recipe, scale, latent)
-    nominator = Nominator(weights.W_enc, weights.b_enc, recipe.nominate) if recipe.nominate else None
+        auxiliary = (_SparseAuxiliary if is_sparse else _DenseAuxiliary)(weights.W_dec, dead, n_dead, recipe, scale, latent)
     exact = z - sae.b_pre
     centred = exact.to(of_products)
     blocks, step = [], max(1, (CPU_ELEMENTS if on_cpu else GPU_ELEMENTS) // n)
     for block, rounded in zip(torch.split(exact, step), torch.split(centred, step), strict=True):
-        h: Tensor | None = None
-        if nominator is None:
-            h = linear(rounded, weights.W_enc, weights.b_enc)
-            values, indices = _largest(h, recipe.k, latent)
-        else:
-            values, indices = nominator.top_k(rounded, recipe.k)
-        values = values.relu_().to(z.dtype)
+        h = linear(rounded, weights.W_enc, weights.b_enc)
+        values, indices = _largest(h, recipe.k, latent)
+        values = values.to(z.dtype)
         error = block - latent.sum_(bag(values, indices, weights.W_dec))  # z - z_hat: b_pre cancels
         if auxiliary is not None:
             auxiliary.add(rounded, h, error)
@@ -184,24 +178,13 @@ def _entries(W_dec: Tensor, values: Tensor, indices: Tensor, centred: Tensor, g_
 
 
 class _Auxiliary:
-    """AuxK, added up block by block: `add` takes rows z - b_pre [B, d], their `h` [B, n], where there is one, and `error`
-    [B, d], held fixed.
-    """
+    """AuxK, added up block by block: `add` takes rows z - b_pre [B, d], their `h` [B, n] and `error` [B, d], held fixed."""
 
-    def __init__(self, weights: Weights, dead: Tensor, n_dead: int, recipe: Recipe, scale: float, latent: Comm) -> None:
-        self.W_dec, self.dead, self.latent = weights.W_dec, dead, latent
-        self.encoder = (weights.W_enc[dead], weights.b_enc[dead]) if recipe.nominate else None  # where nobody computes h
+    def __init__(self, W_dec: Tensor, dead: Tensor, n_dead: int, recipe: Recipe, scale: float, latent: Comm) -> None:
+        self.W_dec, self.dead, self.latent = W_dec, dead, latent
         self.k, self.all_chosen = min(recipe.k_aux, n_dead), n_dead <= recipe.k_aux
         self.weight = scale * aux_weight(n_dead, recipe.k_aux, recipe.aux_coefficient)
-        wide = torch.promote_types(self.W_dec.dtype, torch.float32)
-        self.total = torch.zeros((), dtype=wide, device=self.W_dec.device)
-
-    def _of_dead(self, centred: Tensor, h: Tensor | None) -> Tensor:
-        """Pre-activations of the dead latents [B, D]."""
-        if h is not None:
-            return h.index_select(1, self.dead)
-        assert self.encoder is not None
-        return linear(centred, *self.encoder)
+        self.total = torch.zeros((), dtype=torch.promote_types(W_dec.dtype, torch.float32), device=W_dec.device)
 
     def _missed(self, error: Tensor, part_of_e_hat: Tensor) -> Tensor:
         """The gradient of `e_hat`."""
@@ -213,14 +196,14 @@ class _Auxiliary:
 class _DenseAuxiliary(_Auxiliary):
     """By dense products over the dead latents: for few of them, or where a processor is made for dense products."""
 
-    def __init__(self, weights: Weights, dead: Tensor, n_dead: int, recipe: Recipe, scale: float, latent: Comm) -> None:
-        super().__init__(weights, dead, n_dead, recipe, scale, latent)
-        self.rows = self.W_dec[dead]  # (D, d)
+    def __init__(self, W_dec: Tensor, dead: Tensor, n_dead: int, recipe: Recipe, scale: float, latent: Comm) -> None:
+        super().__init__(W_dec, dead, n_dead, recipe, scale, latent)
+        self.rows = W_dec[dead]  # (D, d)
         self.g_enc, self.g_dec = torch.zeros_like(self.rows), torch.zeros_like(self.rows)
         self.b_enc = self.total.new_zeros(len(dead))
 
-    def add(self, centred: Tensor, h: Tensor | None, error: Tensor) -> None:
-        f = self._of_dead(centred, h).relu_()  # (B, D)
+    def add(self, centred: Tensor, h: Tensor, error: Tensor) -> None:
+        f = h.index_select(1, self.dead).relu_()  # (B, D)
         if not self.all_chosen:
             values, chosen = _largest(f, self.k, self.latent)
             f = torch.zeros_like(f).scatter_(1, chosen, values)
@@ -238,12 +221,12 @@ class _DenseAuxiliary(_Auxiliary):
 class _SparseAuxiliary(_Auxiliary):
     """By the same sparse products as the reconstruction itself: for many dead latents on a CPU."""
 
-    def __init__(self, weights: Weights, dead: Tensor, n_dead: int, recipe: Recipe, scale: float, latent: Comm) -> None:
-        super().__init__(weights, dead, n_dead, recipe, scale, latent)
+    def __init__(self, W_dec: Tensor, dead: Tensor, n_dead: int, recipe: Recipe, scale: float, latent: Comm) -> None:
+        super().__init__(W_dec, dead, n_dead, recipe, scale, latent)
         self.blocks: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def add(self, centred: Tensor, h: Tensor | None, error: Tensor) -> None:
-        values, chosen = _largest(self._of_dead(centred, h), self.k, self.latent)
+    def add(self, centred: Tensor, h: Tensor, error: Tensor) -> None:
+        values, chosen = _largest(h.index_select(1, self.dead), self.k, self.latent)
         indices = self.dead[chosen]
         g = self._missed(error, bag(values, indices, self.W_dec))
         self.blocks.append((values, indices, g))

@@ -73,8 +73,6 @@ class Trainer:
         if config.n_latents % latent_parallel:
             raise ValueError(f"--latent-parallel {latent_parallel} must divide --n-latents {config.n_latents}")
         self.config, self.runtime, self.batches = config, runtime, batches
-        if config.nominate and (config.architecture != "topk" or latent_parallel > 1 or runtime.device.type != "cpu"):
-            raise ValueError(f"--nominate {config.nominate}: works for topk, on a CPU, without --latent-parallel; leave it out")
         self.mesh = runtime.mesh(latent_parallel)
         statistics = batches.statistics
         self.schedule = Schedule(len(batches.train), batches.batch_rows, config.batch_size, seed)

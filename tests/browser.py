@@ -1,4 +1,4 @@
-"""A headless Chromium on the real app: what `test_app.py` drives."""
+"""A headless Chromium on the real app: what `test_app_browser.py` drives, and `docs/screenshots.py` shows."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 ROOT = Path(__file__).parent.parent
 ARGUMENTS = (
@@ -76,3 +76,9 @@ def _wait_until_open(process: "subprocess.Popen[bytes]", log: Path) -> None:
             return
         time.sleep(0.2)
     raise AssertionError(f"the app did not open within {START_S} s:\n{log.read_text()}")
+
+
+def press_once(page: Page, button: str) -> None:
+    """A click as soon as the button takes one; from within the page, as the way through the driver can outlast a generation."""
+    press = "(button) => { const b = document.querySelector(button); if (b.disabled) return false; b.click(); return true; }"
+    page.wait_for_function(press, arg=button, polling=10)

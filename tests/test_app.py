@@ -1,31 +1,20 @@
-"""The workbench: limits that hold whatever the client, what its pages say, and the real app in a real browser."""
+"""The workbench without its page: limits that hold whatever the client, both columns, finding features, what is shown."""
 
-import asyncio
-import contextlib
-import itertools
 import math
-import os
-import re
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from playwright.sync_api import Browser, Page, expect
 
-from core.cli import parse
 from inference import views
-from inference.app import MAX_BODY_BYTES, AppConfig, Guard, ignore_gradio_variables, read_password, serve
-from inference.handlers import BY_LABEL, BY_TEXT, N_SLOTS, NO_SLOTS, Controls, Handlers
+from inference.finding import by_label, by_text, similar
+from inference.handlers import BY_LABEL, BY_TEXT, N_SLOTS, N_STARTERS, NO_SLOTS, Controls, Handlers
+from inference.limits import Knobs, split_prompts
 from inference.session import InferenceConfig, Session, open_session
 from inference.steering import Edit, Recipe
-from inference.turns import RUNNING
-from inference.workbench import Knobs, Row, Snapshot, checked_request, compare, firing_on, neighbours, search, split_prompts
+from inference.workbench import Row, Snapshot, checked_request, compare
 from llama3 import complete
-from tests.browser import open_browser, running_app
 from tests.tiny import tiny_llama
 from tests.tiny_features import LABELS, Features, tiny_sae, write_features
 
@@ -65,18 +54,19 @@ def slots(*latents: int) -> tuple[int | None, ...]:
 # Limits
 
 
-def test_a_megabyte_is_refused_at_once(handlers: Handlers) -> None:
-    began = time.perf_counter()
+def test_a_megabyte_is_refused_everywhere(handlers: Handlers) -> None:
     for text in ("x" * 2**20, "x\n" * 2**19):
         with pytest.raises(ValueError, match="8,000 characters"):
-            list(handlers.generate(text, QUIET, NO_SLOTS, UNUSED))
+            handlers.generate(text, QUIET, NO_SLOTS, UNUSED)
         assert "300 characters" in handlers.find(BY_LABEL, text)
         assert "8,000 characters" in handlers.find(BY_TEXT, text)
+        assert handlers.first(BY_LABEL, text) is None
         with pytest.raises(ValueError, match="64,000 characters"):
             handlers.applied(text)
         with pytest.raises(ValueError, match="8,000 characters"):
-            list(handlers.chat([("user", text)], "", QUIET, NO_SLOTS, UNUSED))
-    assert (time.perf_counter() - began) / 10 < 0.1
+            handlers.chat([("user", text)], "", QUIET, NO_SLOTS, UNUSED)
+        with pytest.raises(ValueError, match="8 lines of 80 characters"):
+            handlers.generate("the storm", QUIET._replace(stop=text), NO_SLOTS, UNUSED)
 
 
 @pytest.mark.parametrize(
@@ -91,11 +81,17 @@ def test_a_megabyte_is_refused_at_once(handlers: Handlers) -> None:
         ({"repetition_penalty": None}, "repetition penalty must be a number"),
         ({"seed": True}, "seed must be a number"),
         ({"seed": 1e300}, "seed must be a number"),
+        ({"top_k": 1001}, "top-k must be a number from 0 to 1000"),
+        ({"top_k": 0.5}, "top-k must be a whole number"),
+        ({"min_p": math.nan}, "min-p must be a number"),
+        ({"stop": ["a"]}, "stop strings must be text"),
+        ({"stop": "a\n" * 9}, "at most 8 stop strings"),
+        ({"stop": "a" * 81}, "of 80 characters"),
     ],
 )
 def test_sampling_is_limited(handlers: Handlers, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        list(handlers.generate("the storm", replace(QUIET, **change), NO_SLOTS, UNUSED))
+        list(handlers.generate("the storm", QUIET._replace(**change), NO_SLOTS, UNUSED))
 
 
 @pytest.mark.parametrize(
@@ -132,6 +128,11 @@ def test_prompts_are_limited(handlers: Handlers, text: Any, message: str) -> Non
         list(handlers.generate(text, QUIET, NO_SLOTS, UNUSED))
 
 
+def test_stop_strings_are_lines() -> None:
+    assert Knobs(stop="one\n\n \n\\n\\n\nA:\\t").checked().stop == ("one", "\n\n", "A:\t")
+    assert Knobs().checked().stop == ()
+
+
 def test_prompts_are_lines() -> None:
     assert split_prompts("  one \n\n two\r\nthree") == ["one", "two", "three"]
 
@@ -139,8 +140,14 @@ def test_prompts_are_lines() -> None:
 # Generation
 
 
-def run(handlers: Handlers, prompts: str, slot: tuple[int | None, ...] = NO_SLOTS, row: tuple[Any, ...] = UNUSED) -> Snapshot:
-    *_, last = handlers.generate(prompts, QUIET, slot, row)
+def run(
+    handlers: Handlers,
+    prompts: str,
+    slot: tuple[int | None, ...] = NO_SLOTS,
+    row: tuple[Any, ...] = UNUSED,
+    knobs: Knobs = QUIET,
+) -> Snapshot:
+    *_, last = handlers.generate(prompts, knobs, slot, row)
     return last
 
 
@@ -177,7 +184,7 @@ def test_the_context_bounds_the_answer(session: Session) -> None:
 
 
 def test_stopping_ends_the_work(handlers: Handlers) -> None:
-    stream = handlers.generate("the storm", replace(QUIET, max_new_tokens=100), NO_SLOTS, UNUSED)
+    stream = handlers.generate("the storm", QUIET._replace(max_new_tokens=100), NO_SLOTS, UNUSED)
     first = next(stream)
     stream.close()  # type: ignore[attr-defined]
     assert first.running
@@ -195,35 +202,55 @@ def test_chat_hears_the_recipe(handlers: Handlers) -> None:
     assert answer(NO_SLOTS, UNUSED) == answer(NO_SLOTS, UNUSED)
 
 
+def test_every_knob_reaches_the_loop(handlers: Handlers) -> None:
+    """One candidate is greedy, by any of the three filters; a stop string ends the text before it."""
+    greedy = [row.text for row in run(handlers, "the storm", knobs=QUIET._replace(temperature=0)).baseline]
+    for change in ({"top_k": 1}, {"min_p": 1}, {"top_p": 0.01}):
+        assert [row.text for row in run(handlers, "the storm", knobs=QUIET._replace(**change)).baseline] == greedy
+    assert [row.text for row in run(handlers, "the storm").baseline] != greedy
+    text = greedy[0]
+    stopped = run(handlers, "the storm", knobs=QUIET._replace(temperature=0, stop=text[3:5])).baseline[0]
+    assert stopped.text == text[: text.index(text[3:5])]
+    assert stopped.finished == "stop_string"
+    free = [text for text, _ in handlers.chat([("user", "hello")], "", QUIET, NO_SLOTS, UNUSED)][-1]
+    assert len(free) > 2
+    ended = [text for text, _ in handlers.chat([("user", "hello")], "", QUIET._replace(stop=free[1]), NO_SLOTS, UNUSED)][-1]
+    assert free.startswith(ended)
+    assert free[1] not in ended
+
+
 # Finding and reading
 
 
 def test_search_ranks_titles_first(session: Session) -> None:
     features = session.needs_features()
-    hits = search(features, "storm")
+    hits = by_label(features, "storm")
     assert hits
     assert all("storm" in hit.label for hit in hits)
-    assert search(features, "STORMS sea")[0].label == "storms at sea"
-    assert [hit.latent for hit in search(features, "#7")] == [7]
-    assert search(features, "zebra") == []
-    ranked = search(features, "")
+    assert by_label(features, "STORMS sea")[0].label == "storms at sea"
+    assert [hit.latent for hit in by_label(features, "#7")] == [7]
+    assert by_label(features, "zebra") == []
+    ranked = by_label(features, "")
     assert [hit.value for hit in ranked] == sorted((hit.value for hit in ranked), reverse=True)
 
 
-def test_firing_features_against_the_plain_sum(session: Session) -> None:
+def test_firing_features_against_the_plain_maximum(session: Session) -> None:
     features = session.needs_features()
-    text = "the storm tore the roof"
-    ids = session.tokenizer.encode(text, bos=True)
-    x = session.model.capture(torch.tensor([ids]), sites=[features.site])[features.site][0]
+    lines = ["the storm tore the roof", "rain fell"]
     share = torch.zeros(features.n_latents)
-    for row in x[1:]:
-        found = features.sae.encode(row[None])
-        for value, latent in zip(found.values[0], found.indices[0], strict=True):
-            if value > 0:
-                share[latent] += (value / features.max_values[latent]).clamp(max=1)
-    hits = firing_on(session, text)
-    assert [hit.latent for hit in hits[:5]] == share.argsort(descending=True)[:5].tolist()
-    assert all(hit.token in text for hit in hits)
+    for line in lines:
+        ids = session.tokenizer.encode(line, bos=True)
+        x = session.model.capture(torch.tensor([ids]), sites=[features.site])[features.site][0]
+        dense = torch.zeros(len(ids) - 1, features.n_latents)
+        for values, row in zip(dense, x[1:], strict=True):
+            found = features.sae.encode(row[None])
+            values.scatter_add_(0, found.indices[0], found.values[0])
+        share += (dense.amax(0) / features.max_values).nan_to_num(0).clamp(max=1) / len(lines)
+    hits = by_text(session, "\n".join(lines))
+    assert [hit.value for hit in hits] == pytest.approx(share.sort(descending=True).values[: len(hits)].tolist())
+    assert all(any(hit.token in line for line in lines) for hit in hits)
+    with pytest.raises(ValueError, match="context holds 1,024"):
+        by_text(session, "word " * 400)
 
 
 def test_neighbours_are_by_cosine(session: Session) -> None:
@@ -231,7 +258,7 @@ def test_neighbours_are_by_cosine(session: Session) -> None:
     rows = torch.nn.functional.normalize(features.sae.W_dec, dim=1)
     cosine = rows @ rows[5]
     cosine[5] = -2
-    assert [hit.latent for hit in neighbours(features, 5, 4)] == cosine.topk(4).indices.tolist()
+    assert [hit.latent for hit in similar(features, 5, 4)] == cosine.topk(4).indices.tolist()
 
 
 def test_card_says_what_is_known(handlers: Handlers, session: Session) -> None:
@@ -241,7 +268,7 @@ def test_card_says_what_is_known(handlers: Handlers, session: Session) -> None:
     best = features.top.sentences(3, n=1)[0]
     assert LABELS[3] in shown.card
     assert f"<b>{best.value:.3g}</b>" in shown.card
-    assert f'data-open="{neighbours(features, 3, 1)[0].latent}"' in shown.card
+    assert f'data-open="{similar(features, 3, 1)[0].latent}"' in shown.card
     with pytest.raises(ValueError, match="latents 0 to 47"):
         handlers.open(48, None)
 
@@ -258,6 +285,11 @@ def test_text_of_others_is_escaped(session: Session) -> None:
     for page in pages:
         assert "<img" not in page
         assert "&lt;" in page
+
+
+def test_the_same_sentence_is_shown_once(session: Session) -> None:
+    best = session.needs_features().top.sentences(3)
+    assert views.distinct([best[0], best[0], *best[1:], best[1]]) == best[: views.N_SENTENCES]
 
 
 def test_shading_follows_the_values(session: Session) -> None:
@@ -299,218 +331,16 @@ def test_edits_fill_free_rows(handlers: Handlers) -> None:
         handlers.add(40, chosen)
 
 
-# The server
+# Measured strengths
 
 
-def test_others_are_let_in_only_with_a_password(tmp_path: Path) -> None:
-    assert parse(AppConfig, "", []).host == "127.0.0.1"
-    for flags in (["--host", "0.0.0.0"], ["--host", "example.org"], ["--public-link"]):
-        with pytest.raises(ValueError, match="password-file"):
-            parse(AppConfig, "", flags)
-    secret = tmp_path / "password"
-    secret.write_text("short\n")
-    assert parse(AppConfig, "", ["--host", "0.0.0.0", "--password-file", str(secret)]).host == "0.0.0.0"
-    with pytest.raises(ValueError, match="at least 8 characters"):
-        read_password(secret)
-    secret.write_text("long enough\n")
-    assert read_password(secret) == "long enough"
-
-
-def test_gradio_variables_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"GRADIO_SHARE": "True", "GRADIO_SERVER_NAME": "0.0.0.0", "GRADIO_ALLOWED_PATHS": "/"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "True")
-    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "0")
-    ignore_gradio_variables()
-    assert [name for name in os.environ if name.startswith("GRADIO_")] == ["GRADIO_ANALYTICS_ENABLED"]
-    assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
-
-
-@pytest.mark.parametrize("length", [str(MAX_BODY_BYTES + 1), "-1", "many"])
-def test_large_bodies_are_refused_unread(length: str) -> None:
-    sent: list[Any] = []
-
-    async def never(*_: Any) -> Any:
-        raise AssertionError("the body was read")
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    scope = {"type": "http", "headers": [(b"content-length", length.encode())]}
-    asyncio.run(Guard(never)(scope, never, send))
-    assert sent[0]["status"] == 413
-
-
-# A real browser
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with open_browser() as opened:
-        yield opened
-
-
-def test_the_app_in_a_browser(browser: Browser, paths: Features, tmp_path: Path) -> None:
-    """Search a feature, steer with it, see both columns differ, read its card, chat two turns, stop, share, on a phone too."""
-    shots = Path(os.environ.get("SCREENSHOTS", tmp_path))
-    shots.mkdir(parents=True, exist_ok=True)
-    exposed = {"GRADIO_SHARE": "True", "GRADIO_SERVER_NAME": "0.0.0.0", "GRADIO_ANALYTICS_ENABLED": "True"}
-    with running_app(paths.flags, exposed) as address:
-        page = browser.new_page(viewport={"width": 1440, "height": 1000})
-        page.set_default_timeout(30_000)
-        expect.set_options(timeout=30_000)
-        asked: list[str] = []
-        problems: list[str] = []
-        page.on("request", lambda request: asked.append(request.url))
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.goto(f"{address}/?latent=5")
-        expect(page.locator("#card h2")).to_have_text(LABELS[5])
-        _steer(page, shots)
-        _open_neighbour(page)
-        _recipe(page)
-        _chat_two_turns(page, shots)
-        _stop(page)
-        page.set_viewport_size({"width": 390, "height": 844})
-        assert page.evaluate("document.documentElement.scrollWidth") <= 390, "the page is wider than a phone"
-        page.locator(".theme").click()
-        page.screenshot(path=shots / "app-phone-dark.png", full_page=True)
-        elsewhere = [url for url in asked if not url.startswith((address, "data:", "blob:", address.replace("http", "ws")))]
-        assert elsewhere == []
-        assert problems == []
-        assert page.request.get(f"{address}/gradio_api/file=/etc/passwd").status in (403, 404)
-        assert "default-src 'self'" in page.request.get(address).headers["content-security-policy"]
-
-
-class Endless(Handlers):
-    """Generations that end only when they are stopped."""
-
-    def generate(self, text: Any, knobs: Knobs, slots: Any, controls: Any) -> Iterator[Snapshot]:
-        request = checked_request(self.session, text, Recipe(), knobs)
-        return (Snapshot(request.rows, None, new_tokens=i) for i in ticks())
-
-    def chat(self, messages: Any, system: Any, knobs: Knobs, slots: Any, controls: Any) -> Iterator[tuple[str, int]]:
-        return ((f"word {i}", 0) for i in ticks())
-
-
-def ticks() -> Iterator[int]:
-    for i in itertools.count():
-        yield i
-        time.sleep(0.02)
-
-
-@contextlib.contextmanager
-def endless_app(session: Session) -> Iterator[tuple[str, Handlers]]:
-    handlers = Endless(session, "plain")
-    blocks, address = serve(handlers, AppConfig(port=0))
-    try:
-        yield address, handlers
-    finally:
-        blocks.close(verbose=False)
-
-
-@pytest.mark.filterwarnings("ignore")  # Gradio's server runs in this process, and uses what pandas has deprecated
-def test_one_press_stops(browser: Browser, session: Session) -> None:
-    """While it runs, while it waits, in both tabs; and a page that is closed stops all that it began."""
-    with endless_app(session) as (address, handlers), contextlib.ExitStack() as stack:
-        pages = [stack.enter_context(contextlib.closing(browser.new_page())) for _ in range(RUNNING + 1)]
-        for page in pages:
-            page.goto(address)
-            page.locator("#generate").click()
-            expect(page.locator("#status")).to_contain_text("Writing…" if page is not pages[-1] else "Waiting for 1")
-        first, second, third = pages
-        press_once(third, "#stop")
-        expect(third.locator("#status")).to_contain_text("Stopped.")
-        press_once(first, "#stop")
-        expect(first.locator("#status")).to_contain_text(re.compile(r"Stopped\. \d+ tokens"))
-        first.locator("#generate").click()
-        expect(first.locator("#status")).to_contain_text("Writing…")
-        for page in (first, second):
-            page.close()
-        wait_until(lambda: len(handlers.turns) == 0)
-        _stop_a_chat(third)
-        assert len(handlers.turns) == 0
-
-
-def _stop_a_chat(page: Page) -> None:
-    page.get_by_role("tab", name="Chat").click()
-    answers = page.locator("#transcript .turn.assistant")
-    for button, before, after, said in (("#chat-stop", 1, 1, "Stopped."), ("#new-chat", 2, 0, "")):
-        page.locator("#message textarea").fill("hello")
-        page.locator("#send").click()
-        expect(answers).to_have_count(before)
-        expect(answers.last).to_contain_text("word")
-        expect(page.locator("#chat-stop")).to_be_enabled()
-        press_once(page, button)
-        expect(page.locator("#send")).to_be_enabled()
-        expect(answers).to_have_count(after)
-        expect(page.locator("#chat-status")).to_contain_text(said)
-
-
-def wait_until(holds: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
-
-
-def _steer(page: Page, shots: Path) -> None:
-    page.locator("#query textarea").fill("storms")
-    hit = page.locator("#results .hits li").first
-    expect(hit).to_contain_text("storms at sea")
-    hit.locator("[data-steer]").click()
-    strength = page.locator("#edit-0 input[type=number]")
-    strength.fill("12")
-    strength.press("Tab")
-    page.locator("#generate").click()
-    done = page.locator("#columns .sides:not([aria-busy]) .steered .new")
-    expect(done).not_to_be_empty()
-    expect(page.locator("#legend")).to_contain_text("read on the unsteered model")
-    assert done.inner_text() != page.locator("#columns .baseline .new").inner_text()
-    page.screenshot(path=shots / "app-desktop.png")
-
-
-def _open_neighbour(page: Page) -> None:
-    neighbour = page.locator("#card .near .hit").first
-    wanted = neighbour.get_attribute("data-open")
-    neighbour.click()
-    expect(page.locator(f'#card .card[data-latent="{wanted}"]')).to_be_visible()
-    assert f"latent={wanted}" in page.url
-
-
-def _recipe(page: Page) -> None:
-    page.get_by_role("tab", name="Recipe").click()
-    expect(page.locator("#recipe textarea")).to_have_value(re.compile('"strength": 12'))
-    page.wait_for_timeout(300)  # no hand is faster; Gradio drops what is typed while the tab is still being built
-    page.locator("#recipe textarea").fill("{}")
-    page.locator("#apply").click()
-    expect(page.locator("#recipe-status")).to_contain_text("not a steering recipe")
-
-
-def _chat_two_turns(page: Page, shots: Path) -> None:
-    page.get_by_role("tab", name="Chat").click()
-    for turn in (1, 2):
-        page.locator("#message textarea").fill(f"message {turn}")
-        page.locator("#send").click()
-        expect(page.locator("#transcript .turn.user")).to_have_count(turn)
-        expect(page.locator("#transcript .turn.assistant")).to_have_count(turn)
-        expect(page.locator("#send")).to_be_enabled()
-    page.screenshot(path=shots / "app-chat.png")
-
-
-def press_once(page: Page, button: str) -> None:
-    """A click as soon as the button takes one; from within the page, as the way through the driver can outlast a generation."""
-    press = "(button) => { const b = document.querySelector(button); if (b.disabled) return false; b.click(); return true; }"
-    page.wait_for_function(press, arg=button, polling=10)
-
-
-def _stop(page: Page) -> None:
-    page.get_by_role("tab", name="Compare").click()
-    page.locator("#prompts textarea").fill("\n".join(f"the storm {i}" for i in range(8)))
-    page.locator(".sampling button").first.click()
-    tokens = page.locator("#new-tokens input[type=number]")
-    tokens.fill("500")
-    tokens.press("Tab")
-    page.locator("#generate").click()
-    press_once(page, "#stop")
-    expect(page.locator("#status")).to_contain_text("Stopped.")
-    expect(page.locator("#generate")).to_be_enabled()
+def test_measured_strengths_are_offered(session: Session) -> None:
+    features = replace(session.needs_features(), best_strengths={7: 2.34, 3: 99.0})
+    handlers = Handlers(replace(session, features=features), "plain")
+    assert handlers.fresh(7).strength == 2.34
+    assert handlers.fresh(3).strength == 30
+    assert handlers.fresh(5).strength == Handlers(session, "plain").fresh(5).strength
+    assert "at 2.34 × its maximum" in handlers.open(7, None).card
+    assert "measured to steer best" not in handlers.open(5, None).card
+    assert [hit.latent for hit in handlers.starters] == [7, 3]
+    assert len(Handlers(session, "plain").starters) == N_STARTERS

@@ -176,7 +176,7 @@ def test_the_stage_by_words(made: Made, tmp_path: Path, capsys: pytest.CaptureFi
         naming = [f["latent"] for f in found["features"] if words in (said[f["latent"]].title if f["latent"] in said else "")]
         assert found["naming"] == naming
         assert found["found"] == bool(naming)
-    assert {found["concept"]: found["count"] for found in rows} == {"storm": 1, "soup": 1, "kings": 1, "zebra": 0}
+    assert {found["concept"]: found["mentions"] for found in rows} == {"storm": 1, "soup": 1, "kings": 1, "zebra": 0}
     summary = json.loads((tmp_path / "out" / SUMMARY_FILE).read_text())
     assert summary["lists"]["none"]["share"] == 0.0
     assert summary["lists"]["none"]["chance"] is None

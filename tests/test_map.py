@@ -65,7 +65,7 @@ def test_what_the_map_says(features: Features) -> None:
     assert scores == sorted(scores, reverse=True)
     by = {colour["name"]: colour for colour in data["colours"]}
     assert by.keys() == {"by score", "by density"}, "no sentence has a label, and no explanation a kind"
-    assert by["by score"]["values"] == [explanations[i].score for i in latents]
+    assert by["by score"]["values"] == pytest.approx([explanations[i].score for i in latents])
     assert feature_map._topic(["war"] * 3 + [None] * 7) == "war"
     assert feature_map._topic(["war"] * 2 + [None] * 8) is None
     assert feature_map._topic(["war"]) is None

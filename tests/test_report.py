@@ -29,7 +29,15 @@ from interpretability.records import (
     parquet_bytes,
 )
 from interpretability.report import BLOCK, REPORT_FILE, ReportConfig
-from interpretability.report_features import agreement, best_of, by_level, density_histogram, nearest_that_fire, ranking
+from interpretability.report_features import (
+    agreement,
+    best_of,
+    by_level,
+    density_histogram,
+    differing,
+    nearest_that_fire,
+    ranking,
+)
 from interpretability.search import Neighbour, neighbours
 from sae.evaluation import figures
 from sae.model import SAE, SAEConfig, load
@@ -173,7 +181,7 @@ def test_page_holds_every_feature(folders: Path) -> None:
     assert verify(folders / "report").kind == "report"
     assert data["latents"]["title"] == [f"title of {i} é<b>" for i in range(N_LATENTS - 3)] + [""] * 3
     assert data["best"]["latents"] == list(range(N_LATENTS - 4, -1, -1))
-    assert [len(rows) for rows in data["best"]["examples"]] == [3] * (N_LATENTS - 3)
+    assert [len(rows) for rows in data["best"]["examples"]] == [1] * (N_LATENTS - 3), "all its sentences are the same"
     assert data["order"] == [*data["best"]["latents"], 9, 10, DEAD]
     assert data["failed"] == [N_LATENTS - 3]
     assert data["block"] == BLOCK
@@ -345,6 +353,16 @@ def test_ranking_prefers_score_then_evenness() -> None:
         4: explained(4, score=0.95),
     }
     assert ranking(found, [0.1, 0.7, 1.0, 1.0, 0.0, 1.0]) == [4, 1, 0, 2, 3, 5]
+
+
+def test_sentences_that_differ_where_a_latent_fires() -> None:
+    texts = ["a b c d e f g h PEAK i", "x b c d e f g h PEAK i", "a b c d e f g H PEAK i", "PEAK i"]
+    rows = [
+        TopSentence(0, "max", i, 1.0, i, "", None, text, text.split(), [float(word == "PEAK") for word in text.split()])
+        for i, text in enumerate(texts)
+    ]
+    assert [row.rank for row in differing(rows, 9)] == [0, 2, 3]
+    assert [row.rank for row in differing(rows, 2)] == [0, 2]
 
 
 def test_the_best_are_of_meaning_and_new() -> None:

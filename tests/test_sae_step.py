@@ -10,7 +10,6 @@ from torch.profiler import ProfilerActivity, profile
 from sae import step
 from sae.loss import Losses, Recipe, losses
 from sae.model import SAE, SAEConfig
-from sae.nominate import Nominator
 from sae.step import RowGradients, topk_step
 from sae.update import update_
 
@@ -144,35 +143,3 @@ def test_memory_beyond_weights_and_state(n_dead: int) -> None:
             held += event.nbytes()
             peak = max(peak, held)
     assert n_rows * d * 4 < peak <= 3 * 2 * n_rows * n
-
-
-# two-stage encoding --------------------------------------------------------------------------------------------------
-
-
-def test_nominated_candidates_are_scored_exactly() -> None:
-    """With every latent a candidate, the true top k; with two for each, values that are exact and a recall above 0.99."""
-    generator = torch.Generator().manual_seed(0)
-    weight, bias = torch.randn(2048, 64, generator=generator), 0.1 * torch.randn(2048, generator=generator)
-    z = torch.randn(100, 64, generator=generator) * torch.logspace(-2, 2, 100)[:, None]  # each row has a scale of its own
-    z[7] = 0
-    h = z @ weight.T + bias
-    expected = h.topk(16)
-    values, indices = Nominator(weight, bias, 128).top_k(z, 16)
-    torch.testing.assert_close(values, expected.values)
-    values, indices = Nominator(weight, bias, 2).top_k(z, 16)
-    torch.testing.assert_close(values, h.gather(1, indices))
-    assert (values.diff(dim=1) <= 0).all()
-    found = (indices[:, :, None] == expected.indices[:, None]).any(2).float().mean()
-    assert found > 0.99
-
-
-@pytest.mark.parametrize("n_dead", [0, 17, 30])
-def test_two_stages_make_the_same_step(n_dead: int) -> None:
-    """Where the candidates hold the whole top k, in float32; with AuxK by dense products and by sparse ones."""
-    sae, z, dead = make_sae(torch.float32), rows(20, torch.float32), some_dead(n_dead)
-    recipe = Recipe(5, K_AUX, 1 / 32)
-    found, expected = (topk_step(sae, z, r, 1 / z.numel(), dead, n_dead) for r in (recipe._replace(nominate=8), recipe))
-    for mine, twin in zip(found[0], expected[0], strict=True):
-        torch.testing.assert_close(mine, twin)
-    for mine, twin in zip(found[1].rows(0, 40), expected[1].rows(0, 40), strict=True):
-        torch.testing.assert_close(mine, twin)

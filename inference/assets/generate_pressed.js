@@ -1,0 +1,4 @@
+() => [
+  {__type__: 'update', interactive: false},
+  '<p class="status busy" role="status">Reading the prompt…</p>',
+]

@@ -1,0 +1,62 @@
+"""What the panels share: how their events queue, whose they are, and the small updates that more than one of them makes."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import gradio as gr
+
+from inference import views
+from inference.turns import RUNNING, WAITING, Turn
+
+QUEUE_SIZE = 64
+"""Small requests that may wait in Gradio's queue; generations wait in `Turns`, where they can be stopped."""
+QUICK_AT_ONCE = 8
+MAX_THREADS = RUNNING + WAITING + 2 * QUICK_AT_ONCE
+"""A generation that waits for its turn holds a thread of the server, and must not keep small requests from theirs."""
+QUICK: dict[str, Any] = {
+    "show_progress": "hidden",
+    "concurrency_limit": QUICK_AT_ONCE,
+    "concurrency_id": "quick",
+    "api_visibility": "private",
+}
+AT_ONCE: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
+GENERATION: dict[str, Any] = {
+    "show_progress": "hidden", "concurrency_limit": None, "concurrency_id": "generate", "api_visibility": "private",
+}  # fmt: skip
+T = TypeVar("T")
+
+
+def script(name: str) -> str:
+    """The text of `assets/NAME.js`."""
+    return (Path(__file__).parent.parent / "assets" / f"{name}.js").read_text(encoding="utf-8")
+
+
+def client(request: gr.Request) -> str:
+    """The page that sent a request: Gradio draws a hash for every page that is loaded."""
+    assert request.session_hash is not None
+    return request.session_hash
+
+
+def skips(n: int) -> tuple[Any, ...]:
+    """Updates that leave `n` components as they are."""
+    return tuple(gr.skip() for _ in range(n))
+
+
+def buttons(running: bool) -> tuple[Any, Any]:
+    """Updates of a start and a stop button."""
+    return gr.update(interactive=not running), gr.update(interactive=running)
+
+
+def waiting(turn: Turn) -> str:
+    return views.status(f"Waiting for {turn.ahead} others…" if turn.ahead else "Reading the prompt…", "busy")
+
+
+def while_going(turn: Turn, stream: Iterator[T]) -> Iterator[T]:
+    """`stream` once it is its turn, until it is stopped."""
+    if not turn.wait():
+        return
+    for item in stream:
+        yield item
+        if turn.stopped:
+            return
