@@ -39,7 +39,8 @@ LABELS_COMPARED = 10
 KINDS = {
     "word": "a word", "start": "beginning of a word", "end": "end of a word", "inside": "piece of a word", "form": "a spelling",
     "after_word": "a word after another", "before_word": "a word before another", "after": "anything after a word",
-    "before": "anything before a word", "kind": "names, numbers, years", "first_word": "a word that begins a sentence", "first": "first word", "last": "last word",
+    "before": "anything before a word", "kind": "names, numbers, years", "first_word": "a word that begins a sentence",
+    "first": "first word", "last": "last word",
 }  # fmt: skip
 """What the kinds of `patterns.py` are called in the legend."""
 LEAST_SHARE = 0.3
