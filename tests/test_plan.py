@@ -1,5 +1,6 @@
 """What `sae.train --plan` predicts, against what training takes: bytes of PyTorch's CPU allocator, and of the folder."""
 
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,13 @@ def test_memory_is_within_a_tenth(architecture: Any, all_dead: bool, rows: int, 
     config = Hyperparameters(architecture=architecture, aux_coefficient=coefficient, **shape)
     trainer = Trainer(config, ALONE, Batches(batches))
     trainer.train_step()
-    if all_dead:
-        trainer.last_fired.fill_(-config.dead_after_tokens)
-    measured = held_bytes(trainer) + peak_bytes(trainer.train_step)
+    peaks = []
+    for _ in range(5):  # now and then the profiler loses an event
+        trainer.step = 0  # later ones may hold fewer rows
+        if all_dead:
+            trainer.last_fired.fill_(-config.dead_after_tokens)
+        peaks.append(peak_bytes(trainer.train_step))
+    measured = held_bytes(trainer) + statistics.median(peaks)
     predicted = plan(config, Batches(batches), ALONE, 1, Path.cwd(), keep=2).memory
     assert sum(predicted) == pytest.approx(measured, rel=0.1)
     assert predicted.held == pytest.approx(held_bytes(trainer), rel=0.01)
