@@ -216,7 +216,9 @@ def ticks() -> Iterator[int]:
 
 
 def handlers_of(paths: Features) -> Handlers:
-    config = AppConfig(model=str(paths.model), sae=paths.sae, top=paths.top, explanations=paths.explanations, style="plain")
+    config = AppConfig(
+        model=str(paths.model), sae=(paths.sae,), top=(paths.top,), explanations=(paths.explanations,), style="plain"
+    )
     return open_handlers(config, torch.device("cpu"))
 
 

@@ -44,7 +44,9 @@ def handlers(tmp_path_factory: pytest.TempPathFactory) -> Handlers:
 
 
 def config_of(paths: Features) -> AppConfig:
-    return AppConfig(model=str(paths.model), sae=paths.sae, top=paths.top, explanations=paths.explanations, style="plain")
+    return AppConfig(
+        model=str(paths.model), sae=(paths.sae,), top=(paths.top,), explanations=(paths.explanations,), style="plain"
+    )
 
 
 @pytest.fixture(scope="module")
