@@ -314,7 +314,7 @@ def present_values(sae: SAE, flat: Tensor, wanted: Tensor, where: Tensor) -> Ten
     """Values (N, E) of the latents `wanted` (E) in the encoding of `flat` (N, D) where `where` (N, E) holds, 0 elsewhere.
 
     In every architecture a latent fires only where its own pre-activation is positive. That is looked at first, and all latents
-    are computed only if it is anywhere: while a text is generated, most of them are silent at most tokens.
+    are computed only if it is anywhere.
     """
     z = sae.normalise(flat).z
     own = linear(z - sae.b_pre, sae.W_enc[wanted], sae.b_enc[wanted])
