@@ -37,13 +37,16 @@ def firing(sae: SAE, x: Tensor) -> Firing:
     if not (in_groups and cfg.architecture in ("topk", "matryoshka") and x.is_cpu and sae.W_enc.dtype == torch.float32):
         return _flat(*sae.encode(x))
     step = max(1, CPU_ELEMENTS // cfg.n_latents)  # as encode cuts its blocks, for the same last bits
-    blocks = []
-    for first, z in zip(range(0, len(x), step), torch.split(sae.normalise(x).z, step), strict=False):
-        rows, latents, values = _of_block(sae, sae.pre_activations(z))
-        blocks.append(Firing(rows + first, latents, values))
-    if not blocks:
-        return _flat(*sae.encode(x))
-    return Firing(*(torch.cat(column) for column in zip(*blocks, strict=True)))
+    # Results are copied away at once: what is kept between blocks would lie between their large tensors and scatter the heap.
+    most = len(x) * cfg.k
+    kept, n = Firing(torch.empty(most, dtype=torch.int64), torch.empty(most, dtype=torch.int64), torch.empty(most)), 0
+    for first in range(0, len(x), step):
+        z = sae.normalise(x[first : first + step]).z
+        found = _of_block(sae, sae.pre_activations(z))
+        last = n + len(found.rows)
+        kept.rows[n:last], kept.latents[n:last], kept.values[n:last] = found.rows + first, found.latents, found.values
+        n = last
+    return Firing(*(column[:n] for column in kept))
 
 
 def _flat(values: Tensor, indices: Tensor) -> Firing:
