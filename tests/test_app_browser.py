@@ -13,6 +13,7 @@ import pytest
 import torch
 from playwright.sync_api import Browser, Page, expect
 
+from core.cli import parse
 from inference.app import AppConfig, open_handlers
 from inference.handlers import Handlers
 from inference.limits import Knobs
@@ -216,8 +217,7 @@ def ticks() -> Iterator[int]:
 
 
 def handlers_of(paths: Features) -> Handlers:
-    config = AppConfig(model=str(paths.model), sae=paths.sae, top=paths.top, explanations=paths.explanations, style="plain")
-    return open_handlers(config, torch.device("cpu"))
+    return open_handlers(parse(AppConfig, "", [*paths.flags, "--style", "plain"]), torch.device("cpu"))
 
 
 def test_one_press_stops(browser: Browser, paths: Features) -> None:
