@@ -255,13 +255,12 @@ def _stop_a_chat(page: Page) -> None:
         expect(page.locator("#send")).to_be_enabled()
         expect(answers).to_have_count(after)
         expect(page.locator("#chat-status")).to_contain_text(said)
-    # At once: from the next frame on "New chat" cannot be pressed until the server knows of the message, and then it clears it.
+    # At once: two frames after Send, "New chat" either cannot be pressed yet or finds a message that the server knows.
     page.locator("#message textarea").fill("hello")
-    hasty = """() => new Promise((resolve) => {
+    page.evaluate("""() => new Promise((resolve) => {
         document.querySelector('#send').click();
-        requestAnimationFrame(() => requestAnimationFrame(() => resolve(document.querySelector('#new-chat').disabled)));
-    })"""
-    assert page.evaluate(hasty)
+        requestAnimationFrame(() => requestAnimationFrame(() => resolve()));
+    })""")
     press_once(page, "#new-chat")
     expect(page.locator("#send")).to_be_enabled()
     expect(answers).to_have_count(0)
