@@ -50,7 +50,7 @@ class BenchConfig:
     out: Path = Path("bench_capture.json")
     """JSON with every number of the table."""
     sentences: int = 512
-    """Sentences of a timing of capture against the transformers loop; against the forward pass alone, four times as many."""
+    """Sentences of a timing of capture against the transformers loop; against the forward pass alone, eight times as many."""
     memory_documents: int = 80
     """Documents whose peak memory is compared with that of ten copies of them; of some nine sentences each."""
     rounds: int = 7
@@ -132,7 +132,7 @@ def compare_speed(bench: Bench) -> Iterator[Row]:
         )  # fmt: skip
         yield row._replace(reach="", reached=None) if name else row
     # Against a forward pass alone a run must be long enough that opening and closing a folder is no part of it.
-    corpus = bench.corpus(4 * bench.config.sentences)
+    corpus = bench.corpus(8 * bench.config.sentences)
     flags = {"chunk_sentences": bench.config.sentences}
     ready = list(padded_batches(open_corpus(corpus), bench.tokenizer, bench.config.sentences))
     yield race(

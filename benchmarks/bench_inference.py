@@ -22,10 +22,11 @@ import torch
 
 from core.cli import machine, one_line_errors, parse
 from core.runtime import pick_device
+from inference.limits import Knobs
 from inference.session import InferenceConfig, Session, open_session
 from inference.steering import MODES, Edit, Recipe
 from inference.watch import Watch
-from inference.workbench import Knobs, checked_request, compare
+from inference.workbench import checked_request, compare
 from llama3.generate import HooksFor, Sampling, generate
 from llama3.tokenizer import Tokenizer
 

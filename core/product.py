@@ -10,6 +10,7 @@ ONEDNN = torch._C._has_mkldnn and "AMD" in torch.cpu.get_capabilities().get("cpu
 """Whether large float32 products go to oneDNN. PyTorch gives them to MKL, which runs at less than half the rate on AMD
 processors (pytorch/builder issue 504; measured in docs/log.md)."""
 
+FEW_ROWS = 64  # fewer are not rounded: a prompt or a decoding step has few sizes, and would pay most
 LARGE_WEIGHT, LARGE_PRODUCT = 2**20, 2**20
 """Numbers in W, and multiplications in `x W^T`, from either of which on oneDNN is the faster: its call takes about 10 us more,
 and for a single row of x MKL is good where W is small (measured in docs/log.md)."""
@@ -20,5 +21,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     large = x.numel() and (weight.numel() >= LARGE_WEIGHT or x.numel() * weight.shape[0] >= LARGE_PRODUCT)
     plain = torch.is_grad_enabled() or torch.compiler.is_compiling()  # oneDNN's kernel has no gradient
     if ONEDNN and large and not plain and x.dtype == torch.float32 and x.is_cpu:
-        return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
+        rows = x.reshape(-1, x.shape[-1])
+        n = len(rows)
+        if more := _rounded(n) - n:
+            rows = F.pad(rows, (0, 0, 0, more))
+        product = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+        return cast(Tensor, product[:n].view(*x.shape[:-1], -1))
     return F.linear(x, weight, bias)
+
+
+def _rounded(n: int) -> int:
+    """`n` rows, or where they are many the next number with at most four leading binary digits.
+
+    oneDNN compiles a kernel of some 0.4 MB for every number of rows and keeps it: batches of many sizes would fill the memory.
+    """
+    step = 1 << (n.bit_length() - 4) if n >= FEW_ROWS else 1
+    return -(-n // step) * step

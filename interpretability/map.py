@@ -36,6 +36,13 @@ from sae.model import load
 MAP_FILE, DATA_FILE = "map.html", "map.json"
 N_COLOURS = 12
 LABELS_COMPARED = 10
+KINDS = {
+    "word": "a word", "start": "beginning of a word", "end": "end of a word", "inside": "piece of a word", "form": "a spelling",
+    "after_word": "a word after another", "before_word": "a word before another", "after": "anything after a word",
+    "before": "anything before a word", "kind": "names, numbers, years", "first_word": "a word that begins a sentence",
+    "first": "first word", "last": "last word",
+}  # fmt: skip
+"""What the kinds of `patterns.py` are called in the legend."""
 LEAST_SHARE = 0.3
 """Share of a latent's top sentences that must carry one label for the latent to be given it."""
 
@@ -120,7 +127,7 @@ def contents(
     densities = [math.log10(count / top.n_tokens) for count in top.firing_counts[list(latents)].tolist()]
     kinds = [explanations[i].details.get("fires_on") if i in explanations else None for i in latents]
     colours = [
-        _categories("by kind of label", [str(kind["kind"]).replace("_", " ") if kind else None for kind in kinds]),
+        _categories("by kind of label", [KINDS.get(kind["kind"], kind["kind"]) if kind else None for kind in kinds]),
         _categories("by topic", [_topic([row.label for row in rows]) for rows in sentences]),
         _numbers("by score", [explanations[i].score if i in explanations else None for i in latents], "{:.2f}"),
         _numbers("by density", densities, "10^{:.1f} of tokens"),

@@ -28,9 +28,10 @@ from capture.store import Activations, Chunk, open_activations
 from core.artifact import Artifact, building, check_provenance, open_artifact
 from core.cli import Progress, StageConfig, run_stage
 from core.runtime import Runtime
+from interpretability.firing import firing
 from interpretability.records import Explanation, parquet_bytes
 from interpretability.search import open_explanations_of, title_of
-from interpretability.top_sentences import encode_chunk, usable_tokens
+from interpretability.top_sentences import parts_of, usable_tokens
 from sae.model import SAE, load
 
 SPLITTING_FILE, SUMMARY_FILE = "splitting.parquet", "splitting.md"
@@ -91,7 +92,7 @@ class Parents(NamedTuple):
     cosines: Tensor
 
 
-class Firing(NamedTuple):
+class Counts(NamedTuple):
     """What the tokens say; all int64."""
 
     tokens: int
@@ -128,7 +129,7 @@ def random_cosine(n_small: int, d_model: int, seed: int = 0) -> float:
 
 def count_firing(
     small: SAE, large: SAE, parents: Parents, descends: Tensor, chunks: Iterator[Chunk], device: torch.device
-) -> Firing:
+) -> Counts:
     """Read `chunks` with both SAEs. Tokens beyond the norm that either was trained on are left out."""
     n_small, n_large = small.cfg.n_latents, large.cfg.n_latents
     max_norm = min(sae.cfg.provenance.get("max_norm") or math.inf for sae in (small, large))
@@ -136,20 +137,19 @@ def count_firing(
     fires_small, covered = torch.zeros(2, n_small, dtype=torch.int64, device=device)
     fires_large, with_parent = torch.zeros(2, n_large, dtype=torch.int64, device=device)
     parent, is_child = parents.latents.to(device), descends.to(device)
-    for chunk in chunks:
-        keep = usable_tokens(chunk, max_norm)
-        tokens += int(keep.sum())
-        hits, own = (encode_chunk(sae, chunk, keep, device) for sae in (large, small))
-        offsets = chunk.offsets.to(device)
+    for part in (part for chunk in chunks for part in parts_of(chunk)):
+        x = part.activations[usable_tokens(part, max_norm)].to(device)
+        tokens += len(x)
+        hits, own = firing(large, x), firing(small, x)
         # One number for a token and a small latent: of the small hits, and of the parents of the large ones.
-        own_keys = (offsets[own.rows] + own.positions) * n_small + own.latents
-        parent_keys = (offsets[hits.rows] + hits.positions) * n_small + parent[hits.latents]
+        own_keys = own.rows * n_small + own.latents
+        parent_keys = hits.rows * n_small + parent[hits.latents]
         fires_small += torch.bincount(own.latents, minlength=n_small)
         fires_large += torch.bincount(hits.latents, minlength=n_large)
         with_parent += torch.bincount(hits.latents[torch.isin(parent_keys, own_keys)], minlength=n_large)
         by_child = torch.isin(own_keys, parent_keys[is_child[hits.latents]])
         covered += torch.bincount(own.latents[by_child], minlength=n_small)
-    return Firing(tokens, *(counts.cpu() for counts in (fires_small, covered, fires_large, with_parent)))
+    return Counts(tokens, *(counts.cpu() for counts in (fires_small, covered, fires_large, with_parent)))
 
 
 def run(config: SplittingConfig, runtime: Runtime) -> None:
@@ -174,13 +174,13 @@ def run(config: SplittingConfig, runtime: Runtime) -> None:
         if runtime.is_main:
             parents = parents_of(large.W_dec, small.W_dec)
             descends = parents.cosines >= config.min_cosine
-            firing = None
+            counts = None
             if activations:
                 chunks = _spread(activations, config.tokens, runtime)
-                firing = count_firing(small, large, parents, descends, chunks, runtime.device)
-            rows = pa.Table.from_pydict(_columns(parents, descends, firing, titles), SCHEMA)
+                counts = count_firing(small, large, parents, descends, chunks, runtime.device)
+            rows = pa.Table.from_pydict(_columns(parents, descends, counts, titles), SCHEMA)
             builder.publish(SPLITTING_FILE, parquet_bytes(SCHEMA, [rows]), rows=len(rows))
-            builder.publish(SUMMARY_FILE, "".join(summary(config, small, parents, descends, firing, titles)).encode())
+            builder.publish(SUMMARY_FILE, "".join(summary(config, small, parents, descends, counts, titles)).encode())
             names = [SPLITTING_FILE, SUMMARY_FILE]
         builder.finish(names, {"small": small.cfg.n_latents, "large": large.cfg.n_latents})
     log.info("%s: %s", config.out / SUMMARY_FILE, f"{large.cfg.n_latents:,} latents and their parents")
@@ -215,7 +215,7 @@ def _spread(activations: Activations, tokens: int, runtime: Runtime) -> Iterator
 
 
 def _columns(
-    parents: Parents, descends: Tensor, firing: Firing | None, titles: Sequence[Mapping[int, Explanation]]
+    parents: Parents, descends: Tensor, counts: Counts | None, titles: Sequence[Mapping[int, Explanation]]
 ) -> dict[str, Any]:
     found = parents.latents.tolist()
     nothing = [None] * len(found)
@@ -224,8 +224,8 @@ def _columns(
         "parent": found,
         "cosine": parents.cosines.tolist(),
         "descends": descends.tolist(),
-        "fires": firing.large.tolist() if firing else nothing,
-        "with_parent": firing.with_parent.tolist() if firing else nothing,
+        "fires": counts.large.tolist() if counts else nothing,
+        "with_parent": counts.with_parent.tolist() if counts else nothing,
         "title": [title_of(titles[1].get(i)) for i in range(len(found))],
         "parent_title": [title_of(titles[0].get(i)) for i in found],
     }
@@ -236,7 +236,7 @@ def summary(
     small: SAE,
     parents: Parents,
     descends: Tensor,
-    firing: Firing | None,
+    counts: Counts | None,
     titles: Sequence[Mapping[int, Explanation]],
 ) -> Iterator[str]:
     """The page to read, in Markdown."""
@@ -255,32 +255,32 @@ def summary(
     for least in THRESHOLDS:
         near = parents.cosines >= least
         found = torch.bincount(parents.latents[near], minlength=n_small)
-        counts = (int(which.sum()) for which in (near, found > 1, found == 1, found == 0))
-        yield f"| {least:g} | {' | '.join(f'{count:,}' for count in counts)} |\n"
-    if firing:
-        yield from _agreement(firing, descends)
-    order = sorted(range(n_small), key=lambda i: (-int(children[i] > 1), -_evidence(i, firing), -int(children[i]), i))
+        numbers = (int(which.sum()) for which in (near, found > 1, found == 1, found == 0))
+        yield f"| {least:g} | {' | '.join(f'{number:,}' for number in numbers)} |\n"
+    if counts:
+        yield from _agreement(counts, descends)
+    order = sorted(range(n_small), key=lambda i: (-int(children[i] > 1), -_evidence(i, counts), -int(children[i]), i))
     yield "\n## Small latents and what they became\n\n"
     yield "*Covered*: share of the small latent's tokens on which one of its descendants fires. *With it*: share of a "
     yield "descendant's tokens on which the small latent fires. Of latents that were split, the best covered come first.\n"
     for latent in order[: config.shown]:
-        yield from _family(latent, parents, descends, firing, titles)
+        yield from _family(latent, parents, descends, counts, titles)
 
 
-def _evidence(latent: int, firing: Firing | None) -> float:
+def _evidence(latent: int, counts: Counts | None) -> float:
     """How much of what a small latent does its descendants do; 0 without tokens."""
-    return float(firing.covered[latent] / firing.small[latent].clamp(min=1)) if firing else 0.0
+    return float(counts.covered[latent] / counts.small[latent].clamp(min=1)) if counts else 0.0
 
 
-def _agreement(firing: Firing, descends: Tensor) -> Iterator[str]:
+def _agreement(counts: Counts, descends: Tensor) -> Iterator[str]:
     """What the tokens say of all families together."""
-    own, covered = int(firing.small.sum()), int(firing.covered.sum())
-    yield f"\nOn {firing.tokens:,} tokens, {covered / max(1, own):.1%} of the firing of small latents is covered: a descendant "
+    own, covered = int(counts.small.sum()), int(counts.covered.sum())
+    yield f"\nOn {counts.tokens:,} tokens, {covered / max(1, own):.1%} of the firing of small latents is covered: a descendant "
     yield "fires on the same token. "
     for name, which in (("a descendant", descends), ("a new latent", ~descends)):
-        fires, together = int(firing.large[which].sum()), int(firing.with_parent[which].sum())
+        fires, together = int(counts.large[which].sum()), int(counts.with_parent[which].sum())
         yield f"Where {name} fires, its nearest small latent fires too in {together / max(1, fires):.1%} of cases. "
-    base = float((firing.small.double() / max(1, firing.tokens)) @ firing.small.double()) / max(1, own)
+    base = float((counts.small.double() / max(1, counts.tokens)) @ counts.small.double()) / max(1, own)
     yield f"A small latent chosen without looking at directions, as often as it fires, would in {base:.1%}.\n"
 
 
@@ -288,16 +288,16 @@ def _family(
     latent: int,
     parents: Parents,
     descends: Tensor,
-    firing: Firing | None,
+    counts: Counts | None,
     titles: Sequence[Mapping[int, Explanation]],
 ) -> Iterator[str]:
     members = ((parents.latents == latent) & descends).nonzero().squeeze(1).tolist()
     members.sort(key=lambda i: -float(parents.cosines[i]))
-    covered = f", {_evidence(latent, firing):.0%} covered" if firing else ""
+    covered = f", {_evidence(latent, counts):.0%} covered" if counts else ""
     yield f"\n**{latent}** {_cell(titles[0].get(latent))} ({len(members)} descendants{covered})\n\n"
     yield "| large | cosine | with it | title |\n|---:|---:|---:|---|\n"
     for i in members[:SHOWN_CHILDREN]:
-        share = f"{int(firing.with_parent[i]) / max(1, int(firing.large[i])):.0%}" if firing else ""
+        share = f"{int(counts.with_parent[i]) / max(1, int(counts.large[i])):.0%}" if counts else ""
         yield f"| {i} | {float(parents.cosines[i]):.2f} | {share} | {_cell(titles[1].get(i))} |\n"
     if len(members) > SHOWN_CHILDREN:
         yield f"| | | | and {len(members) - SHOWN_CHILDREN} more |\n"

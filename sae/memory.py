@@ -48,13 +48,17 @@ def memory_of_rank(config: Hyperparameters, share: Share) -> Memory:
     n, d, rows = share.latents, share.d, math.ceil(share.rows / config.accumulate)
     parameters, matrix, z = (2 * n * d + n + d) * size, n * d * size, rows * d * size
     if config.architecture in DENSE_TENSORS:
-        return Memory(3 * parameters, DENSE_TENSORS[config.architecture] * rows * n * size + matrix + 4 * z)
-    k = min(n, config.k * (4 if config.architecture == "batchtopk" else 1))  # candidates double until no row holds more
+        dense = rows * n * size
+        most = max(DENSE_TENSORS[config.architecture] * dense + matrix, 2 * dense + 3 * matrix)
+        return Memory(3 * parameters, most + 4 * z)
+    k = min(n, config.k * (8 if config.architecture == "batchtopk" else 1))  # candidates double until no row holds more
     k_aux = min(n, config.aux_k or default_k_aux(d)) if config.aux_coefficient else 0
     entries = rows * (k + k_aux) * (4 * size + 3 * INDEX_BYTES)  # values and their gradients; indices, sorted, by latent
     if config.architecture == "topk":
         return Memory(3 * parameters, _by_hand(config, share._replace(rows=rows), k_aux) + entries + 5 * z)
     choosing = rows * n * size * (2 if k_aux else 1) + _choosing(rows, n, max(k, k_aux), size)
+    if config.architecture == "batchtopk":
+        choosing += entries  # its candidates
     gradients = parameters + matrix + entries
     return Memory(3 * parameters, max(choosing, gradients) + 4 * z * max(1, len(config.prefixes) // 2))
 
@@ -66,7 +70,7 @@ def _by_hand(config: Hyperparameters, share: Share, k_aux: int) -> int:
     product = products.itemsize if products else size
     copies = (2 * n * d + n) * product if products else 0
     block = min(rows, max(1, (GPU_ELEMENTS if on_gpu else CPU_ELEMENTS) // n))
-    alive = 2 if block < rows or k_aux else 1  # the last block goes when the next one is there; and the dead latents' columns
+    alive = 2 if k_aux else 1  # the dead latents' columns
     choosing = alive * block * n * product + _choosing(block, n, max(config.k, k_aux), product)
     dead = 3 * n * d * product if on_gpu and k_aux else 0  # their rows, and the gradients of those
     update = min(GPU_GRADIENTS if on_gpu else CPU_GRADIENTS, n * d) * size * (BLOCKS if data > 1 or not on_gpu else 0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import core.product
-from core.product import LARGE_WEIGHT, linear
+from core.product import FEW_ROWS, LARGE_WEIGHT, _rounded, linear
 
 
 @pytest.fixture(autouse=True)
@@ -38,3 +38,21 @@ def test_products_keep_their_gradients() -> None:
     weight = torch.randn(600, 256, requires_grad=True)
     linear(torch.ones(700, 256), weight).sum().backward()
     torch.testing.assert_close(weight.grad, torch.full((600, 256), 700.0))
+
+
+def test_many_rows_come_in_few_sizes() -> None:
+    """A kernel is compiled and kept for each, so batches of any size must not have one of their own; few rows keep theirs."""
+    sizes = [_rounded(n) for n in range(1, 8193)]
+    assert sizes[: FEW_ROWS - 1] == list(range(1, FEW_ROWS))
+    assert len(set(sizes[FEW_ROWS - 1 :])) < 60
+    assert all(n <= rows <= 1.125 * n for n, rows in enumerate(sizes, 1))
+
+
+@pytest.mark.parametrize("shape", [(65,), (3, 47), (700,), (0,), (64,)])
+def test_rounding_the_rows_leaves_the_product(shape: tuple[int, ...]) -> None:
+    x, weight, bias = torch.randn(*shape, 256), torch.randn(704, 256), torch.randn(704)
+    with torch.no_grad():
+        found = linear(x, weight, bias)
+    assert found.shape == (*shape, 704)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, x @ weight.T + bias, rtol=1e-4, atol=1e-3)

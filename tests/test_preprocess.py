@@ -120,7 +120,8 @@ def test_same_bytes_for_any_number_of_processes(launch: Launch, activations: Pat
 
 def test_continues_after_a_failure_at_every_stage(activations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fail at the N-th rename for ever larger N, each time in a folder of its own, and give the same command again."""
-    run(config(activations, tmp_path / "clean"), ALONE)
+    every_pass: dict[str, object] = {"drop_duplicates": True, "median_rows": 50}
+    run(config(activations, tmp_path / "clean", **every_pass), ALONE)
     clean = digests(tmp_path / "clean")
     for allowed in range(0, 200, 13):
         left = allowed
@@ -134,10 +135,10 @@ def test_continues_after_a_failure_at_every_stage(activations: Path, tmp_path: P
         out = tmp_path / f"faulty-{allowed}"
         monkeypatch.setattr(files, "before_operation", fail)
         try:
-            run(config(activations, out), ALONE)
+            run(config(activations, out, **every_pass), ALONE)
         except OSError:
             monkeypatch.undo()
-            run(config(activations, out), ALONE)
+            run(config(activations, out, **every_pass), ALONE)
             assert digests(out) == clean
         else:
             monkeypatch.undo()

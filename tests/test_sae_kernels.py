@@ -5,6 +5,7 @@ import importlib
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,11 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sae import fast, update
+from sae.batches import Batches
+from sae.hyperparameters import Hyperparameters
 from sae.loss import Losses, Recipe, losses
 from sae.model import SAE
 from sae.step import RowGradients, topk_step
+from sae.trainer import Trainer
 from sae.update import update_
 from tests.conftest import ROOT
+from tests.sae_folders import ALONE, make_batches
 from tests.test_sae_step import NO_AUX, adam, make_sae, rows, some_dead
 
 pytest.importorskip("triton", reason="Triton exists for Linux only")
@@ -139,6 +144,28 @@ def test_a_step_in_bfloat16_is_one_of_rounded_operands(everywhere: None, n_dead:
     update_(sae, adam(sae, 0.0), rounded[1])
     assert not torch.equal(before, sae.W_dec)
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(40, device=DEVICE))
+
+
+def test_the_trainer_on_kernels_equals_the_trainer_on_pytorch(
+    kernels: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three steps in float32, with dead latents from the second on; on a GPU also its loader."""
+    folder = make_batches(tmp_path, randn(130, 10).cpu() + 0.5, batch_rows=32)
+    settings = Hyperparameters(
+        n_latents=48, k=3, batch_size=30, lr=3e-3, dead_after_tokens=30, aux_k=8, products="float32", epochs=2
+    )
+    plain = Trainer(settings, ALONE, Batches(folder))
+    expected = [plain.train_step() for _ in range(3)]
+    monkeypatch.setattr(fast, "kernels_for", lambda tensor: kernels)
+    ours = Trainer(settings, replace(ALONE, device=torch.device(DEVICE)), Batches(folder))
+    for theirs in expected:
+        mine = ours.train_step()
+        assert mine.loss == pytest.approx(theirs.loss, rel=1e-5)
+        assert float(mine.gradient_norm) == pytest.approx(float(theirs.gradient_norm), rel=1e-4)
+        assert (mine.l0, mine.dead_fraction) == (theirs.l0, theirs.dead_fraction)
+    assert len(plain.dead()) > 0
+    for name, tensor in plain.sae.state_dict().items():
+        torch.testing.assert_close(ours.sae.state_dict()[name].cpu(), tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_tensors_on_a_cpu_take_no_kernel() -> None:

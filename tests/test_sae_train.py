@@ -23,7 +23,9 @@ from sae.batches import Batches, Schedule
 from sae.checkpoint import Checkpoints, complete, latents_name, read_state, remove_old_checkpoints
 from sae.descent import ByAutograd, ByHand
 from sae.model import SAEConfig, load
+from sae.moments import geometric_median
 from sae.preprocess import PreprocessConfig
+from sae.preprocess import run as preprocess
 from sae.train import TrainConfig, run
 from sae.trainer import Hyperparameters, State, Trainer
 from tests.conftest import Launch
@@ -574,3 +576,15 @@ def test_initial_bias_is_the_mean_of_z(batches: Path) -> None:
     trainer = Trainer(Hyperparameters(**SMALL), ALONE, data)
     z = trainer.sae.normalise(data.train.read(0, len(data.train))).z
     torch.testing.assert_close(trainer.sae.b_pre.detach(), z.mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_initial_bias_may_be_the_geometric_median_of_z(batches: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"batch_rows": 32, "validation_fraction": 0.1, "max_norm_ratio": 0, "median_rows": 10**6}
+    preprocess(PreprocessConfig(activations=batches.parent / "activations", out=tmp_path / "out", **settings), ALONE)
+    data = Batches(tmp_path / "out")
+    for norm in ("dataset", "layer", "none"):
+        trainer = Trainer(Hyperparameters(**SMALL, b_pre="geometric_median", norm=norm), ALONE, data)  # type: ignore[arg-type]
+        z = trainer.sae.normalise(data.train.read(0, len(data.train))).z
+        torch.testing.assert_close(trainer.sae.b_pre.detach(), geometric_median(z).float(), rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="--median-rows"):
+        Trainer(Hyperparameters(**SMALL, b_pre="geometric_median"), ALONE, Batches(batches))

@@ -131,7 +131,7 @@ def test_pairs_that_cannot_be_compared_are_refused(folders: Folders, small: Path
 
 def test_ties_and_zero_tokens_divide_nothing() -> None:
     nothing = torch.zeros(2, dtype=torch.int64)
-    firing = splitting.Firing(0, nothing, nothing, nothing, nothing)
+    firing = splitting.Counts(0, nothing, nothing, nothing, nothing)
     text = "".join(splitting._agreement(firing, torch.tensor([True, False])))
     assert "0.0%" in text
     assert parents_of(torch.zeros(1, 3), torch.eye(3)) == Parents(torch.tensor([0]), torch.tensor([0.0]))
