@@ -8,9 +8,11 @@ at the exact k-th. A row in which equal values make the choice ambiguous goes th
 Shapes: N rows, n latents, G latents in a group, m groups, C candidates, H activations above zero.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,12 +42,16 @@ def firing(sae: SAE, x: Tensor) -> Firing:
     # Results are copied away at once: what is kept between blocks would lie between their large tensors and scatter the heap.
     most = len(x) * cfg.k
     kept, n = Firing(torch.empty(most, dtype=torch.int64), torch.empty(most, dtype=torch.int64), torch.empty(most)), 0
-    for first in range(0, len(x), step):
-        z = sae.normalise(x[first : first + step]).z
-        found = _of_block(sae, sae.pre_activations(z))
-        last = n + len(found.rows)
-        kept.rows[n:last], kept.latents[n:last], kept.values[n:last] = found.rows + first, found.latents, found.values
-        n = last
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:  # NumPy works in one thread, and lets others work beside it
+        for begin in range(0, len(x), step):
+            h = sae.pre_activations(sae.normalise(x[begin : begin + step]).z)
+            maxima = F.max_pool1d(h[:, None], GROUP)[:, 0]
+            parts = h.chunk(threads)
+            for part, found in zip(parts, pool.map(_of_rows, [sae] * len(parts), parts, maxima.chunk(threads)), strict=True):
+                last = n + len(found.rows)
+                kept.rows[n:last], kept.latents[n:last], kept.values[n:last] = found.rows + begin, found.latents, found.values
+                n, begin = last, begin + len(part)
     return Firing(*(column[:n] for column in kept))
 
 
@@ -55,14 +61,14 @@ def _flat(values: Tensor, indices: Tensor) -> Firing:
     return Firing(rows, indices.flatten()[fires], values.flatten()[fires].float())
 
 
-def _of_block(sae: SAE, h: Tensor) -> Firing:
-    """The top k of each row of pre-activations `h` (N, n) where above zero."""
+def _of_rows(sae: SAE, h: Tensor, group_maxima: Tensor) -> Firing:
+    """The top k of each row of pre-activations `h` (N, n) where above zero; `group_maxima` (N, m)."""
     k, m = sae.cfg.k, h.shape[1] // GROUP
-    maxima = F.max_pool1d(h[:, None], GROUP)[:, 0].numpy()  # (N, m)
+    maxima: npt.NDArray[np.float32] = group_maxima.numpy()
     least = np.maximum(np.partition(maxima, m - k, axis=1)[:, m - k], _SMALLEST)  # (N,)
     groups = np.flatnonzero(maxima >= least[:, None])  # row * m + group
     of_group = groups // m  # their rows
-    inside = F.embedding(torch.from_numpy(groups), h.view(-1, GROUP)).numpy()  # (groups, G)
+    inside = h.view(-1, GROUP).numpy().take(groups, axis=0)  # (groups, G)
     at = np.flatnonzero(inside >= least[of_group, None])  # (C,), into `inside`
     rows, values = of_group[at // GROUP], inside.reshape(-1)[at]
     latents = groups[at // GROUP] % m * GROUP + at % GROUP

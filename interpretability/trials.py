@@ -121,8 +121,9 @@ class TrialMaker:
         self._background = top.background()
         if not self._background:
             raise ValueError(
-                f"{top.artifact.path}: holds no background sentences, in which a latent does not fire (it was written by an "
-                "earlier release, or with --sample-sentences 0); run interpretability.top_sentences again"
+                f"{top.artifact.path}: holds no background sentences, in which a latent does not fire (written by an earlier "
+                "release, or without them to be small, as demo/top is). Expected a folder of interpretability.top_sentences "
+                "with --sample-sentences 1000; `python -m demo --no-serve` writes one: runs/demo/top, with explanations beside it"
             )
         self._fires_in: dict[int, set[int]] = {}
         for i, sentence in enumerate(self._background):

@@ -60,3 +60,16 @@ def test_no_rows() -> None:
     found = firing(make_sae(512, 8), torch.zeros(0, 12))
     assert [len(column) for column in found] == [0, 0, 0]
     assert found.latents.dtype == torch.int64
+
+
+@pytest.mark.parametrize("threads", [2, 3, 300])
+def test_threads_share_the_rows_and_change_nothing(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sae, x = make_sae(512, 8), torch.randn(200, 12)
+    x[::7] = 0.0  # rows in which nothing but the bias fires
+    monkeypatch.setattr("interpretability.firing.CPU_ELEMENTS", 70 * 512)  # three blocks
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+    alone = firing(sae, x)
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    together = firing(sae, x)
+    assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+    assert len(alone.rows) > 1000
