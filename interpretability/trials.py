@@ -123,7 +123,7 @@ class TrialMaker:
             raise ValueError(
                 f"{top.artifact.path}: holds no background sentences, in which a latent does not fire (written by an earlier "
                 "release, or without them to be small, as demo/top is). Expected a folder of interpretability.top_sentences "
-                "with --sample-sentences 1000; `python -m demo --no-serve` writes one: runs/demo/top, with explanations beside it"
+                "with --sample-sentences 1000; `python -m demo --no-serve` writes one, runs/demo/top, and its explanations"
             )
         self._fires_in: dict[int, set[int]] = {}
         for i, sentence in enumerate(self._background):
