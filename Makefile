@@ -25,7 +25,7 @@ demo: $(VENV)/installed
 	$(BIN)/python -m demo $(DEMO_FLAGS)
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not faults" $(TEST_FLAGS)
+	$(BIN)/python -m pytest -m "not faults and not peers" $(TEST_FLAGS)
 
 test-faults: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m faults $(TEST_FLAGS)

@@ -78,13 +78,13 @@ def stages(config: DemoConfig, source: str) -> list[Stage]:
     threads = ("--threads", str(config.threads)) if config.threads else ()
     corpus, acts, batches, run = out / "corpus", out / "activations", out / "batches", out / "run"
     evaluation, top, explanations = out / "evaluation", out / "top", out / "explanations"
-    limit = ("--max-sentences", str(scale.sentences)) if scale.sentences else ()
+    cut = ("--deduplicate", *(("--max-sentences", str(scale.sentences)) if scale.sentences else ()))
     site = ("--sites", config.site) if config.site else ()
     shape = ("--n-latents", str(scale.n_latents), "--k", str(scale.k), "--epochs", str(scale.epochs))
     training = ("--lr", "1e-3", "--lr-end", "1e-4", "--warmup-steps", "50", "--dead-after-tokens", "200000", "--wandb", "off")
     shown = ("--top", str(top), "--explanations", str(explanations), "--run", str(run), "--evaluation", str(evaluation))
     return [
-        Stage("Cut the text into sentences", "capture.sentences", ("--source", source, *limit), corpus),
+        Stage("Cut the text into sentences", "capture.sentences", ("--source", source, *cut), corpus),
         Stage(
             "Run the model, keep the residual stream",
             "capture.activations",

@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -272,22 +273,22 @@ def test_sites_and_hooks() -> None:
     assert site_of("blocks.11.attn.hook_z") is None
 
 
-# the libraries themselves, where they are installed (benchmarks/requirements.txt) -------------------------------------
+# the libraries themselves: `pytest -m peers`, where benchmarks/requirements.txt is installed ---------------------------
 
 
 def by_saelens(folder: Path, x: Tensor) -> Computed:
-    sae = pytest.importorskip("sae_lens").SAE.load_from_disk(folder)
+    sae = import_module("sae_lens").SAE.load_from_disk(folder)
     return sae.encode(x), sae(x)
 
 
 def by_sparsify(folder: Path, x: Tensor) -> Computed:
-    coder = pytest.importorskip("sparsify").SparseCoder.load_from_disk(folder)
+    coder = import_module("sparsify").SparseCoder.load_from_disk(folder)
     out = coder.encode(x)
     return torch.zeros(len(x), 40).scatter(1, out.top_indices, out.top_acts), coder.decode(out.top_acts, out.top_indices)
 
 
 def by_dictionary_learning(folder: Path, x: Tensor) -> Computed:
-    dictionary, _ = pytest.importorskip("dictionary_learning.utils").load_dictionary(str(folder), "cpu")
+    dictionary, _ = import_module("dictionary_learning.utils").load_dictionary(str(folder), "cpu")
     return dictionary.encode(x), dictionary(x)
 
 
@@ -295,6 +296,7 @@ LIBRARIES = {"saelens": by_saelens, "sparsify": by_sparsify, "dictionary_learnin
 
 
 @torch.no_grad()
+@pytest.mark.peers
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("to", "architecture"), EXPRESSIBLE)
 def test_the_library_itself_computes_the_same(to: str, architecture: str, x: Tensor, tmp_path: Path, monkeypatch: Any) -> None:
