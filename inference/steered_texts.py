@@ -164,9 +164,7 @@ class Panel:
         loss[new] = F.cross_entropy(logits[new.roll(-1, dims=1)].float(), tokens[new], reduction="none")
         latents = torch.tensor(self.chosen, device=device)
         x = kept[0].float()
-        values = present_values(
-            self.features.sae, x, latents, torch.ones(1, 1, dtype=torch.bool, device=device)
-        )  # (new tokens, F)
+        values = present_values(self.features.sae, x, latents)  # (new tokens, F)
         fired = torch.zeros(len(rows), len(latents), device=device)
         fired.index_add_(0, new.nonzero()[:, 0], (values > 0).float())
         words = torch.zeros(len(rows), len(self.chosen))

@@ -63,8 +63,7 @@ class Watch:
         rows, columns = torch.nonzero(positions > 0, as_tuple=True)
         if not len(rows):
             return
-        everywhere = torch.ones(len(rows), len(self.latents), dtype=torch.bool, device=x.device)
-        values = present_values(self._features.sae, x[rows, columns].float(), self._index, everywhere)  # (tokens, E)
+        values = present_values(self._features.sae, x[rows, columns].float(), self._index)  # (tokens, E)
         for row, position, found in zip(rows.tolist(), positions[rows, columns].tolist(), values.tolist(), strict=True):
             self._values[row, position] = found
             self._judge(row, position, found)

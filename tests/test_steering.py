@@ -427,22 +427,23 @@ def test_saes_that_are_not_there_are_named(two: Session, session: Session, paths
         open_session(config_of(paths, top=(), explanations=()), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("architecture", ["topk", "relu", "jumprelu", "batchtopk"])
+@pytest.mark.parametrize("architecture", ["topk", "matryoshka", "relu", "jumprelu", "batchtopk"])
 def test_present_values_are_those_of_the_encoding(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only where they are asked for, over several blocks of rows; and for latents that are silent everywhere."""
+    """Over several blocks of rows, for latents that are silent everywhere, and where two latents tie."""
     torch.manual_seed(0)
     sae = SAE(SAEConfig(d_model=16, n_latents=40, k=4, architecture=architecture)).requires_grad_(False)
     sae.b_enc[7] = -100.0
     if sae.threshold is not None:
         sae.threshold.fill_(0.2)
-    x, where = torch.randn(30, 16), torch.rand(30, 40) > 0.4
+    sae.W_enc[9], sae.b_enc[9] = sae.W_enc[8], sae.b_enc[8]
+    x = torch.randn(30, 16)
     encoding = sae.encode(x)
     expected = torch.zeros(30, 40).scatter_add(1, encoding.indices, encoding.values)
     monkeypatch.setattr("inference.steering.ROWS", 8)
-    found = present_values(sae, x, torch.arange(40), where)
-    torch.testing.assert_close(found, expected * where, atol=1e-5, rtol=0)
-    assert (found > 0).any()
-    assert torch.equal(present_values(sae, x, torch.tensor([7]), where[:, :1]), torch.zeros(30, 1))
+    found = present_values(sae, x, torch.arange(40))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert (found[:, 8] > 0).any()
+    assert torch.equal(present_values(sae, x, torch.tensor([7])), torch.zeros(30, 1))
 
 
 def test_recipes_that_do_not_fit_are_refused(session: Session) -> None:
