@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from core.product import linear
 from llama3.generate import HooksFor
 from llama3.sites import Hook
 from sae.model import SAE, Latents
@@ -173,6 +174,33 @@ def _edit_from_json(item: Any, form: str) -> Edit:
     return Edit(**item)
 
 
+class Reader:
+    """Reads chosen latents of an SAE, at few tokens for the price of few operations; made once per request."""
+
+    @torch.no_grad()
+    def __init__(self, sae: SAE, latents: Tensor) -> None:
+        """`latents` (E), on the SAE's device."""
+        self._sae, self._latents = sae, latents
+        self._rows = sae.W_enc[latents]  # (E, D)
+        self._bias = sae.b_enc[latents] - self._rows @ sae.b_pre  # (E)
+
+    @torch.no_grad()
+    def values(self, flat: Tensor) -> Tensor:
+        """Values (N, E) of the latents in the encoding of `flat` (N, D).
+
+        In every architecture a latent fires only where its own pre-activation is positive. That is looked at first, and all
+        latents are computed only if it is anywhere.
+        """
+        if len(flat) > ROWS:
+            return torch.cat([self.values(block) for block in torch.split(flat, ROWS)])
+        z = self._sae.normalised_rows(flat)
+        own = linear(z, self._rows, self._bias)
+        if not own.numel() or own.max().item() <= 0:
+            return torch.zeros_like(own)
+        values, indices = self._sae.select(self._sae.pre_activations(z))  # (N, K)
+        return (values[:, :, None] * (indices[:, :, None] == self._latents)).sum(1)
+
+
 class Plan(NamedTuple):
     """The distinct edits of a batch as tensors, made once per request so that a decode step costs a few small operations."""
 
@@ -183,6 +211,8 @@ class Plan(NamedTuple):
     where all edits replace."""
     taken: Tensor | None
     """[E] 1 where the latent's present value is taken out (`clamp`, `ablate`), else 0; None where no edit does so."""
+    present: Reader
+    """Reads those present values."""
     bias: Tensor | None
     """[E] what `replace` adds to each latent's pre-activation, 0 for other modes; None where no edit replaces."""
     replacing: Tensor
@@ -258,6 +288,7 @@ class Steering:
             latents=latents,
             push=None if replacing.all() else value.masked_fill(replacing, 0),
             taken=torch.tensor(taking, device=device).float() if any(taking) else None,
+            present=Reader(self.sae, latents),
             bias=value * replacing if replacing.any() else None,
             replacing=replacing,
             first=bounds[:, None, :, 0].contiguous(),
@@ -277,7 +308,7 @@ class Steering:
         if plan.push is not None:
             amounts = plan.push  # (E), or (N, E): units of each latent to add to each token
             if plan.taken is not None:
-                amounts = torch.addcmul(amounts, present_values(self.sae, flat, plan.latents), plan.taken, value=-1)
+                amounts = torch.addcmul(amounts, plan.present.values(flat), plan.taken, value=-1)
             amounts = amounts * masks
             if plan.directions is not None:
                 base = torch.addmm(base, amounts, plan.directions)
@@ -309,14 +340,6 @@ def hooks_for_all(steerings: Sequence[Steering], recipes: Sequence[Recipe], prom
         check_all(steerings, recipe)
     parts = [[recipe.of(steering.sae.weights_hash) for recipe in recipes] for steering in steerings]
     return chain(*(one.hooks_for(part, prompt_lengths) for one, part in zip(steerings, parts, strict=True)))
-
-
-def present_values(sae: SAE, flat: Tensor, wanted: Tensor) -> Tensor:
-    """Values (N, E) of the latents `wanted` (E) in the encoding of `flat` (N, D)."""
-    if len(flat) > ROWS:
-        return torch.cat([present_values(sae, block, wanted) for block in torch.split(flat, ROWS)])
-    values, indices = sae.select(sae.pre_activations(sae.normalised_rows(flat)))  # (N, K)
-    return (values[:, :, None] * (indices[:, :, None] == wanted)).sum(1)
 
 
 def reconstruct_with_bias(sae: SAE, flat: Tensor, latents: Tensor, bias: Tensor) -> Tensor:
