@@ -303,7 +303,7 @@ class Steering:
         flat, masks = x.flatten(0, 1).float(), masks.flatten(0, 1)  # (N, D), (N, E)
         base = flat
         if plan.bias is not None:
-            here = (masks & plan.replacing).any(1, keepdim=True)
+            here = masks if masks.shape[1] == 1 else (masks & plan.replacing).any(1, keepdim=True)
             base = torch.where(here, reconstruct_with_bias(self.sae, flat, plan.latents, plan.bias * masks), flat)
         if plan.push is not None:
             amounts = plan.push  # (E), or (N, E): units of each latent to add to each token
@@ -344,10 +344,8 @@ def hooks_for_all(steerings: Sequence[Steering], recipes: Sequence[Recipe], prom
 
 def reconstruct_with_bias(sae: SAE, flat: Tensor, latents: Tensor, bias: Tensor) -> Tensor:
     """The SAE's reconstruction (N, D) of `flat` (N, D) with `bias` (N, E) added to the pre-activations of `latents` (E)."""
-    norm = sae.normalise(flat) if sae.cfg.norm == "layer" else None
-    z = sae.normalised_rows(flat) if norm is None else norm.z
-    h = sae.pre_activations(z).index_add_(1, latents, bias)
-    return sae.decode(Latents(*sae.select(h)), norm)
+    h = sae.pre_activations(sae.normalised_rows(flat)).index_add_(1, latents, bias)
+    return sae.decode(Latents(*sae.select(h)), sae.normalise(flat) if sae.cfg.norm == "layer" else None)
 
 
 def chain(*sources: HooksFor | None) -> HooksFor | None:
