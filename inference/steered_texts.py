@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inference.session import Features, Session
-from inference.steering import FIRST_STEERED, Recipe, present_values
+from inference.steering import FIRST_STEERED, Reader, Recipe
 from llama3.generate import HooksFor, Sampling, generate
 from llama3.tokenizer import Tokenizer
 
@@ -164,9 +164,7 @@ class Panel:
         loss[new] = F.cross_entropy(logits[new.roll(-1, dims=1)].float(), tokens[new], reduction="none")
         latents = torch.tensor(self.chosen, device=device)
         x = kept[0].float()
-        values = present_values(
-            self.features.sae, x, latents, torch.ones(1, 1, dtype=torch.bool, device=device)
-        )  # (new tokens, F)
+        values = Reader(self.features.sae, latents).values(x)  # (new tokens, F)
         fired = torch.zeros(len(rows), len(latents), device=device)
         fired.index_add_(0, new.nonzero()[:, 0], (values > 0).float())
         words = torch.zeros(len(rows), len(self.chosen))

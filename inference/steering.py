@@ -174,15 +174,45 @@ def _edit_from_json(item: Any, form: str) -> Edit:
     return Edit(**item)
 
 
+class Reader:
+    """Reads chosen latents of an SAE, at few tokens for the price of few operations; made once per request."""
+
+    @torch.no_grad()
+    def __init__(self, sae: SAE, latents: Tensor) -> None:
+        """`latents` (E), on the SAE's device."""
+        self._sae, self._latents = sae, latents
+        self._rows = sae.W_enc[latents]  # (E, D)
+        self._bias = sae.b_enc[latents] - self._rows @ sae.b_pre  # (E)
+
+    @torch.no_grad()
+    def values(self, flat: Tensor) -> Tensor:
+        """Values (N, E) of the latents in the encoding of `flat` (N, D).
+
+        In every architecture a latent fires only where its own pre-activation is positive. That is looked at first, and all
+        latents are computed only if it is anywhere.
+        """
+        if len(flat) > ROWS:
+            return torch.cat([self.values(block) for block in torch.split(flat, ROWS)])
+        z = self._sae.normalised_rows(flat)
+        own = linear(z, self._rows, self._bias)
+        if not own.numel() or own.max().item() <= 0:
+            return torch.zeros_like(own)
+        values, indices = self._sae.select(self._sae.pre_activations(z))  # (N, K)
+        return (values[:, :, None] * (indices[:, :, None] == self._latents)).sum(1)
+
+
 class Plan(NamedTuple):
     """The distinct edits of a batch as tensors, made once per request so that a decode step costs a few small operations."""
 
     latents: Tensor
     """[E] the latent of each edit."""
-    push: Tensor
-    """[E] units of each latent added to x: strength * maximum; 0 for `ablate`, and for `replace`, which adds elsewhere."""
+    push: Tensor | None
+    """[E] units of each latent added to x: strength * maximum; 0 for `ablate`, and for `replace`, which adds elsewhere. None
+    where all edits replace."""
     taken: Tensor | None
-    """[E] whether the latent's present value is taken out (`clamp`, `ablate`); None where no edit does so."""
+    """[E] 1 where the latent's present value is taken out (`clamp`, `ablate`), else 0; None where no edit does so."""
+    present: Reader
+    """Reads those present values."""
     bias: Tensor | None
     """[E] what `replace` adds to each latent's pre-activation, 0 for other modes; None where no edit replaces."""
     replacing: Tensor
@@ -256,9 +286,10 @@ class Steering:
         replacing = torch.tensor([edit.mode == "replace" for edit in edits], device=device)
         return Plan(
             latents=latents,
-            push=value.masked_fill(replacing, 0),
-            taken=torch.tensor(taking, device=device) if any(taking) else None,
-            bias=value * replacing if any(edit.mode == "replace" for edit in edits) else None,
+            push=None if replacing.all() else value.masked_fill(replacing, 0),
+            taken=torch.tensor(taking, device=device).float() if any(taking) else None,
+            present=Reader(self.sae, latents),
+            bias=value * replacing if replacing.any() else None,
             replacing=replacing,
             first=bounds[:, None, :, 0].contiguous(),
             end=bounds[:, None, :, 1] if any(end != NEVER for row in spans for _, end in row) else None,
@@ -270,19 +301,20 @@ class Steering:
         """`x` (B, T, D) with every edit applied, all computed from the same `x`; tokens outside `masks` (B, T, E) keep their
         bits."""
         flat, masks = x.flatten(0, 1).float(), masks.flatten(0, 1)  # (N, D), (N, E)
-        amounts = plan.push  # (E), or (N, E): units of each latent to add to each token
-        if plan.taken is not None:
-            amounts = amounts - present_values(self.sae, flat, plan.latents, masks & plan.taken)
-        amounts = amounts * masks
         base = flat
         if plan.bias is not None:
-            here = (masks & plan.replacing).any(1, keepdim=True)
+            here = masks if masks.shape[1] == 1 else (masks & plan.replacing).any(1, keepdim=True)
             base = torch.where(here, reconstruct_with_bias(self.sae, flat, plan.latents, plan.bias * masks), flat)
-        if plan.directions is not None:
-            delta = amounts @ plan.directions
-        else:
-            delta = torch.einsum("ne,ned->nd", amounts, self.sae.directions(plan.latents, self.sae.normalise(flat)))
-        return (base + delta).to(x.dtype).view_as(x)
+        if plan.push is not None:
+            amounts = plan.push  # (E), or (N, E): units of each latent to add to each token
+            if plan.taken is not None:
+                amounts = torch.addcmul(amounts, plan.present.values(flat), plan.taken, value=-1)
+            amounts = amounts * masks
+            if plan.directions is not None:
+                base = torch.addmm(base, amounts, plan.directions)
+            else:
+                base = base + torch.einsum("ne,ned->nd", amounts, self.sae.directions(plan.latents, self.sae.normalise(flat)))
+        return base.to(x.dtype).view_as(x)
 
 
 def check_all(steerings: Sequence[Steering], recipe: Recipe) -> None:
@@ -310,28 +342,10 @@ def hooks_for_all(steerings: Sequence[Steering], recipes: Sequence[Recipe], prom
     return chain(*(one.hooks_for(part, prompt_lengths) for one, part in zip(steerings, parts, strict=True)))
 
 
-def present_values(sae: SAE, flat: Tensor, wanted: Tensor, where: Tensor) -> Tensor:
-    """Values (N, E) of the latents `wanted` (E) in the encoding of `flat` (N, D) where `where` (N, E) holds, 0 elsewhere.
-
-    In every architecture a latent fires only where its own pre-activation is positive. That is looked at first, and all latents
-    are computed only if it is anywhere.
-    """
-    z = sae.normalise(flat).z
-    own = linear(z - sae.b_pre, sae.W_enc[wanted], sae.b_enc[wanted])
-    if not bool(((own > 0) & where).any()):
-        return torch.zeros_like(own)
-    parts = []
-    for block in torch.split(z, ROWS):
-        values, indices = sae.select(sae.pre_activations(block))  # (n, K)
-        parts.append((values[:, :, None] * (indices[:, :, None] == wanted)).sum(1))
-    return torch.cat(parts) * where
-
-
 def reconstruct_with_bias(sae: SAE, flat: Tensor, latents: Tensor, bias: Tensor) -> Tensor:
     """The SAE's reconstruction (N, D) of `flat` (N, D) with `bias` (N, E) added to the pre-activations of `latents` (E)."""
-    norm = sae.normalise(flat)
-    h = sae.pre_activations(norm.z).index_add(1, latents, bias)
-    return sae.decode(Latents(*sae.select(h)), norm)
+    h = sae.pre_activations(sae.normalised_rows(flat)).index_add_(1, latents, bias)
+    return sae.decode(Latents(*sae.select(h)), sae.normalise(flat) if sae.cfg.norm == "layer" else None)
 
 
 def chain(*sources: HooksFor | None) -> HooksFor | None:

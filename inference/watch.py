@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from inference.session import Features
-from inference.steering import present_values
+from inference.steering import Reader
 from llama3.sites import Hook
 
 
@@ -51,23 +51,20 @@ class Watch:
         self.latents = tuple(latents)
         self.alarms: list[Alarm] = []
         self._maxima = [float(features.max_values[latent]) for latent in latents]
-        self._index = torch.tensor(self.latents, device=features.sae.W_dec.device)
+        self._reader = Reader(features.sae, torch.tensor(self.latents, device=features.sae.W_dec.device))
         self._values: dict[tuple[int, int], list[float]] = {}
 
     def hooks_for(self, positions: Tensor) -> Mapping[str, Hook]:
         """The reading hook of one pass over tokens at `positions` (B, T), -1 at padding."""
         return {self._features.site: partial(self._read, positions=positions)}
 
-    @torch.no_grad()
     def _read(self, x: Tensor, positions: Tensor) -> None:
-        rows, columns = torch.nonzero(positions > 0, as_tuple=True)
-        if not len(rows):
-            return
-        everywhere = torch.ones(len(rows), len(self.latents), dtype=torch.bool, device=x.device)
-        values = present_values(self._features.sae, x[rows, columns].float(), self._index, everywhere)  # (tokens, E)
-        for row, position, found in zip(rows.tolist(), positions[rows, columns].tolist(), values.tolist(), strict=True):
-            self._values[row, position] = found
-            self._judge(row, position, found)
+        values = self._reader.values(x.flatten(0, 1).float()).tolist()  # N rows of E
+        tokens = [(row, position) for row, line in enumerate(positions.tolist()) for position in line]
+        for (row, position), found in zip(tokens, values, strict=True):
+            if position > 0:
+                self._values[row, position] = found
+                self._judge(row, position, found)
 
     def _judge(self, row: int, position: int, values: Sequence[float]) -> None:
         if self._threshold is None:

@@ -111,6 +111,8 @@ class _EncodeAt(torch.autograd.Function):
 
 def decode(values: Tensor, indices: Tensor, W_dec: Tensor) -> Tensor:
     """`values @ W_dec[indices]`, [N, d], with sparse gradients for `values` [N, K] and `W_dec` [n, d]."""
+    if not torch.is_grad_enabled():  # a Function's own cost is more than that of the sum for a single row
+        return bag(values, indices, W_dec)
     out: Tensor = _Decode.apply(values, indices, W_dec)  # type: ignore[no-untyped-call]
     return out
 

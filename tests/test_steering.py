@@ -13,7 +13,7 @@ from torch import Tensor
 
 from inference.session import Features as Features_
 from inference.session import InferenceConfig, Session, open_session
-from inference.steering import MODES, Edit, Recipe, Steering, chain, hooks_for_all, present_values
+from inference.steering import MODES, Edit, Reader, Recipe, Steering, chain, hooks_for_all
 from inference.watch import Alarm, Watch, parse_latents
 from llama3.generate import HooksFor, Sampling, generate
 from llama3.sites import Hook
@@ -427,22 +427,27 @@ def test_saes_that_are_not_there_are_named(two: Session, session: Session, paths
         open_session(config_of(paths, top=(), explanations=()), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("architecture", ["topk", "relu", "jumprelu", "batchtopk"])
-def test_present_values_are_those_of_the_encoding(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only where they are asked for, over several blocks of rows; and for latents that are silent everywhere."""
+@pytest.mark.parametrize("architecture", ["topk", "matryoshka", "relu", "jumprelu", "batchtopk"])
+def test_values_read_are_those_of_the_encoding(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over several blocks of rows, for latents that are silent everywhere, and where two latents tie."""
     torch.manual_seed(0)
     sae = SAE(SAEConfig(d_model=16, n_latents=40, k=4, architecture=architecture)).requires_grad_(False)
     sae.b_enc[7] = -100.0
     if sae.threshold is not None:
         sae.threshold.fill_(0.2)
-    x, where = torch.randn(30, 16), torch.rand(30, 40) > 0.4
+    sae.W_enc[9], sae.b_enc[9] = sae.W_enc[8], sae.b_enc[8]
+    x = torch.randn(30, 16)
     encoding = sae.encode(x)
     expected = torch.zeros(30, 40).scatter_add(1, encoding.indices, encoding.values)
     monkeypatch.setattr("inference.steering.ROWS", 8)
-    found = present_values(sae, x, torch.arange(40), where)
-    torch.testing.assert_close(found, expected * where, atol=1e-5, rtol=0)
-    assert (found > 0).any()
-    assert torch.equal(present_values(sae, x, torch.tensor([7]), where[:, :1]), torch.zeros(30, 1))
+    found = Reader(sae, torch.arange(40)).values(x)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert (found[:, 8] > 0).any()
+    for latent in range(40):
+        torch.testing.assert_close(
+            Reader(sae, torch.tensor([latent])).values(x[:1]), expected[:1, latent : latent + 1], atol=1e-5, rtol=0
+        )
+    assert torch.equal(Reader(sae, torch.tensor([7])).values(x), torch.zeros(30, 1))
 
 
 def test_recipes_that_do_not_fit_are_refused(session: Session) -> None:
