@@ -61,7 +61,7 @@ def test_the_app_in_a_browser(browser: Browser, paths: Features) -> None:
     exposed = {"GRADIO_SHARE": "True", "GRADIO_SERVER_NAME": "0.0.0.0", "GRADIO_ANALYTICS_ENABLED": "True"}
     asked: list[str] = []
     problems: list[str] = []
-    with running_app(paths.flags, exposed) as address:
+    with running_app(paths.flags, exposed) as (address, _):
         assert not is_open("127.0.0.2", urlparse(address).port), "it listens on more than 127.0.0.1"
         with opened_page(browser, f"{address}/?latent=5") as page:
             page.on("request", lambda request: asked.append(request.url))
