@@ -98,7 +98,7 @@ def refusals(address: str, rounds: int) -> Times:
 
 def measure(config: BenchConfig) -> Iterator[Times]:
     """All waits, in one page."""
-    with running_app(shlex.split(config.flags)) as address, open_browser() as browser:
+    with running_app(shlex.split(config.flags)) as (address, _), open_browser() as browser:
         page = browser.new_page(viewport={"width": 1440, "height": 1000})
         page.goto(address)
         page.wait_for_selector("#results .hit")

@@ -93,7 +93,7 @@ def shoot(page: Page, path: Path, full: bool = False) -> None:
 
 def main(config: ShotConfig) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
-    with running_app(flags(config)) as address, open_browser() as browser:
+    with running_app(flags(config)) as (address, _), open_browser() as browser:
         page = open_app(browser, address, DESKTOP)
         steer(page, config)
         shoot(page, config.out / "app.png")

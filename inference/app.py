@@ -123,6 +123,10 @@ def ignore_gradio_variables() -> None:
         log.info("%s is ignored; see --help for --host and --public-link", name)
         del os.environ[name]
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    # Gradio keeps a record of up to 10,000 events for a page of figures that is not served here, and at the end of every event
+    # makes a table of them all.
+    os.environ["GRADIO_ANALYTICS_MAX_EVENTS"] = "1"
+    os.environ["GRADIO_ANALYTICS_CACHE_FREQUENCY"] = str(2**62)
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 

@@ -10,6 +10,8 @@ from inference.panels.edits import Edits, RecipePanel
 from inference.panels.events import client, script
 from inference.panels.finder import Finder
 
+PANELS = ("Compare", "Chat", "Recipe")
+
 
 class Page:
     """`blocks` is the page as Gradio serves it."""
@@ -24,13 +26,13 @@ class Page:
                 with gr.Column(elem_classes="work", scale=7, min_width=320):
                     with gr.Column(elem_classes="sheet", elem_id="steer"):
                         edits = Edits(handlers)
-                    with gr.Column(elem_classes="sheet", elem_id="read"), gr.Tabs():
-                        with gr.Tab("Compare", render_children=True):
+                    with gr.Column(elem_classes="sheet", elem_id="read"):
+                        gr.HTML(views.tabs(PANELS), js_on_load=script("tabs"), apply_default_css=False)
+                        with gr.Column(elem_id="panel-compare"):
                             compare = Compare(handlers, edits)
-                        with gr.Tab("Chat", render_children=True):
+                        with gr.Column(elem_id="panel-chat"):
                             Chat(handlers, edits)
-                        # What is typed into a tab that is still being built is lost, so all tabs are built with the page.
-                        with gr.Tab("Recipe", render_children=True):
+                        with gr.Column(elem_id="panel-recipe"):
                             RecipePanel(handlers, edits)
             shaded = [compare.columns, compare.legend, edits.status]
             finder.wire_open(self.blocks, edits.titles, compare.snapshot, compare.lens, shaded)

@@ -304,6 +304,16 @@ def masthead(session: Session) -> str:
     )
 
 
+def tabs(panels: Sequence[str]) -> str:
+    """A button for each panel, the first one chosen; `app.css` hides the panels that are not."""
+    buttons = "".join(
+        f'<button role="tab" aria-controls="panel-{panel.lower()}" aria-selected="{str(i == 0).lower()}" '
+        f'tabindex="{-min(i, 1)}">{panel}</button>'
+        for i, panel in enumerate(panels)
+    )
+    return f'<div class="panels" role="tablist">{buttons}</div>'
+
+
 def examples(prompts: Sequence[str]) -> str:
     """Prompts to start from."""
     chips = "".join(f'<button data-prompt="{escape(prompt)}">{escape(prompt)}</button>' for prompt in prompts)

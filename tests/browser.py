@@ -51,8 +51,8 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running_app(flags: list[str], environment: dict[str, str] | None = None) -> Iterator[str]:
-    """`python -m inference.app` in a process of its own; yields its address once it says that it is open."""
+def running_app(flags: list[str], environment: dict[str, str] | None = None) -> Iterator[tuple[str, int]]:
+    """`python -m inference.app` in a process of its own; yields its address and process id once it says that it is open."""
     port = free_port()
     command = [sys.executable, "-m", "inference.app", *flags, "--port", str(port), "--device", "cpu", "--threads", "1"]
     with tempfile.TemporaryDirectory() as folder:
@@ -63,7 +63,7 @@ def running_app(flags: list[str], environment: dict[str, str] | None = None) -> 
             )
         try:
             _wait_until_open(process, log)
-            yield f"http://127.0.0.1:{port}"
+            yield f"http://127.0.0.1:{port}", process.pid
         finally:
             process.terminate()
             process.wait(timeout=20)

@@ -11,7 +11,7 @@ from urllib.parse import urlparse
 
 import pytest
 import torch
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Browser, Locator, Page, expect
 
 from core.cli import parse
 from inference.app import AppConfig, open_handlers
@@ -61,7 +61,7 @@ def test_the_app_in_a_browser(browser: Browser, paths: Features) -> None:
     exposed = {"GRADIO_SHARE": "True", "GRADIO_SERVER_NAME": "0.0.0.0", "GRADIO_ANALYTICS_ENABLED": "True"}
     asked: list[str] = []
     problems: list[str] = []
-    with running_app(paths.flags, exposed) as address:
+    with running_app(paths.flags, exposed) as (address, _):
         assert not is_open("127.0.0.2", urlparse(address).port), "it listens on more than 127.0.0.1"
         with opened_page(browser, f"{address}/?latent=5") as page:
             page.on("request", lambda request: asked.append(request.url))
@@ -143,6 +143,8 @@ def _stop(page: Page) -> None:
     page.locator("#prompts textarea").fill("\n".join(f"the storm {i}" for i in range(8)))
     page.locator("#sampling button").first.click()
     tokens = page.locator("#new-tokens input[type=number]")
+    expect(tokens).to_be_visible()  # two frames later Gradio has built what it opened, and no longer sets it
+    page.evaluate("() => new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve)))")
     tokens.fill("500")
     tokens.press("Tab")
     page.locator("#generate").click()
@@ -170,12 +172,11 @@ def _bad_input(page: Page) -> None:
 
 
 def test_without_a_mouse(browser: Browser, paths: Features) -> None:
-    """Search, go down the list, open, steer, generate, and read what the keys are."""
+    """Search, go down the list, open, steer, generate, read what the keys are, and go to the next tab."""
     with served(handlers_of(paths)) as address, opened_page(browser, address) as page:
         query = page.locator("#query textarea")
         expect(page.locator("#results .hit").first).to_be_visible()
-        page.keyboard.press("/")
-        expect(query).to_be_focused()
+        wait_until(lambda: focused_by(page, "/", query))  # keys are heard a moment after the page is seen
         page.keyboard.type("storms")
         expect(page.locator("#results .hit").first).to_contain_text("storms at sea")
         page.keyboard.press("Enter")
@@ -194,6 +195,15 @@ def test_without_a_mouse(browser: Browser, paths: Features) -> None:
         expect(page.locator(".keys dl")).to_be_visible()
         page.keyboard.press("Escape")
         expect(page.locator(".keys dl")).to_be_hidden()
+        page.get_by_role("tab", name="Compare").focus()
+        page.keyboard.press("ArrowRight")
+        expect(page.locator("#message textarea")).to_be_visible()
+        expect(page.locator("#prompts textarea")).to_be_hidden()
+
+
+def focused_by(page: Page, key: str, part: Locator) -> bool:
+    page.keyboard.press(key)
+    return bool(part.evaluate("(part) => part === document.activeElement"))
 
 
 # Stopping

@@ -9,7 +9,7 @@ from inference import views
 from inference.handlers import Handlers, Slots
 from inference.limits import MAX_PROMPT_CHARACTERS, Knobs
 from inference.panels.edits import Edits
-from inference.panels.events import AT_ONCE, GENERATION, QUICK, buttons, client, script, skips, waiting, while_going
+from inference.panels.events import AT_ONCE, GENERATION, QUICK, buttons, client, script, waiting, while_going
 
 KIND = "chat"
 RESET = "reset"
@@ -63,6 +63,7 @@ class Chat:
     def _chat(
         self, request: gr.Request, message: str, messages: Sequence[tuple[str, str]], system: str, slots: Slots, *values: Any
     ) -> Iterator[Sequence[Any]]:
+        """Every answer says what the buttons are: of two that reach the page together Gradio shows the later one alone."""
         n = len(Knobs._fields)
         try:
             if not isinstance(message, str) or not message.strip():
@@ -70,15 +71,16 @@ class Chat:
             said = (*messages, ("user", message.strip()))
             with self._handlers.turns.take(client(request), KIND) as turn:
                 stream = self._handlers.chat(said, system, Knobs(*values[:n]), slots, values[n:])
-                yield (views.transcript((*said, ("assistant", ""))), gr.skip(), "", waiting(turn), *_ready(running=True))
-                for text, dropped in while_going(turn, stream):
+                now = (*said, ("assistant", ""))
+                yield (views.transcript(now), gr.skip(), "", waiting(turn), *_ready(running=True))
+                for i, (text, dropped) in enumerate(while_going(turn, stream)):
                     now = (*said, ("assistant", text))
                     note = f"The context is full: the oldest {dropped} messages are left out." if dropped else ""
-                    yield (views.transcript(now), now, gr.skip(), views.status(note), *skips(3))
+                    yield (views.transcript(now), now, gr.skip() if i else "", views.status(note), *_ready(running=True))
                 if turn.stopped == RESET:
-                    yield (views.transcript(()), (), "", "", *skips(3))
+                    yield (views.transcript(()), (), gr.skip(), "", *_ready(running=True))
                 elif turn.stopped:
-                    yield (*skips(3), views.status("Stopped."), *skips(3))
+                    yield (views.transcript(now), gr.skip(), gr.skip(), views.status("Stopped."), *_ready(running=True))
         except ValueError as error:
             failed = (views.transcript(messages), gr.skip(), gr.update(value=message), views.status(str(error), "error"))
             yield (*failed, *_ready())

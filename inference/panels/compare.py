@@ -59,6 +59,7 @@ class Compare:
         return str(event.prompt)[:MAX_PROMPT_CHARACTERS]
 
     def _generate(self, request: gr.Request, prompts: str, slots: Slots, *values: Any) -> Iterator[Sequence[Any]]:
+        """Every answer says what the buttons are: of two that reach the page together Gradio shows the later one alone."""
         n = len(Knobs._fields)
         snapshot = None
         try:
@@ -67,11 +68,11 @@ class Compare:
                 yield (gr.skip(), "", waiting(turn), None, *buttons(running=True))
                 for snapshot in while_going(turn, stream):
                     columns = views.columns(self._handlers.session, snapshot, None)
-                    yield (columns, gr.skip(), views.progress(snapshot), snapshot, *skips(2))
+                    yield (columns, gr.skip(), views.progress(snapshot), snapshot, *buttons(running=True))
                 if turn.stopped:
                     ended = snapshot and snapshot.ended()
                     said = views.progress(ended) if ended else views.status("Stopped.")
-                    yield (*skips(2), said, ended, *skips(2))
+                    yield (*skips(2), said, ended, *buttons(running=True))
         except ValueError as error:
             yield (*skips(2), views.status(str(error), "error"), None, *buttons(running=False))
 
