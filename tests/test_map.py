@@ -1,6 +1,10 @@
 """The map: groups stay groups, the same bytes from the same inputs, what it shows, and the page in a real browser."""
 
 import json
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +25,19 @@ from tests.test_report_page import until
 from tests.tiny import tiny_llama
 from tests.tiny_features import Features, tiny_sae, write_features
 
-pytest.importorskip("umap", reason="the extra viz is not installed")
-pytestmark = pytest.mark.filterwarnings("ignore")  # umap and numba warn of what their own versions deprecate
+if find_spec("umap") is None:
+    pytest.skip("the extra viz is not installed", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def elsewhere() -> Iterator[ProcessPoolExecutor]:
+    """A process for UMAP, as its stage has one: where it has run, products round differently."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        yield pool
+
+
+def run_stage(config: MapConfig) -> None:
+    feature_map.run(config, solo())
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +51,12 @@ def config(features: Features, out: Path) -> MapConfig:
     return MapConfig(sae=features.sae, top=features.top, explanations=features.explanations, out=out)
 
 
-def test_groups_of_directions_stay_groups(features: Features, tmp_path: Path) -> None:
+def test_groups_of_directions_stay_groups(features: Features, tmp_path: Path, elsewhere: ProcessPoolExecutor) -> None:
     """Three bundles of directions in 16 dimensions: each point's nearest on the map is of its own bundle."""
     generator = torch.Generator().manual_seed(0)
     middles = torch.nn.functional.normalize(torch.randn(3, 16, generator=generator), dim=1)
     rows = torch.cat([middle + 0.1 * torch.randn(20, 16, generator=generator) for middle in middles]) * 3
-    found = coordinates(rows, config(features, tmp_path))
+    found = elsewhere.submit(coordinates, rows, config(features, tmp_path)).result()
     assert found.shape == (60, 2)
     assert found.min() == 0
     assert found.max() == 1
@@ -73,9 +88,9 @@ def test_what_the_map_says(features: Features) -> None:
     assert many == {"name": "x", "names": ["a", "b"], "values": [0, 1, -1, 0]}
 
 
-def test_the_stage_and_the_page(features: Features, tmp_path: Path) -> None:
-    feature_map.run(config(features, tmp_path / "map"), solo())
-    feature_map.run(config(features, tmp_path / "again"), solo())
+def test_the_stage_and_the_page(features: Features, tmp_path: Path, elsewhere: ProcessPoolExecutor) -> None:
+    for name in ("map", "again"):
+        elsewhere.submit(run_stage, config(features, tmp_path / name)).result()
     assert verify(tmp_path / "map").kind == "map"
     page = (tmp_path / "map" / MAP_FILE).read_bytes()
     assert page == (tmp_path / "again" / MAP_FILE).read_bytes()
