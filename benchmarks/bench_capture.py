@@ -7,8 +7,6 @@ Real sentences (`demo/data/passages.jsonl`) and a Llama of the embedded size wit
 Speeds are medians of ratios of neighbouring timings, so that a machine that slows down slows both. Prints a table, writes JSON.
 """
 
-import json
-import platform
 import re
 import statistics
 import subprocess
@@ -26,7 +24,8 @@ import tyro
 import xxhash
 from torch import Tensor
 
-from benchmarks.bench_llama3 import SHAPES, Row, args_of, make_pair, race, seconds
+from benchmarks.bench_llama3 import SHAPES, args_of, make_pair
+from benchmarks.table import Row, machine_name, publish, race, seconds
 from capture import activations, sentences, tensorfile
 from capture.activations import ActivationsConfig, default_site
 from capture.batches import batches, tokenise
@@ -318,24 +317,16 @@ def main() -> None:
         torch.set_num_threads(config.threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    where = torch.cuda.get_device_name() if config.device == "cuda" else f"{platform.machine()} CPU"
-    print(f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}")
-    print(f"{'measure':<58} {'ours':>12} {'theirs':>12} {'ratio':>8}  {'to reach':<10} reached")
     groups = {"speed": compare_speed, "reader": compare_reader, "memory": compare_memory, "gpu": measure_utilisation}
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(config, Path(folder))
-        for row in (row for name in config.parts for row in groups[name](bench)):
-            rows.append(row)
-            print(row, flush=True)
-    record = {
-        "device": where,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "config": {name: value for name, value in vars(config).items() if name != "out"},
-        "rows": [row._asdict() for row in rows],
-    }
-    config.out.write_text(json.dumps(record, indent=1) + "\n")
+        publish(
+            (row for name in config.parts for row in groups[name](bench)),
+            config.out,
+            config,
+            device=machine_name(config.device == "cuda"),
+            transformers=transformers.__version__,
+        )
 
 
 if __name__ == "__main__":

@@ -9,17 +9,15 @@ Prints a table and writes JSON.
 """
 
 import copy
-import json
-import platform
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
+from benchmarks.table import in_turns, machine_name, publish, said
 from core.cli import machine, one_line_errors, parse
 from core.runtime import pick_device
 from inference.limits import Knobs
@@ -63,23 +61,12 @@ class Row(NamedTuple):
     reached: bool | None
 
     def __str__(self) -> str:
-        mark = {True: "yes", False: "NO", None: ""}[self.reached]
         low, high = self.quartiles
         figures = f"{self.plain:>9,.4g} {self.changed:>9,.4g} {self.cost:>8.3g} {low:>8.3g} {high:>8.3g}"
-        return f"{self.measure:<62} {figures}  {self.reach:<9} {mark}"
+        return f"{self.measure:<62} {figures}  {self.reach:<9} {said(self.reached)}"
 
 
 HEADER = f"{'measure':<62} {'plain':>9} {'changed':>9} {'cost':>8} {'25 %':>8} {'75 %':>8}  {'to reach':<9} reached"
-
-
-def seconds(work: Callable[[], Any], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 class Decoding:
@@ -99,15 +86,7 @@ class Decoding:
 
 def race(measure: str, decoding: Decoding, make: Callable[[], HooksFor | None], config: BenchConfig, reach: float) -> Row:
     """Tokens per second without and with what `make` gives for each request, which is timed too, and the cost in per cent."""
-    device = decoding._session.model.device
-    works: tuple[Callable[[], None], Callable[[], None]] = (lambda: decoding.run(None), lambda: decoding.run(make()))
-    for work in works:
-        seconds(work, device)
-    pairs = []
-    for i in range(config.rounds):
-        order = (0, 1) if i % 2 == 0 else (1, 0)
-        spent = {which: seconds(works[which], device) for which in order}
-        pairs.append((spent[0], spent[1]))
+    pairs = in_turns((lambda: decoding.run(None), lambda: decoding.run(make())), config.rounds)
     tokens = len(decoding.prompts) * config.new_tokens
     plain, changed = (tokens / statistics.median(column) for column in zip(*pairs, strict=True))
     costs = [100 * (1 - without / with_it) for without, with_it in pairs]
@@ -146,9 +125,7 @@ def first_token(session: Session, config: BenchConfig, latent: int) -> Iterator[
         def begin(recipe: Recipe, text: str = text) -> None:
             next(compare(session, checked_request(session, text, recipe, Knobs())))
 
-        begin(edit)
-        device = session.model.device
-        pairs = [(seconds(lambda: begin(Recipe()), device), seconds(lambda: begin(edit), device)) for _ in range(config.rounds)]
+        pairs = in_turns((lambda: begin(Recipe()), lambda: begin(edit)), config.rounds)
         plain, both = ([1000 * value for value in column] for column in zip(*pairs, strict=True))
         low, median, high = statistics.quantiles(both, n=4)
         measure = f"first token of a prompt of {n_tokens} tokens, ms: baseline / both columns"
@@ -198,23 +175,9 @@ def main() -> None:
             torch.set_num_threads(config.threads)
         session = open_session(config, pick_device(config.device, 0))
         features = session.needs_features()
-    gpu = session.model.device.type == "cuda"
-    where = torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     shape = f"d_model {features.sae.cfg.d_model}, {features.n_latents} latents, k {features.sae.cfg.k}"
-    print(f"{where}, torch {torch.__version__}, {session.name}, SAE with {shape}")
-    print(HEADER)
-    rows = []
-    for row in measured(session, config):
-        rows.append(row)
-        print(row, flush=True)
-    record = {
-        "device": where,
-        "torch": torch.__version__,
-        "sae": shape,
-        "config": {name: str(value) for name, value in vars(config).items() if name != "out"},
-        "rows": [row._asdict() for row in rows],
-    }
-    config.out.write_text(json.dumps(record, indent=1) + "\n")
+    device = machine_name(session.model.device.type == "cuda")
+    publish(measured(session, config), config.out, config, HEADER, device=device, model=session.name, SAE=shape)
 
 
 if __name__ == "__main__":

@@ -13,22 +13,22 @@ can beat it by more than (its time) / (the product alone): that bound stands bes
 """
 
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 import tyro
 
+from benchmarks.table import machine_name, publish, said, seconds
 from capture.store import Chunk
 from interpretability.prompts import MalformedReply, parse
 from interpretability.records import AGGREGATIONS
@@ -73,7 +73,10 @@ class Row(NamedTuple):
     detail: str = ""
 
     def __str__(self) -> str:
-        return f"{self.measure:<66} {self.found:>10,.4g}  {self.reach:<12} {'yes' if self.reached else 'NO'}  {self.detail}"
+        return f"{self.measure:<66} {self.found:>10,.4g}  {self.reach:<12} {said(self.reached):<3} {self.detail}"
+
+
+HEADER = f"{'measure':<66} {'found':>10}  {'to reach':<12} reached"
 
 
 def random_sae(d: int, n: int, k: int) -> SAE:
@@ -138,17 +141,6 @@ def reference_method(sae: SAE, chunk: Chunk, tops: Tops, n_sentences: int, devic
                 held = top[int(latent)]
                 if len(held) < 50 or float(value) > held[0][0]:
                     held[:] = sorted([*held[len(held) == 50 :], (float(value), i)])
-
-
-def seconds(act: Callable[[], Any]) -> float:
-    """Time until `act` and all that it began on a GPU is done."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    act()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
 
 
 def speed(config: BenchConfig) -> Iterator[Row]:
@@ -256,19 +248,11 @@ def main(config: BenchConfig) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     measures = {"speed": speed, "memory": memory, "batches": batches, "malformed": malformed}
-    rows: list[Row] = []
     for name in config.measures:
         if name not in measures:
             raise SystemExit(f"error: unknown measure {name!r}; expected some of {', '.join(measures)}")
-        for row in measures[name](config):
-            print(row, flush=True)
-            rows.append(row)
-    about = {
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "machine": platform.processor() or platform.machine(),
-    }
-    config.out.write_text(json.dumps(about | {"rows": [row._asdict() for row in rows]}, indent=1) + "\n")
+    rows = (row for name in config.measures for row in measures[name](config))
+    publish(rows, config.out, config, HEADER, device=machine_name(config.device == "cuda"))
 
 
 if __name__ == "__main__":

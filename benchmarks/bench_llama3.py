@@ -9,12 +9,10 @@ JSON. Everything is random weights: speed does not depend on them, and 64 greedy
 """
 
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.table import Row, machine_name, publish, race, seconds
 from core.cli import one_line_errors, parse
 from core.product import linear
 from core.runtime import pick_device
@@ -85,21 +84,6 @@ class BenchConfig:
         for found, known in ((self.shapes, SHAPES), (self.measures, MEASURES)):
             if unknown := [name for name in found if name not in known]:
                 raise ValueError(f"unknown name {unknown[0]!r}; expected some of {', '.join(known)}")
-
-
-class Row(NamedTuple):
-    """One line of the table."""
-
-    measure: str
-    ours: float
-    theirs: float
-    ratio: float
-    reach: str
-    reached: bool | None
-
-    def __str__(self) -> str:
-        mark = {True: "yes", False: "NO", None: ""}[self.reached]
-        return f"{self.measure:<74} {self.ours:>12,.4g} {self.theirs:>12,.4g} {self.ratio:>8.2f}  {self.reach:<10} {mark}"
 
 
 class Pair(NamedTuple):
@@ -195,30 +179,6 @@ def decode_ours(model: Transformer, prompt: Tensor, n: int) -> Tensor:
 
 
 # --- speed ----------------------------------------------------------------------------------------------------------------
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def race(measure: str, works: tuple[Callable[[], Any], Callable[[], Any]], n_tokens: int, reach: float, rounds: int) -> Row:
-    """Both in turns, in changing order; tokens per second of each, and the median of the ratios of neighbours."""
-    for work in works:
-        seconds(work)
-    times: list[tuple[float, float]] = []
-    for i in range(rounds):
-        order = (0, 1) if i % 2 == 0 else (1, 0)
-        measured = {which: seconds(works[which]) for which in order}
-        times.append((measured[0], measured[1]))
-    ours, theirs = (n_tokens / statistics.median(column) for column in zip(*times, strict=True))
-    ratio = statistics.median(b / a for a, b in times)
-    return Row(measure, ours, theirs, ratio, f">= {reach:g}x", ratio >= reach)
 
 
 @torch.no_grad()
@@ -407,21 +367,14 @@ def main() -> None:
         torch.set_num_threads(config.threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    where = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    print(f"{where}, {config.dtype}, torch {torch.__version__}, transformers {transformers.__version__}")
-    print(f"{'measure':<74} {'ours':>12} {'theirs':>12} {'ratio':>8}  {'to reach':<10} reached")
-    rows = []
-    for row in measured(config, device):
-        rows.append(row)
-        print(row, flush=True)
-    record = {
-        "device": where,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "config": {name: value for name, value in vars(config).items() if name != "out"},
-        "rows": [row._asdict() for row in rows],
-    }
-    config.out.write_text(json.dumps(record, indent=1) + "\n")
+    publish(
+        measured(config, device),
+        config.out,
+        config,
+        device=machine_name(device == "cuda"),
+        dtype=config.dtype,
+        transformers=transformers.__version__,
+    )
 
 
 if __name__ == "__main__":

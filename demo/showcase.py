@@ -1,4 +1,4 @@
-"""Three features worth showing: a clear label, sentences that agree with it, and a visible effect when it is steered."""
+"""Three features worth showing: a clear label, sentences that agree with it, and steered text in which the effect is seen."""
 
 import math
 import re
@@ -22,6 +22,7 @@ MIN_PASSAGES = 3
 STRENGTHS = (0.5, 1.0, 2.0)
 MAX_COST = 1.0
 """Nats per token by which steered text may be less likely to the unsteered model than its own continuation."""
+WORD = re.compile(r"[^\W\d_]+")
 PROMPTS = ("This morning I", "She looked at the", "We went to the")
 
 
@@ -35,6 +36,8 @@ class Steered:
     steered: str
     lift: float
     """How much more of its maximum the latent reaches, per token, on the steered text read by the unsteered model."""
+    echoes: int
+    """How many more of the words that the feature names or promotes stand in the steered text than in the baseline."""
     cost: float
     """Nats per token that the steered text is less likely than the baseline, by the unsteered model."""
 
@@ -45,6 +48,8 @@ class Feature:
 
     explanation: Explanation
     sentences: list[TopSentence]
+    words: frozenset[str]
+    """What its label names and what it promotes as the next token, in lower case."""
     steered: Steered
 
 
@@ -60,17 +65,19 @@ def showcase(model: str, out: Path) -> list[Feature]:
         print(f"   {feature.explanation.explanation}")
         print("\n".join(f"     {highlighted(sentence)}" for sentence in feature.sentences))
         steered = feature.steered
-        print(f"   {steered.prompt!r} continued\n     as it is      {_flat(steered.baseline)}")
-        print(f"     steered {steered.strength:+g}x   {_flat(steered.steered)}")
+        print(f"   {steered.prompt!r} continued; set apart: what the feature names or promotes")
+        print(f"     as it is      {_marked(steered.baseline, feature.words)}")
+        print(f"     steered {steered.strength:+g}x   {_marked(steered.steered, feature.words)}")
     return features
 
 
 def pick(session: Session) -> list[Feature]:
-    """Of the best candidates, those whose steering moves the text furthest while it stays readable; no label twice."""
-    tried = [
-        Feature(explanation, sentences, steer(session, explanation.latent)) for explanation, sentences in candidates(session)
-    ]
-    tried.sort(key=lambda feature: (feature.steered.cost > MAX_COST, -feature.steered.lift))
+    """Of the best candidates, those whose steering is seen best in the text while it stays readable; no label twice."""
+    tried = []
+    for explanation, sentences in candidates(session):
+        words = telling_words(session, explanation)
+        tried.append(Feature(explanation, sentences, words, steer(session, explanation.latent, words)))
+    tried.sort(key=lambda feature: _unfit(feature.steered))
     chosen: list[Feature] = []
     for feature in tried:
         if all(feature.explanation.title != other.explanation.title for other in chosen):
@@ -107,8 +114,20 @@ def _distinct(sentences: list[TopSentence]) -> list[TopSentence]:
     return list(kept.values())
 
 
-def steer(session: Session, latent: int) -> Steered:
-    """Continue the prompts at several strengths; the strongest effect among readable texts, else the most readable text."""
+def telling_words(session: Session, explanation: Explanation) -> frozenset[str]:
+    """The words that a label quotes, and the whole words among the tokens that the feature promotes."""
+    promoted = session.needs_features().top.statistics(explanation.latent).promoted
+    words = [*re.findall(r'"(\w+)"', explanation.title), *(token.strip() for token in promoted if token.startswith(" "))]
+    return frozenset(word.casefold() for word in words if len(word) > 2 and word.isalpha())
+
+
+def _unfit(steered: Steered) -> tuple[float, int, float]:
+    """What to sort texts by: readable ones first, then those in which the effect is plain to see."""
+    return max(steered.cost, MAX_COST), -steered.echoes, -steered.lift
+
+
+def steer(session: Session, latent: int, words: frozenset[str]) -> Steered:
+    """Continue the prompts at several strengths; the plainest effect among readable texts, else the most readable text."""
     sampling = Sampling(max_new_tokens=28, temperature=0.7, seed=3, repetition_penalty=1.15)
     lengths = [len(session.tokenizer.encode(prompt, bos=True)) for prompt in PROMPTS]
     baseline = complete(session.model, session.tokenizer, list(PROMPTS), sampling)
@@ -121,8 +140,9 @@ def steer(session: Session, latent: int) -> Steered:
         texts = complete(session.model, session.tokenizer, list(PROMPTS), sampling, hooks_for=hooks)
         for prompt, plain, text, (level, cost) in zip(PROMPTS, baseline, texts, natural, strict=True):
             steered_level, steered_cost = _judge(session, prompt, text, latent)
-            tried.append(Steered(prompt, strength, plain, text, steered_level - level, steered_cost - cost))
-    return min(tried, key=lambda text: (max(text.cost, MAX_COST), -text.lift))
+            echoes = _count(text, words) - _count(plain, words)
+            tried.append(Steered(prompt, strength, plain, text, steered_level - level, echoes, steered_cost - cost))
+    return min(tried, key=_unfit)
 
 
 @torch.no_grad()
@@ -142,19 +162,25 @@ def _judge(session: Session, prompt: str, text: str, latent: int) -> tuple[float
 
 def highlighted(sentence: TopSentence) -> str:
     """The sentence with the tokens on which the latent reaches a third of its value set apart: in colour, or as «token»."""
-    colour = sys.stdout.isatty()
     peak = max(sentence.activations)
     out = ""
     for token, value in zip(sentence.tokens, sentence.activations, strict=True):
         if value < peak / 3 or value <= 0:
             out += token
-        elif colour:
-            out += f"\x1b[30;48;5;{222 if value < 0.7 * peak else 214}m{token}\x1b[0m"
         else:
             lead = token[: len(token) - len(token.lstrip())]
-            out += f"{lead}«{token.lstrip()}»"
+            out += lead + _apart(token.lstrip(), 222 if value < 0.7 * peak else 214)
     return out.replace("\n", " ").replace("»«", "")
 
 
-def _flat(text: str) -> str:
-    return " ".join(text.split())
+def _count(text: str, words: frozenset[str]) -> int:
+    return sum(found.casefold() in words for found in WORD.findall(text))
+
+
+def _marked(text: str, words: frozenset[str]) -> str:
+    """On one line, with `words` set apart."""
+    return WORD.sub(lambda found: _apart(found[0]) if found[0].casefold() in words else found[0], " ".join(text.split()))
+
+
+def _apart(text: str, background: int = 214) -> str:
+    return f"\x1b[30;48;5;{background}m{text}\x1b[0m" if sys.stdout.isatty() else f"«{text}»"

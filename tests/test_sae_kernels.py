@@ -25,7 +25,7 @@ from sae.trainer import Trainer
 from sae.update import update_
 from tests.conftest import ROOT
 from tests.sae_folders import ALONE, make_batches
-from tests.test_sae_step import NO_AUX, adam, make_sae, rows, some_dead
+from tests.test_sae_step import NO_AUX, adam, assert_same_state, make_sae, rows, separate_update_, some_dead
 
 pytest.importorskip("triton", reason="Triton exists for Linux only")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -115,20 +115,8 @@ def test_steps_equal_autograd_and_adam(everywhere: None, clip_norm: float, decay
         assert update._fused(ours, gradients)
         norm = update_(ours, mine, gradients, clip_norm, unit_decoder)
         (losses(theirs, z, Recipe(5, 4, 1 / 32), dead, len(dead)).objective / z.numel()).backward()
-        if unit_decoder:
-            theirs.remove_parallel_gradient_()
-        expected = torch.nn.utils.get_total_norm([p.grad for p in theirs.parameters() if p.grad is not None])
-        if clip_norm:
-            torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip_norm)
-        twin.step()
-        twin.zero_grad()
-        if unit_decoder:
-            theirs.normalise_decoder_()
-        torch.testing.assert_close(norm, expected)
-    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
-        for moment in ("exp_avg", "exp_avg_sq", "step"):
-            torch.testing.assert_close(mine.state[a][moment], twin.state[b][moment], rtol=1e-9, atol=1e-14)
+        torch.testing.assert_close(norm, separate_update_(theirs, twin, clip_norm, unit_decoder))
+    assert_same_state(ours, mine, theirs, twin)
 
 
 @pytest.mark.parametrize("n_dead", [0, 9])

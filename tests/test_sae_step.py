@@ -90,6 +90,28 @@ def adam(sae: SAE, decay: float) -> torch.optim.Adam:
     )
 
 
+def separate_update_(sae: SAE, optimizer: torch.optim.Adam, clip_norm: float, unit_decoder: bool) -> Tensor:
+    """What `update_` does, one thing after another on gradients that are there; the norm before clipping []."""
+    if unit_decoder:
+        sae.remove_parallel_gradient_()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in sae.parameters() if p.grad is not None])
+    if clip_norm:
+        assert norm > clip_norm
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), clip_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    if unit_decoder:
+        sae.normalise_decoder_()
+    return norm
+
+
+def assert_same_state(ours: SAE, mine: torch.optim.Adam, theirs: SAE, twin: torch.optim.Adam) -> None:
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+        for moment in ("exp_avg", "exp_avg_sq", "step"):
+            torch.testing.assert_close(mine.state[a][moment], twin.state[b][moment], rtol=1e-9, atol=1e-14)
+
+
 @pytest.mark.parametrize(("clip_norm", "decay", "unit_decoder"), [(0.0, 0.0, True), (1e-3, 0.01, True), (0.0, 0.0, False)])
 def test_fused_update_equals_adam_in_separate_steps(
     clip_norm: float, decay: float, unit_decoder: bool, monkeypatch: pytest.MonkeyPatch
@@ -103,21 +125,8 @@ def test_fused_update_equals_adam_in_separate_steps(
         z, dead = rows(20, seed=i), some_dead(9) if i else NO_AUX
         norm = update_(ours, mine, by_hand(ours, z, dead)[1], clip_norm, unit_decoder)
         by_autograd(theirs, z, dead)
-        if unit_decoder:
-            theirs.remove_parallel_gradient_()
-        expected = torch.nn.utils.get_total_norm([p.grad for p in theirs.parameters() if p.grad is not None])
-        if clip_norm:
-            assert expected > clip_norm
-            torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip_norm)
-        twin.step()
-        twin.zero_grad()
-        if unit_decoder:
-            theirs.normalise_decoder_()
-        torch.testing.assert_close(norm, expected)
-    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
-        for moment in ("exp_avg", "exp_avg_sq", "step"):
-            torch.testing.assert_close(mine.state[a][moment], twin.state[b][moment], rtol=1e-9, atol=1e-14)
+        torch.testing.assert_close(norm, separate_update_(theirs, twin, clip_norm, unit_decoder))
+    assert_same_state(ours, mine, theirs, twin)
     twin.load_state_dict(mine.state_dict())  # the same form
 
 
