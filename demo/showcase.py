@@ -11,12 +11,12 @@ import torch
 from inference.session import InferenceConfig, Session, open_session
 from inference.steering import Edit, Recipe
 from interpretability.records import Explanation, TopSentence
-from interpretability.words import names_content
+from interpretability.words import is_content, names_content
 from llama3 import Sampling, complete
 
 SHOWN = 3
 SENTENCES = 5
-CANDIDATES = 24
+CANDIDATES = 40
 MIN_SCORE = 0.75
 MIN_PASSAGES = 3
 STRENGTHS = (0.5, 1.0, 2.0)
@@ -37,7 +37,7 @@ class Steered:
     lift: float
     """How much more of its maximum the latent reaches, per token, on the steered text read by the unsteered model."""
     echoes: int
-    """How many more of the words that the feature names or promotes stand in the steered text than in the baseline."""
+    """How many more different words that the feature names or promotes stand in the steered text than in the baseline."""
     cost: float
     """Nats per token that the steered text is less likely than the baseline, by the unsteered model."""
 
@@ -118,7 +118,7 @@ def telling_words(session: Session, explanation: Explanation) -> frozenset[str]:
     """The words that a label quotes, and the whole words among the tokens that the feature promotes."""
     promoted = session.needs_features().top.statistics(explanation.latent).promoted
     words = [*re.findall(r'"(\w+)"', explanation.title), *(token.strip() for token in promoted if token.startswith(" "))]
-    return frozenset(word.casefold() for word in words if len(word) > 2 and word.isalpha())
+    return frozenset(word.casefold() for word in words if word.isalpha() and is_content(word.casefold()))
 
 
 def _unfit(steered: Steered) -> tuple[float, int, float]:
@@ -140,7 +140,7 @@ def steer(session: Session, latent: int, words: frozenset[str]) -> Steered:
         texts = complete(session.model, session.tokenizer, list(PROMPTS), sampling, hooks_for=hooks)
         for prompt, plain, text, (level, cost) in zip(PROMPTS, baseline, texts, natural, strict=True):
             steered_level, steered_cost = _judge(session, prompt, text, latent)
-            echoes = _count(text, words) - _count(plain, words)
+            echoes = len(_found(text, words)) - len(_found(plain, words))
             tried.append(Steered(prompt, strength, plain, text, steered_level - level, echoes, steered_cost - cost))
     return min(tried, key=_unfit)
 
@@ -173,8 +173,8 @@ def highlighted(sentence: TopSentence) -> str:
     return out.replace("\n", " ").replace("»«", "")
 
 
-def _count(text: str, words: frozenset[str]) -> int:
-    return sum(found.casefold() in words for found in WORD.findall(text))
+def _found(text: str, words: frozenset[str]) -> set[str]:
+    return {found.casefold() for found in WORD.findall(text)} & words
 
 
 def _marked(text: str, words: frozenset[str]) -> str:
