@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from inference.limits import MAX_QUERY_CHARACTERS, checked_latent, split_prompts
-from inference.session import Features, Session
+from inference.session import Feature, Features, Session
 from inference.workbench import confidence
 from interpretability.search import neighbours, search_prompts, search_text
 
@@ -14,12 +14,17 @@ N_NEIGHBOURS = 8
 class Hit(NamedTuple):
     """A feature that a search found."""
 
-    latent: int
+    feature: Feature
     label: str
     value: float
     """0 to 1: how far its label can be trusted for `by_label`, share of its maximum for `by_text`, cosine for `similar`."""
     token: str = ""
     """Where it fires most, for `by_text`."""
+
+
+def hit(features: Features, latent: int, value: float, token: str = "") -> Hit:
+    """One latent of `features` as found."""
+    return Hit(Feature(features.site, latent), features.label(latent), value, token)
 
 
 def by_label(features: Features, query: Any, n: int = MAX_RESULTS) -> list[Hit]:
@@ -32,20 +37,17 @@ def by_label(features: Features, query: Any, n: int = MAX_RESULTS) -> list[Hit]:
     text = query.strip()
     if text.lstrip("#").isdecimal():
         latent = checked_latent(features, text)
-        return [Hit(latent, features.label(latent), confidence(features, latent))]
-    found = search_text(features.explanations, query, n)
-    return [Hit(match.latent, features.label(match.latent), match.score) for match in found]
+        return [hit(features, latent, confidence(features, latent))]
+    return [hit(features, match.latent, match.score) for match in search_text(features.explanations, query, n)]
 
 
-def by_text(session: Session, text: Any, n: int = MAX_RESULTS) -> list[Hit]:
+def by_text(session: Session, features: Features, text: Any, n: int = MAX_RESULTS) -> list[Hit]:
     """Features that fire on `text`, by the mean over its lines of their largest value in units of their maximum."""
-    features = session.needs_features()
     prompts = split_prompts(text)
     found = search_prompts(features.sae, session.model, session.tokenizer, features.site, features.max_values, prompts)
-    return [Hit(ranked.latent, features.label(ranked.latent), ranked.score, ranked.token) for ranked in found[:n]]
+    return [hit(features, ranked.latent, ranked.score, ranked.token) for ranked in found[:n]]
 
 
 def similar(features: Features, latent: int, n: int = N_NEIGHBOURS) -> list[Hit]:
     """The features that write in the most similar direction: cosine of decoder rows."""
-    found = neighbours(features.sae.W_dec, latent, n)
-    return [Hit(near.latent, features.label(near.latent), near.cosine) for near in found]
+    return [hit(features, near.latent, near.cosine) for near in neighbours(features.sae.W_dec, latent, n)]

@@ -2,8 +2,8 @@
 
 from typing import Any, NamedTuple
 
-from inference.session import Features
-from inference.steering import Edit, Recipe
+from inference.session import Feature, Features, Session
+from inference.steering import Edit, Recipe, check_all
 from llama3.generate import Sampling
 
 MAX_PROMPTS = 8
@@ -78,11 +78,18 @@ def checked_latent(features: Features, value: Any) -> int:
         value = int(value.strip().lstrip("#"))
     if isinstance(value, float) and value.is_integer():
         value = int(value)
+    last = features.n_latents - 1
     if type(value) is not int:
-        raise ValueError(f"a latent is a whole number from 0 to {features.n_latents - 1}; found {value!r:.40}")
-    if not 0 <= value < features.n_latents:
-        raise ValueError(f"latent {value!r:.40} is out of range; this SAE has latents 0 to {features.n_latents - 1}")
+        raise ValueError(f"a latent is a whole number from 0 to {last}; found {value!r:.40}")
+    if not 0 <= value <= last:
+        raise ValueError(f"latent {value!r:.40} is out of range; the SAE at {features.site} has latents 0 to {last}")
     return value
+
+
+def checked_feature(session: Session, latent: Any, site: Any = "") -> Feature:
+    """A feature of a loaded SAE; an empty site is that of the first one."""
+    features = session.at(site)
+    return Feature(features.site, checked_latent(features, latent))
 
 
 def checked_edit(features: Features, latent: Any, strength: Any, mode: Any, positions: Any) -> Edit:
@@ -91,14 +98,15 @@ def checked_edit(features: Features, latent: Any, strength: Any, mode: Any, posi
     amount = number(f"latent {index}: strength", strength, *STRENGTHS)
     if isinstance(positions, str) and (word := positions.strip().removeprefix("from").strip()).isdecimal() and len(word) < 10:
         positions = int(word)
-    return Edit(latent=index, strength=amount, mode=mode, positions=positions)
+    return Edit(latent=index, strength=amount, mode=mode, positions=positions, sae_hash=features.sae.weights_hash)
 
 
-def checked_recipe(features: Features, recipe: Recipe) -> Recipe:
-    """A recipe that this SAE can follow, within the app's limits."""
-    features.steering.check(recipe)
+def checked_recipe(session: Session, recipe: Recipe) -> Recipe:
+    """A recipe that the loaded SAEs can follow, within the app's limits."""
+    if recipe.edits:
+        check_all(session.steerings(), recipe)
     for edit in recipe.edits:
-        checked_edit(features, edit.latent, edit.strength, edit.mode, edit.positions)
+        number(f"latent {edit.latent}: strength", edit.strength, *STRENGTHS)
     return recipe
 
 

@@ -42,7 +42,7 @@ class InferenceConfig(StageConfig):
     """Folder in Meta's or Hugging Face's layout, a Hub id, or demo: the embedded model."""
     sae: tuple[Path, ...] = machine(())
     """Folder of an SAE (run/sae). None: the embedded one with --model demo, no steering with other models. Several, each at a
-    site of its own, for recipes over several sites; pages show the first."""
+    site of its own, to steer at several sites; where only one can be meant it is the first."""
     top: tuple[Path, ...] = machine(())
     """Top sentences of each SAE, in the order of --sae, where the maxima of its latents are read. None: the embedded ones with
     --model demo."""
@@ -90,6 +90,13 @@ class Features:
         return explanation.title.strip() if explanation is not None and explanation.state == "valid" else ""
 
 
+class Feature(NamedTuple):
+    """A latent of the SAE at a site."""
+
+    site: str
+    latent: int
+
+
 @dataclass(frozen=True)
 class Session:
     """A model with its tokenizer and, where there are any, features to read and steer."""
@@ -98,10 +105,8 @@ class Session:
     tokenizer: Tokenizer
     name: str
     """How the model is called in pages and logs."""
-    features: Features | None = None
-    """Those that pages show, of the first SAE."""
-    others: tuple[Features, ...] = ()
-    """Of further SAEs, for recipes over several sites."""
+    features: tuple[Features, ...] = ()
+    """Of each SAE, every one at a site of its own."""
 
     @property
     def context(self) -> int:
@@ -109,19 +114,30 @@ class Session:
         return self.model.params.max_seq_len
 
     def needs_features(self) -> Features:
-        """The features; ValueError where none were loaded."""
-        if self.features is None:
+        """The features of the first SAE; ValueError where none was loaded."""
+        if not self.features:
             raise ValueError("no SAE is loaded; steering and watching need --sae and --top")
-        return self.features
+        return self.features[0]
+
+    def at(self, site: str) -> Features:
+        """The features of the SAE at `site`, of the first one where that is empty; ValueError where none is loaded there."""
+        first = self.needs_features()
+        sites = [features.site for features in self.features]
+        if not site:
+            return first
+        if site not in sites:
+            raise ValueError(f"no SAE is loaded at {site!r:.40}; loaded: {', '.join(sites)}")
+        return self.features[sites.index(site)]
 
     def steerings(self) -> list[Steering]:
         """One for each SAE, for `steering.hooks_for_all`; ValueError where none was loaded."""
-        return [features.steering for features in (self.needs_features(), *self.others)]
+        self.needs_features()
+        return [features.steering for features in self.features]
 
     @torch.no_grad()
-    def read(self, ids: Sequence[int]) -> "Reading":
-        """What the unsteered model's activations at the SAE's site say on `ids` (T token ids)."""
-        features = self.needs_features()
+    def read(self, ids: Sequence[int], site: str = "") -> "Reading":
+        """What the unsteered model's activations at an SAE's site (`at`) say on `ids` (T token ids)."""
+        features = self.at(site)
         tokens = torch.tensor([list(ids)], device=self.model.device)
         x = self.model.capture(tokens, sites=[features.site])[features.site][0]  # (T, D)
         latents = features.sae.encode(x.float())
@@ -146,8 +162,7 @@ def open_session(config: InferenceConfig, device: torch.device) -> Session:
     model = llama3.load_model(config.model, device=device)
     model.eval()
     name = "embedded model" if config.model == "demo" else Path(config.model).name or config.model
-    features = open_features(config, model, tokenizer, device)
-    return Session(model, tokenizer, name, features[0] if features else None, tuple(features[1:]))
+    return Session(model, tokenizer, name, tuple(open_features(config, model, tokenizer, device)))
 
 
 class Folders(NamedTuple):

@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from inference.finding import Hit, similar
-from inference.session import Features, Session
+from inference.finding import Hit, hit, similar
+from inference.session import Feature, Features, Session
 from inference.workbench import Row, Snapshot, confidence
 from interpretability.records import HISTOGRAM_FIRST_EXPONENT, Explanation, LatentStatistics, TopSentence
 
@@ -43,53 +43,72 @@ def no_card(error: str = "") -> str:
     )
 
 
-def edits_hint(text: str, starters: Sequence[Hit]) -> str:
+def named(session: Session, feature: Feature, action: str) -> str:
+    """Attributes by which a click says what to do (`open`, `steer`) with which feature; the first SAE needs no site."""
+    site = "" if feature.site == session.needs_features().site else f' data-site="{escape(feature.site)}"'
+    return f'data-{action}="{feature.latent}"{site}'
+
+
+def where(session: Session, feature: Feature) -> str:
+    """The feature's site, where the page has features of several."""
+    return f'<span class="where">{escape(feature.site)}</span>' if len(session.features) > 1 else ""
+
+
+def edits_hint(session: Session, text: str, starters: Sequence[Hit]) -> str:
     """The heading of the edits, and where there are none yet how to begin."""
     chips = "".join(
-        f'<button data-steer="{hit.latent}" title="Steer with feature {hit.latent}">{escape(hit.label)}</button>'
-        for hit in starters
+        f'<button {named(session, one.feature, "steer")} title="Steer with feature {one.feature.latent}">'
+        f"{escape(one.label)}</button>"
+        for one in starters
     )
     begin = f'<div class="examples">{chips}</div>' if chips else ""
     return f'<h2 class="section">Edits</h2>{note(text) if text else ""}{begin}'
 
 
-def results(hits: Sequence[Hit], features: Features, query: str) -> str:
+def results(session: Session, hits: Sequence[Hit], query: str) -> str:
     """The list of features found for `query`; each can be opened, and added to the edits."""
     items = []
-    for hit in hits:
-        label = escape(hit.label) or "<i>no label</i>"
-        token = f'<span class="where">on “{escape(hit.token.strip())}”</span>' if hit.token.strip() else ""
-        steerable = float(features.max_values[hit.latent]) > 0
-        items.append(
-            f'<li><button class="hit" data-open="{hit.latent}"><span class="num">{hit.latent}</span>'
-            f'<span class="label">{label}{token}</span><span class="meter" style="--v:{max(0.0, hit.value):.3f}" '
-            f'title="{hit.value:.2f}"></span></button>{_plus(hit.latent) if steerable else ""}</li>'
-        )
+    for one in hits:
+        token = f'<span class="where">on “{escape(one.token.strip())}”</span>' if one.token.strip() else ""
+        steerable = float(session.at(one.feature.site).max_values[one.feature.latent]) > 0
+        meter = f'<span class="meter" style="--v:{max(0.0, one.value):.3f}" title="{one.value:.2f}"></span>'
+        plus = _plus(session, one.feature) if steerable else ""
+        items.append(f"<li>{_opens(session, one, token, meter)}{plus}</li>")
     return f'<ol class="hits" data-query="{escape(query)}">{"".join(items)}</ol>'
 
 
-def _plus(latent: int) -> str:
+def _opens(session: Session, found: Hit, below: str = "", beside: str = "") -> str:
+    """A feature as a button that opens it."""
+    label = escape(found.label) or "<i>no label</i>"
     return (
-        f'<button class="plus" data-steer="{latent}" aria-label="Steer with feature {latent}" title="Steer with it">+</button>'
+        f'<button class="hit" {named(session, found.feature, "open")}><span class="num">{found.feature.latent}</span>'
+        f'<span class="label">{label}{below}</span>{beside}</button>'
     )
 
 
-def card(features: Features, latent: int) -> str:
+def _plus(session: Session, feature: Feature) -> str:
+    return (
+        f'<button class="plus" {named(session, feature, "steer")} aria-label="Steer with feature {feature.latent}" '
+        'title="Steer with it">+</button>'
+    )
+
+
+def card(session: Session, feature: Feature) -> str:
     """Everything known about one feature."""
+    features, latent = session.at(feature.site), feature.latent
     statistics = features.top.statistics(latent)
     title = escape(features.label(latent)) or "No label"
     parts = [
-        f'<article class="card" data-latent="{latent}"><header><span class="num big">{latent}</span><h2>{title}</h2></header>',
+        f'<article class="card" {named(session, feature, "latent")}><header><span class="num big">{latent}</span>'
+        f"<h2>{title}{where(session, feature)}</h2></header>",
         _origin(features, latent),
         _facts(statistics),
-        _steer_button(latent, features.best_strengths.get(latent))
-        if statistics.max > 0
-        else '<p class="empty">It never fired on the corpus.</p>',
+        _steer_button(session, feature) if statistics.max > 0 else '<p class="empty">It never fired on the corpus.</p>',
         _histogram(statistics),
         _words("Raises", statistics.promoted, "up") + _words("Lowers", statistics.suppressed, "down"),
         _sentences(distinct(features.top.sentences(latent, n=N_STORED)), statistics.max),
-        _neighbours(features, latent),
-        _cofiring(features, statistics),
+        _near(session, "Writes in a similar direction", "cosine", similar(features, latent)),
+        _cofiring(session, features, statistics),
         "</article>",
     ]
     return "".join(parts)
@@ -133,9 +152,10 @@ def _share(density: float) -> str:
     return f"{density:.1%}" if density >= 0.001 else f"1 in {round(1 / density):,}"
 
 
-def _steer_button(latent: int, best: float | None) -> str:
+def _steer_button(session: Session, feature: Feature) -> str:
+    best = session.at(feature.site).best_strengths.get(feature.latent)
     measured = f" <span>at {best:g} × its maximum, where it was measured to steer best</span>" if best else ""
-    return f'<button class="steer" data-steer="{latent}">Steer with this feature{measured}</button>'
+    return f'<button class="steer" {named(session, feature, "steer")}>Steer with this feature{measured}</button>'
 
 
 def _histogram(statistics: LatentStatistics) -> str:
@@ -183,26 +203,17 @@ def _sentences(sentences: Sequence[TopSentence], largest: float) -> str:
     return f'<h3>Fires most in</h3><ol class="sentences">{shown}</ol>{folded}'
 
 
-def _neighbours(features: Features, latent: int) -> str:
-    return _near("Writes in a similar direction", "cosine", similar(features, latent))
+def _cofiring(session: Session, features: Features, statistics: LatentStatistics) -> str:
+    hits = [hit(features, one["latent"], one["jaccard"]) for one in statistics.cofiring]
+    return _near(session, "Fires on the same tokens", "Jaccard index", hits) if hits else ""
 
 
-def _cofiring(features: Features, statistics: LatentStatistics) -> str:
-    hits = [Hit(one["latent"], features.label(one["latent"]), one["jaccard"]) for one in statistics.cofiring]
-    return _near("Fires on the same tokens", "Jaccard index", hits) if hits else ""
+def _near(session: Session, title: str, unit: str, hits: Sequence[Hit]) -> str:
+    items = [_opens(session, one, beside=f'<span class="cos" title="{unit}">{one.value:.2f}</span>') for one in hits]
+    return f'<h3>{title}</h3><ol class="hits near">{"".join(f"<li>{item}</li>" for item in items)}</ol>'
 
 
-def _near(title: str, unit: str, hits: Sequence[Hit]) -> str:
-    items = "".join(
-        f'<li><button class="hit" data-open="{hit.latent}"><span class="num">{hit.latent}</span>'
-        f'<span class="label">{escape(hit.label) or "<i>no label</i>"}</span>'
-        f'<span class="cos" title="{unit}">{hit.value:.2f}</span></button></li>'
-        for hit in hits
-    )
-    return f'<h3>{title}</h3><ol class="hits near">{items}</ol>'
-
-
-def columns(session: Session, snapshot: Snapshot | None, lens: int | None, heats: Sequence[Sequence[float]] = ()) -> str:
+def columns(session: Session, snapshot: Snapshot | None, lens: Feature | None, heats: Sequence[Sequence[float]] = ()) -> str:
     """Baseline and steered side by side. `heats`: values of feature `lens` per token, baseline rows before steered ones."""
     if snapshot is None:
         return (
@@ -210,9 +221,7 @@ def columns(session: Session, snapshot: Snapshot | None, lens: int | None, heats
             '</section><section class="side steered"><h3>Steered</h3><p class="empty">The same prompt and the same random '
             "numbers, with your edits.</p></section></div>"
         )
-    largest = 0.0
-    if lens is not None and session.features is not None:
-        largest = float(session.features.max_values[lens])
+    largest = float(session.at(lens.site).max_values[lens.latent]) if lens is not None else 0.0
     rows = [*snapshot.baseline, *(snapshot.steered or ())]
     shown = [_row(session, row, heats[i] if heats else None, largest) for i, row in enumerate(rows)]
     n = len(snapshot.baseline)
@@ -237,23 +246,21 @@ def _row(session: Session, row: Row, values: Sequence[float] | None, largest: fl
     return f'<p class="text">{body}</p>'
 
 
-def legend(features: Features, lens: int | None) -> str:
+def legend(session: Session, lens: Feature) -> str:
     """What the shading of the texts means."""
-    if lens is None:
-        return ""
-    label = escape(features.label(lens)) or "no label"
+    features = session.at(lens.site)
+    label = escape(features.label(lens.latent)) or "no label"
     return (
-        f'<div class="legend"><span>Shading: <b class="num">{lens}</b> {label}, read on the unsteered model</span>'
-        f'<span class="scale"><i></i>0 to {float(features.max_values[lens]):.3g}</span></div>'
+        f'<div class="legend"><span>Shading: <b class="num">{lens.latent}</b> {label}{where(session, lens)}, '
+        "read on the unsteered model</span>"
+        f'<span class="scale"><i></i>0 to {float(features.max_values[lens.latent]):.3g}</span></div>'
     )
 
 
-def edit_title(features: Features, latent: int) -> str:
+def edit_title(session: Session, feature: Feature) -> str:
     """The heading of one edit."""
-    label = escape(features.label(latent)) or "<i>no label</i>"
-    return (
-        f'<button class="hit" data-open="{latent}"><span class="num">{latent}</span><span class="label">{label}</span></button>'
-    )
+    features = session.at(feature.site)
+    return _opens(session, hit(features, feature.latent, 0.0), where(session, feature))
 
 
 def status(text: str, kind: str = "") -> str:
@@ -291,9 +298,8 @@ def masthead(session: Session) -> str:
     """Name, what is loaded, the keys, and the switch between light and dark."""
     n_parameters = sum(p.numel() for p in session.model.parameters())
     facts = [escape(session.name), f"{n_parameters / 1e6:.1f} M parameters", f"context {session.context:,}"]
-    if session.features is not None:
-        sae = session.features.sae
-        facts += [f"{session.features.n_latents:,} features at {escape(session.features.site)}", f"k {sae.cfg.k}"]
+    for features in session.features:
+        facts += [f"{features.n_latents:,} features at {escape(features.site)}", f"k {features.sae.cfg.k}"]
     spans = "".join(f"<span>{fact}</span>" for fact in facts)
     keys = "".join(f"<div><dt><kbd>{key}</kbd></dt><dd>{what}</dd></div>" for key, what in KEYS)
     return (
@@ -312,6 +318,11 @@ def tabs(panels: Sequence[str]) -> str:
         for i, panel in enumerate(panels)
     )
     return f'<div class="panels" role="tablist">{buttons}</div>'
+
+
+def fold(title: str) -> str:
+    """A heading that shows what stands below it; `app.css` hides that until it was pressed."""
+    return f'<button class="fold" aria-expanded="false">{title}</button>'
 
 
 def examples(prompts: Sequence[str]) -> str:

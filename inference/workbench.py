@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from inference.limits import STRENGTH_STEP, STRENGTHS, Knobs, checked_recipe, split_prompts
-from inference.session import Features, Session
-from inference.steering import Recipe
+from inference.session import Feature, Features, Session
+from inference.steering import Recipe, hooks_for_all
 from interpretability.search import trust
 from llama3.generate import HooksFor, Piece, Sampling, generate
 
@@ -65,10 +65,7 @@ def checked_request(session: Session, text: Any, recipe: Recipe, knobs: Knobs) -
     """Everything that can be refused is refused here, before the model runs."""
     prompts = split_prompts(text)
     sampling = knobs.checked()
-    if recipe.edits:
-        checked_recipe(session.needs_features(), recipe)
-    rows = tuple(new_row(session, prompt) for prompt in prompts)
-    return Request(rows, recipe, fitted(session, sampling, rows))
+    return Request(tuple(new_row(session, prompt) for prompt in prompts), checked_recipe(session, recipe), sampling)
 
 
 def new_row(session: Session, prompt: str, ids: Sequence[int] | None = None) -> Row:
@@ -80,12 +77,6 @@ def new_row(session: Session, prompt: str, ids: Sequence[int] | None = None) -> 
             f"{prompt:.40}"
         )
     return Row(prompt, tuple(ids), len(ids))
-
-
-def fitted(session: Session, sampling: Sampling, rows: Sequence[Row]) -> Sampling:
-    """`sampling` with no more new tokens than the longest row leaves room for in the context."""
-    room = session.context - max(row.prompt_length for row in rows)
-    return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
 
 
 def compare(session: Session, request: Request) -> Iterator[Snapshot]:
@@ -134,7 +125,7 @@ def _hooks(session: Session, request: Request) -> HooksFor | None:
     if not request.recipe.active:
         return None
     lengths = [row.prompt_length for row in request.rows]
-    return session.needs_features().steering.hooks_for([request.recipe] * len(lengths), lengths)
+    return hooks_for_all(session.steerings(), [request.recipe] * len(lengths), lengths)
 
 
 def _stream(session: Session, request: Request, hooks: HooksFor | None) -> Iterator[Piece]:
@@ -160,6 +151,6 @@ def confidence(features: Features, latent: int) -> float:
     return trust(explanation) if explanation is not None else 0.0
 
 
-def heat(session: Session, rows: Sequence[Row], latent: int) -> list[list[float]]:
-    """For each row, the latent's value at each token after BOS, read on the unsteered model."""
-    return [session.read(row.ids).of(latent)[1:] for row in rows]
+def heat(session: Session, rows: Sequence[Row], feature: Feature) -> list[list[float]]:
+    """For each row, the feature's value at each token after BOS, read on the unsteered model."""
+    return [session.read(row.ids, feature.site).of(feature.latent)[1:] for row in rows]

@@ -21,12 +21,13 @@ from inference.app import AppConfig, ignore_gradio_variables, open_handlers, rea
 from inference.guard import MAX_BODY_BYTES, Guard, is_known
 from inference.handlers import N_SLOTS, NO_SLOTS, Controls, Handlers, Slots
 from inference.limits import Knobs
+from inference.session import Feature
 from inference.turns import Turns
 from llama3.sites import ActiveHooks
 from tests.app_client import Client, served
 from tests.browser import running_app
 from tests.tiny import tiny_llama
-from tests.tiny_features import Features, tiny_sae, write_features
+from tests.tiny_features import flags_of, tiny_sae, write_features
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Gradio's server runs in this process, and uses what pandas has deprecated
 
@@ -36,19 +37,18 @@ PROMPTS = ("the storm", "she read the letter", "a king\nthe train reached", "rai
 
 
 @pytest.fixture(scope="module")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> Features:
+def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Of an app with an SAE at each of two layers."""
     folder = tmp_path_factory.mktemp("server")
     model = tiny_llama(folder / "model", max_seq_len=256)
-    return write_features(folder, model, tiny_sae(model, "layers.1.resid_post"))
+    saes = [tiny_sae(model, "layers.1.resid_post"), tiny_sae(model, "layers.0.resid_post", n_latents=40, seed=8)]
+    runs = [write_features(folder / str(i), model, sae) for i, sae in enumerate(saes)]
+    return [*flags_of(*runs), "--style", "plain"]
 
 
 @pytest.fixture(scope="module")
-def handlers(paths: Features) -> Handlers:
-    return open_handlers(config_of(paths), torch.device("cpu"))
-
-
-def config_of(paths: Features) -> AppConfig:
-    return parse(AppConfig, "", [*paths.flags, "--style", "plain"])
+def handlers(flags: list[str]) -> Handlers:
+    return open_handlers(parse(AppConfig, "", flags), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -196,12 +196,17 @@ class Case(NamedTuple):
 
 
 def cases(handlers: Handlers, n: int) -> list[Case]:
-    """Mixed recipes, prompts and seeds, each answered alone."""
+    """Mixed recipes over both sites, prompts and seeds, each answered alone."""
     draw = random.Random(0)
+    known = [
+        Feature(features.site, latent)
+        for features in handlers.session.features
+        for latent in range(features.n_latents)
+        if float(features.max_values[latent]) > 0
+    ]
     out = []
     for i in range(n):
-        edits = draw.sample(range(handlers.features.n_latents), draw.randint(0, 3))
-        edits = [latent for latent in edits if float(handlers.features.max_values[latent]) > 0]
+        edits = draw.sample(known, draw.randint(0, 3))
         slots = (*edits, *NO_SLOTS[len(edits) :])
         rows = [
             Controls(draw.choice([-4.0, 0.5, 3.0, 12.0]), draw.choice(["add", "clamp", "ablate", "replace"]), "all")
@@ -269,11 +274,11 @@ def test_several_users_at_once(handlers: Handlers, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.faults
-def test_twenty_users_fifty_requests(handlers: Handlers, paths: Features, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_twenty_users_fifty_requests(handlers: Handlers, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers and hooks in this process; memory of a server in its own, after a page that sent one request of each kind."""
     load(handlers, users=20, requests=10, monkeypatch=monkeypatch)
     known = cases(handlers, 40)
-    with running_app([*paths.flags, "--style", "plain"]) as (address, pid):
+    with running_app(flags) as (address, pid):
         assert ask_at_once(address, known, users=1, requests=len(known)) == len(known)
         before = anonymous_bytes(pid)
         assert ask_at_once(address, known, users=20, requests=50) == 1000

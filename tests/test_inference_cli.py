@@ -347,7 +347,7 @@ def test_text_is_utf_8_whatever_the_locale(paths: Features) -> None:
 
 def test_session_without_features(paths: Features) -> None:
     session: Session = open_session(InferenceConfig(model=str(paths.model)), torch.device("cpu"))
-    assert session.features is None
+    assert session.features == ()
     with pytest.raises(ValueError, match="no SAE is loaded"):
         session.needs_features()
 

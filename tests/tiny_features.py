@@ -49,7 +49,13 @@ class Features(NamedTuple):
 
     @property
     def flags(self) -> list[str]:
-        return [part for name, path in self._asdict().items() for part in (f"--{name}", str(path))]
+        return flags_of(self)
+
+
+def flags_of(*runs: Features) -> list[str]:
+    """The command line for the SAEs of `runs`, which share a model."""
+    named = {name: [str(getattr(run, name)) for run in runs] for name in ("sae", "top", "explanations")}
+    return ["--model", str(runs[0].model), *(part for name, paths in named.items() for part in (f"--{name}", *paths))]
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,5 @@
-// A list that is being replaced looks like it: what is typed marks it as old, what arrives as new.
-const box = document.querySelector('#query');
-box?.addEventListener('input', () => document.querySelector('#results').classList.add('loading'));
-watch('value', () => {
-  document.querySelector('#results').classList.remove('loading');
-  const opened = document.querySelector('#card .card')?.dataset.latent;
-  for (const hit of element.querySelectorAll('.hit')) hit.classList.toggle('current', hit.dataset.open === opened);
-});
+// A list that is being replaced looks like it, from the key or the choice until the new one is there.
+for (const part of document.querySelectorAll('#query, #scope')) {
+  part.addEventListener('input', () => document.querySelector('#results').classList.add('loading'));
+}
+watch('value', markOpened);

@@ -9,7 +9,7 @@ from inference import views
 from inference.handlers import Handlers, Slots
 from inference.limits import MAX_PROMPT_CHARACTERS, Knobs
 from inference.panels.edits import Edits
-from inference.panels.events import AT_ONCE, GENERATION, QUICK, buttons, client, script, waiting, while_going
+from inference.panels.events import AT_ONCE, GENERATION, QUICK, buttons, client, folded, script, waiting, while_going
 
 KIND = "chat"
 RESET = "reset"
@@ -38,7 +38,7 @@ class Chat:
             self.stop = gr.Button("Stop", min_width=80, scale=0, interactive=False, elem_id="chat-stop")
             self.reset = gr.Button("New chat", min_width=100, scale=0, elem_id="new-chat")
         self.status = gr.HTML("", elem_id="chat-status", apply_default_css=False)
-        with gr.Accordion("System prompt", open=False, elem_id="system"):
+        with folded("System prompt", "system"):
             self.system = gr.Textbox(show_label=False, lines=2, container=False, max_length=MAX_PROMPT_CHARACTERS)
         if handlers.style == "plain":
             gr.HTML(views.note(CONTINUES), apply_default_css=False)

@@ -10,6 +10,7 @@ from inference.handlers import Handlers, Slots
 from inference.limits import MAX_PROMPT_CHARACTERS, Knobs
 from inference.panels.edits import Edits
 from inference.panels.events import AT_ONCE, GENERATION, QUICK, buttons, client, script, skips, waiting, while_going
+from inference.session import Feature
 from inference.workbench import Snapshot
 
 KIND = "compare"
@@ -76,14 +77,14 @@ class Compare:
         except ValueError as error:
             yield (*skips(2), views.status(str(error), "error"), None, *buttons(running=False))
 
-    def _finish(self, snapshot: Snapshot | None, lens: int | None, slots: Slots) -> Sequence[Any]:
+    def _finish(self, snapshot: Snapshot | None, lens: Feature | None, slots: Slots) -> Sequence[Any]:
         """The end of a generation, or its stop: shade the texts by the open feature, else by the first that was steered."""
         if snapshot is None:
             return (*skips(4), *buttons(running=False))
         if lens is None:
-            lens = next((latent for latent in slots if latent is not None), None)
+            lens = next((feature for feature in slots if feature is not None), None)
         ended = snapshot.ended()
-        legend = views.legend(self._handlers.features, lens) if lens is not None else ""
+        legend = views.legend(self._handlers.session, lens) if lens is not None else ""
         columns = self._handlers.shaded(ended, lens)
         return (columns, legend, views.progress(ended), ended, *buttons(running=False))
 

@@ -8,12 +8,12 @@ import gradio as gr
 from inference import views
 from inference.handlers import N_SLOTS, NO_SLOTS, Controls, Handlers, Slots
 from inference.limits import MAX_NEW_TOKENS, STRENGTHS, Knobs
-from inference.panels.events import QUICK, script, skips
+from inference.panels.events import QUICK, folded, script, skips
 from inference.steering import MAX_RECIPE_CHARACTERS, MODES, PLACES
 
 
 class Edits:
-    """One row an edit. `slots` holds the latents; strengths, modes and positions stay in the rows' own `controls`."""
+    """One row an edit. `slots` holds the features; strengths, modes and positions stay in the rows' own `controls`."""
 
     def __init__(self, handlers: Handlers) -> None:
         self._handlers = handlers
@@ -61,7 +61,7 @@ class Edits:
 
     def _add(self, event: gr.EventData, slots: Slots, *controls: Any) -> Sequence[Any]:
         try:
-            new, row = self._handlers.add(event.latent, slots)
+            new, row = self._handlers.add(event.latent, event.site, slots)
         except ValueError as error:
             return (*skips(len(self.changed)), views.status(str(error), "error"))
         values = [Controls(*controls[i : i + 3]) for i in range(0, len(controls), 3)]
@@ -71,26 +71,24 @@ class Edits:
 
     def updates(self, slots: Slots, values: Sequence[Controls] | None = None) -> list[Any]:
         """Updates of `changed`; `values` None leaves the controls as they are."""
-        features = self._handlers.features
-        titles = ["" if latent is None else views.edit_title(features, latent) for latent in slots]
+        titles = ["" if feature is None else views.edit_title(self._handlers.session, feature) for feature in slots]
         controls = [gr.skip()] * len(self.controls) if values is None else [value for row in values for value in row]
-        rows = [gr.update(visible=latent is not None) for latent in slots]
+        rows = [gr.update(visible=feature is not None) for feature in slots]
         return [slots, self._hint(slots), *rows, *titles, *controls]
 
     def _hint(self, slots: Slots) -> str:
-        if self._handlers.session.features is None:
-            return views.edits_hint("No SAE is loaded, so nothing can be steered: start with --sae and --top.", [])
-        if any(latent is not None for latent in slots):
-            return views.edits_hint("", [])
-        return views.edits_hint(
-            "Press + beside a feature to steer with it, or start with one of these.", self._handlers.starters
-        )
+        session, text, starters = self._handlers.session, "", []
+        if not session.features:
+            text = "No SAE is loaded, so nothing can be steered: start with --sae and --top."
+        elif slots == NO_SLOTS:
+            text, starters = "Press + beside a feature to steer with it, or start with one of these.", self._handlers.starters
+        return views.edits_hint(session, text, starters)
 
 
 def _build_knobs() -> list[Any]:
     """The sampling controls, in the order of `Knobs`."""
     start = Knobs()
-    with gr.Accordion("Sampling", open=False, elem_classes="sampling", elem_id="sampling"):
+    with folded("Sampling", "sampling"):
         with gr.Row():
             numbers = [
                 _slider(1, MAX_NEW_TOKENS, start.max_new_tokens, 1, "New tokens"),
@@ -148,5 +146,5 @@ class RecipePanel:
             slots, values = self._handlers.applied(text)
         except ValueError as error:
             return (*skips(len(self._edits.changed)), views.status(str(error), "error"))
-        n = sum(slot is not None for slot in slots)
+        n = len(slots) - slots.count(None)
         return (*self._edits.updates(slots, values), views.status(f"{n} edit{'s' if n != 1 else ''} applied"))

@@ -1,4 +1,4 @@
-"""What the panels share: how their events queue, whose they are, and the small updates that more than one of them makes."""
+"""What the panels share: how their events queue, whose they are, folds, and the small updates that more than one makes."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +30,12 @@ T = TypeVar("T")
 def script(name: str) -> str:
     """The text of `assets/NAME.js`."""
     return (Path(__file__).parent.parent / "assets" / f"{name}.js").read_text(encoding="utf-8")
+
+
+def folded(title: str, name: str) -> gr.Column:
+    """A heading, and the column below it, open from the first press of the heading on; both are on the page from the start."""
+    gr.HTML(views.fold(title), elem_id=f"{name}-fold", js_on_load=script("fold"), apply_default_css=False)
+    return gr.Column(elem_classes=["folded", name], elem_id=name)
 
 
 def client(request: gr.Request) -> str:

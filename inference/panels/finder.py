@@ -1,4 +1,4 @@
-"""The panel that finds features and shows the card of the one that is open."""
+"""The panel that finds features, at one of the sites that have an SAE, and shows the card of the one that is open."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,16 +8,21 @@ import gradio as gr
 from inference import views
 from inference.handlers import BY_LABEL, BY_TEXT, Handlers
 from inference.limits import MAX_PROMPT_CHARACTERS
-from inference.panels.events import QUICK, script
+from inference.panels.events import QUICK, script, skips
+from inference.session import Feature
 from inference.workbench import Snapshot
 
 
 class Finder:
-    """Search box, list of features, card."""
+    """Search box, list of features, card; a choice of site where there are several."""
 
     def __init__(self, handlers: Handlers) -> None:
         self._handlers = handlers
+        sites = [features.site for features in handlers.session.features]
         with gr.Column(elem_classes=["sheet", "search"]):
+            self.site = gr.Dropdown(
+                sites, value=sites[0] if sites else None, label="Site", visible=len(sites) > 1, elem_id="site", filterable=False
+            )
             self.query = gr.Textbox(
                 label="Find features",
                 placeholder="weather, grief, 896 …",
@@ -27,19 +32,24 @@ class Finder:
             )
             self.scope = gr.Radio([BY_LABEL, BY_TEXT], value=BY_LABEL, show_label=False, elem_id="scope", container=False)
             self.results = gr.HTML(
-                handlers.find(BY_LABEL, ""),
+                handlers.find("", BY_LABEL, ""),
                 elem_id="results",
-                js_on_load=script("clicks") + script("results"),
+                js_on_load=script("clicks") + script("opened") + script("results"),
                 apply_default_css=False,
             )
         with gr.Column(elem_classes=["sheet", "reading"]):
             self.card = gr.HTML(
-                views.no_card(), elem_id="card", js_on_load=script("clicks") + script("card"), apply_default_css=False
+                views.no_card(),
+                elem_id="card",
+                js_on_load=script("clicks") + script("opened") + script("card"),
+                apply_default_css=False,
             )
-        gr.on(
-            [self.query.change, self.scope.change], handlers.find, [self.scope, self.query], [self.results],
+        self._search = [self.site, self.scope, self.query]
+        searching = gr.on(
+            [self.site.change, self.scope.change, self.query.change], handlers.find, self._search, [self.results],
             **QUICK, trigger_mode="always_last",
         )  # fmt: skip
+        searching.then(None, None, None, js=script("search_ended"))
 
     def wire_open(
         self, blocks: gr.Blocks, titles: Sequence[gr.HTML], snapshot: gr.State, lens: gr.State, others: Sequence[gr.HTML]
@@ -51,24 +61,26 @@ class Finder:
         shown = [lens, self.card, *others]
         for source in (self.results, self.card, *titles):
             source.open(self._open, [snapshot], shown, **QUICK)
-        self.query.submit(self._open_first, [self.scope, self.query, snapshot], shown, **QUICK)
-        blocks.load(self._open_from_address, [snapshot], shown, **QUICK)
+        self.query.submit(self._open_first, [*self._search, snapshot], shown, **QUICK)
+        blocks.load(self._open_from_address, [snapshot], [self.site, *shown], **QUICK)
 
     def _open(self, event: gr.EventData, snapshot: Snapshot | None) -> Sequence[Any]:
-        return self._shown(event.latent, snapshot)
+        return self._shown(event.latent, event.site, snapshot)
 
-    def _open_first(self, scope: str, query: str, snapshot: Snapshot | None) -> Sequence[Any]:
-        latent = self._handlers.first(scope, query)
-        return self._shown(latent, snapshot) if latent is not None else [gr.skip()] * 5
+    def _open_first(self, site: str, scope: str, query: str, snapshot: Snapshot | None) -> Sequence[Any]:
+        found = self._handlers.first(site, scope, query)
+        return skips(5) if found is None else self._shown(found.latent, found.site, snapshot)
 
     def _open_from_address(self, request: gr.Request, snapshot: Snapshot | None) -> Sequence[Any]:
-        latent = dict(request.query_params).get("latent")
-        if latent is None or self._handlers.session.features is None:
-            return [gr.skip()] * 5
-        return self._shown(latent, snapshot)
+        """The list is that of the feature's site, too."""
+        asked = dict(request.query_params)
+        if "latent" not in asked or not self._handlers.session.features:
+            return skips(6)
+        lens, *others = self._shown(asked["latent"], asked.get("site", ""), snapshot)
+        return (lens.site if isinstance(lens, Feature) else gr.skip(), lens, *others)
 
-    def _shown(self, latent: Any, snapshot: Snapshot | None) -> Sequence[Any]:
+    def _shown(self, latent: Any, site: Any, snapshot: Snapshot | None) -> Sequence[Any]:
         try:
-            return (*self._handlers.open(latent, snapshot), "")
+            return (*self._handlers.open(latent, site, snapshot), "")
         except ValueError as error:
-            return (gr.skip(), views.no_card(str(error)), gr.skip(), gr.skip(), gr.skip())
+            return (gr.skip(), views.no_card(str(error)), *skips(3))

@@ -1,0 +1,1 @@
+() => { document.querySelector('#results').classList.remove('loading'); }
