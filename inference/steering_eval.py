@@ -43,7 +43,7 @@ from inference.steered_texts import (
 from inference.steering import Edit, Recipe
 from inference.steering_report import as_plot, as_table, best_strengths, grouped, in_a_line, summarise
 from interpretability.search import trust
-from llama3.generate import Sampling
+from llama3.generate import Sampling, check_prompts
 
 log = logging.getLogger("inference.steering_eval")
 
@@ -91,6 +91,10 @@ class EvalConfig(InferenceConfig):
                 raise ValueError(f"--{name.replace('_', '-')}: expected at least {least}; found {getattr(self, name)}")
         if not self.lengths or not all(0 < length <= 100 for length in self.lengths):
             raise ValueError(f"--lengths: expected numbers above 0, at most 100; found {self.lengths}")
+        if len(set(self.lengths)) < len(self.lengths):
+            raise ValueError(f"--lengths: expected each once; found {self.lengths}")
+        if not self.max_perplexity_ratio >= 1:  # NaN compares False, so it ends here too
+            raise ValueError(f"--max-perplexity-ratio: expected 1 or more; found {self.max_perplexity_ratio}")
 
 
 class Measured(NamedTuple):
@@ -117,6 +121,7 @@ def run(config: EvalConfig, runtime: Runtime) -> None:
     chosen = best_explained(features, config.features)
     if len(chosen) < 2:
         raise ValueError(f"{len(chosen)} features with a label were found, expected at least 2 to compare; give --explanations")
+    check_prompts(session.model, session.tokenizer, as_ids(session, prompts))  # before the folder is begun
     inputs = [open_artifact(path) for path in folders_of(config)[0][:3] if path is not None]
     with building(config.out, "steering", config, runtime, inputs, {"sae_hash": features.sae.weights_hash}) as builder:
         if builder.complete:
@@ -153,6 +158,11 @@ def read_prompts(path: Path | None) -> list[str]:
     return prompts
 
 
+def as_ids(session: Session, prompts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Token ids of each prompt, BOS first."""
+    return tuple(tuple(session.tokenizer.encode(prompt, bos=True)) for prompt in prompts)
+
+
 def best_explained(features: Features, n: int) -> list[int]:
     """The `n` latents whose valid explanation is trusted most; of equals, those first that fire on more tokens, since their
     scores rest on more."""
@@ -167,7 +177,7 @@ def measure(session: Session, config: EvalConfig, chosen: Sequence[int], prompts
     features = session.needs_features()
     sampling = Sampling(max_new_tokens=config.max_new_tokens, temperature=1.0, top_k=TOP_K, top_p=1.0, seed=config.seed)
     wanted = tuple(label_words(features.label(latent)) for latent in chosen)
-    ids = tuple(tuple(session.tokenizer.encode(prompt, bos=True)) for prompt in prompts)
+    ids = as_ids(session, prompts)
     panel = Panel(session, tuple(chosen), wanted, ids, sampling)
     starts = [len(row) for row in ids]
     texts = continued(session, [list(row) for row in ids], sampling, None)

@@ -277,6 +277,14 @@ def test_strengths_of_another_sae_are_refused(config: EvalConfig, paths: Feature
         open_session(parse(inference.complete.CompleteConfig, "", flags), torch.device("cpu"))
 
 
+def test_a_prompt_beyond_the_context_leaves_no_folder(paths: Features, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("the storm\n" + "word " * 100 + "\n")
+    flags = [*paths.flags, "--out", str(tmp_path / "out"), "--prompts", str(tmp_path / "prompts.txt")]
+    with pytest.raises(ValueError, match=r"prompt 1 has .* tokens and the context holds 128"):
+        inference.steering_eval.run(parse(EvalConfig, "", flags), alone())
+    assert not (tmp_path / "out").exists()
+
+
 def test_prompts_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("one\n\n")
@@ -294,6 +302,8 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
         (["--max-new-tokens", "0"], "--max-new-tokens: expected at least 1"),
         (["--lengths", "nan"], "above 0, at most 100"),
         (["--lengths", "-1"], "above 0, at most 100"),
+        (["--lengths", "0.5", "0.5"], "expected each once"),
+        (["--max-perplexity-ratio", "nan"], "expected 1 or more; found nan"),
     ],
 )
 def test_flags_out_of_range(flags: list[str], message: str) -> None:
