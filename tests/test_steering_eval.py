@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
@@ -267,6 +268,32 @@ def test_the_folder_agrees_with_itself(config: EvalConfig, session: Session, pan
     again = open_session(parse(inference.complete.CompleteConfig, "", flags), torch.device("cpu")).needs_features()
     assert dict(again.best_strengths) == {int(latent): strength for latent, strength in best.items()}
     assert list(again.best_strengths) == [int(latent) for latent in best], "the strongest effect first"
+
+
+def test_an_interrupted_evaluation_keeps_its_lengths(
+    config: EvalConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inference.steering_eval.run(config, alone())
+    asked: list[list[float]] = []
+
+    def measure(*arguments: Any) -> Any:
+        asked.append(list(arguments[-1]))
+        for found in whole(*arguments):
+            yield found
+            if len(asked) == 1:
+                raise KeyboardInterrupt
+
+    whole = inference.steering_eval.measure
+    monkeypatch.setattr(inference.steering_eval, "measure", measure)
+    again = replace(config, out=tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        inference.steering_eval.run(again, alone())
+    inference.steering_eval.run(again, alone())
+    assert asked == [[0.5, 3.0], [3.0]]
+    one, other = open_artifact(config.out, "steering"), open_artifact(again.out, "steering")
+    assert one.names == other.names
+    assert all(one.file(name).read_bytes() == other.file(name).read_bytes() for name in one.names)
+    assert {path.name for path in again.out.iterdir()} == {path.name for path in config.out.iterdir()}
 
 
 def test_strengths_of_another_sae_are_refused(config: EvalConfig, paths: Features, tmp_path: Path) -> None:
