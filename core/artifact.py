@@ -63,7 +63,9 @@ class Manifest:
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder; expected the output of an earlier stage")
         if not path.is_file():
-            raise ValueError(f"{folder}: holds no {MANIFEST}, so it is not the output of a stage; check the path")
+            inside = [found.parent.name for found in sorted(folder.glob(f"*/{MANIFEST}"))]
+            hint = f"give one of the folders in it: {', '.join(inside)}" if inside else "check the path"
+            raise ValueError(f"{folder}: holds no {MANIFEST}, so it is not the output of a stage; {hint}")
         try:
             text = path.read_text(encoding="utf-8")
             data = dict(json.loads(text))

@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import re
+import select
 import sys
 import time
 import tomllib
@@ -23,6 +24,8 @@ T = TypeVar("T")
 ConfigT = TypeVar("ConfigT")
 
 log = logging.getLogger("core.cli")
+
+STDOUT = 1
 
 
 def machine(default: Any = MISSING) -> Any:
@@ -225,10 +228,15 @@ def set_up_logging(rank: int = 0) -> None:
 
 @contextlib.contextmanager
 def one_line_errors(rank: int = 0) -> Iterator[None]:
-    """Turn errors that the user can mend (ValueError, OSError) into one line on stderr and exit code 2; Ctrl-C into 130."""
+    """Turn errors that the user can mend (ValueError, OSError) into one line on stderr and exit code 2; Ctrl-C into 130.
+
+    Where whoever reads our output has seen enough, such as `head`, the block ends without a word.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _reader_left():
+            raise SystemExit(0) from None
         if os.environ.get("LOG_TRACEBACKS"):
             log.exception("the error in full")
         where = f" (rank {rank})" if rank else ""
@@ -238,6 +246,16 @@ def one_line_errors(rank: int = 0) -> Iterator[None]:
         if not rank:
             print("interrupted; the same command continues from here", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
+
+
+def _reader_left() -> bool:
+    """Whether it was standard output that broke. What Python still holds for it is dropped then, as it would fail at exit."""
+    poll = select.poll()
+    poll.register(STDOUT, select.POLLOUT)
+    left = any(event & select.POLLERR for _, event in poll.poll(0))
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
+    return left
 
 
 def _described(error: Exception) -> str:

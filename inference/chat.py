@@ -18,7 +18,7 @@ from core.runtime import Runtime
 from inference.dialogue import prepare, style_of
 from inference.session import Session, open_session
 from inference.steering import Recipe
-from inference.terminal import Output, SamplingConfig, reader_may_leave, watched_lines, watched_record
+from inference.terminal import Output, SamplingConfig, interruptible, watched_lines, watched_record
 from inference.workbench import new_row
 from llama3.chat_format import Message
 from llama3.generate import generate
@@ -49,7 +49,7 @@ def run(config: ChatConfig, runtime: Runtime) -> None:
     """Read messages until the end of input and answer each."""
     config.sampling()
     out = Output()
-    with reader_may_leave():
+    with interruptible():
         session = open_session(config, runtime.device)
         recipe = config.recipe(session)
         config.watcher(session)  # refuses a latent that does not exist before the first message

@@ -18,7 +18,7 @@ from core.cli import machine, run_stage
 from core.runtime import Runtime
 from inference.session import Session, open_session
 from inference.steering import Recipe
-from inference.terminal import Output, SamplingConfig, reader_may_leave, watched_lines, watched_record
+from inference.terminal import Output, SamplingConfig, interruptible, watched_lines, watched_record
 from inference.watch import Watch
 from inference.workbench import Row, new_row
 from llama3.generate import Sampling, generate
@@ -53,7 +53,7 @@ def run(config: CompleteConfig, runtime: Runtime) -> None:
     """Print a continuation for each prompt."""
     sampling = config.sampling()
     out = Output()
-    with reader_may_leave():
+    with interruptible():
         prompts = read_prompts(config)
         session = open_session(config, runtime.device)
         recipe = config.recipe(session)

@@ -160,7 +160,7 @@ class Recipe:
     def read(cls, path: Path) -> "Recipe":
         """Read a recipe from a file."""
         try:
-            return cls.from_json(path.read_text(encoding="utf-8"))
+            return cls.from_json(path.read_text(encoding="utf-8-sig"))  # some editors put a mark first
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 

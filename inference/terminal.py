@@ -2,7 +2,6 @@
 
 import io
 import logging
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -173,12 +172,10 @@ class Output:
 
 
 @contextmanager
-def reader_may_leave() -> Iterator[None]:
-    """End the block quietly where whoever reads our output has seen enough, such as `head`; at Ctrl-C with exit code 130."""
+def interruptible() -> Iterator[None]:
+    """At Ctrl-C end with exit code 130; nothing is there that the same command could continue."""
     try:
         yield
-    except BrokenPipeError:  # what Python still holds for it would fail again when the interpreter ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr, flush=True)
         raise SystemExit(130) from None

@@ -259,6 +259,12 @@ def test_missing_and_extra_things_are_named(tmp_path: Path, harm: Callable[[Path
         open_artifact(tmp_path / "out")
 
 
+def test_a_folder_above_the_one_that_was_meant_names_it(tmp_path: Path) -> None:
+    build(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"holds no manifest.json.*give one of the folders in it: out"):
+        open_artifact(tmp_path)
+
+
 def test_another_kind_and_an_unfinished_folder_are_refused(tmp_path: Path, fork_server: ForkServer) -> None:
     build(tmp_path / "a")
     with pytest.raises(ValueError, match="expected a folder of kind corpus or sae, found things"):

@@ -303,6 +303,22 @@ def test_errors_of_the_system_say_path_and_reason(capsys: pytest.CaptureFixture[
         assert capsys.readouterr().err == line + "\n"
 
 
+def test_a_reader_that_leaves_ends_the_stage_without_a_word_and_another_broken_pipe_does_not() -> None:
+    code = "from core.cli import one_line_errors\nwith one_line_errors():\n    "
+    for body, ending, said in (
+        ("while True: print('y' * 10_000)", 0, b""),
+        ("raise BrokenPipeError(32, 'Broken pipe', 'socket')", 2, b"error: socket: Broken pipe\n"),
+    ):
+        command = [sys.executable, "-c", code + body]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stderr is not None
+            process.stdout.read(1)
+            if not ending:
+                process.stdout.close()
+            assert process.stderr.read() == said
+        assert process.returncode == ending
+
+
 def test_the_full_traceback_is_there_for_those_who_ask(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

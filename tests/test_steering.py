@@ -279,7 +279,7 @@ def test_bfloat16_activations_keep_their_type(session: Session) -> None:
 # Recipes
 
 
-def test_recipe_survives_its_text() -> None:
+def test_recipe_survives_its_text(tmp_path: Path) -> None:
     original = Recipe(
         (
             Edit(latent=896, strength=6.5),
@@ -289,6 +289,8 @@ def test_recipe_survives_its_text() -> None:
         "abc",
     )
     assert Recipe.from_json(original.to_json()) == original
+    (tmp_path / "recipe.json").write_text(original.to_json(), encoding="utf-8-sig")  # as some editors save it
+    assert Recipe.read(tmp_path / "recipe.json") == original
     assert json.loads(original.to_json())["edits"][1]["positions"] == 12
 
 
