@@ -311,7 +311,8 @@ def test_a_reader_that_leaves_ends_the_stage_without_a_word_and_another_broken_p
     ):
         command = [sys.executable, "-c", code + body]
         with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-            assert process.stdout is not None and process.stderr is not None
+            assert process.stdout is not None
+            assert process.stderr is not None
             process.stdout.read(1)
             if not ending:
                 process.stdout.close()
