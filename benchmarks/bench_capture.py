@@ -24,7 +24,8 @@ import tyro
 import xxhash
 from torch import Tensor
 
-from benchmarks.bench_llama3 import SHAPES, args_of, make_pair
+from benchmarks.bench_llama3 import make_pair
+from benchmarks.shapes import SHAPES, random_model
 from benchmarks.table import Row, machine_name, publish, race, seconds
 from capture import activations, sentences, tensorfile
 from capture.activations import ActivationsConfig, default_site
@@ -282,12 +283,8 @@ def measure_utilisation(bench: Bench) -> Iterator[Row]:
         nothing = float("nan")
         yield Row("3B: forward to 5/6 depth on a GPU: not measured", nothing, nothing, nothing, ">= 0.45", None)
         return
-    args, length = args_of("3b"), 64
-    with torch.device("meta"):
-        model = Transformer(args)
-    model.to(torch.bfloat16).to_empty(device="cuda").requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.normal_(std=0.02)
+    model, length = random_model("3b", "cuda", torch.bfloat16), 64
+    args = model.params
     tokens = torch.randint(0, args.vocab_size, (65_536 // length, length), device="cuda")
     site = default_site(args.n_layers)
     layers = int(site.split(".")[1]) + 1

@@ -2,6 +2,7 @@
 
     python -m benchmarks.bench_inference --out inference.json                  # the embedded model and its SAE
     python -m benchmarks.bench_inference --model M --sae run/sae --top top/ --device cuda
+    python -m benchmarks.bench_inference --shape 1b --new-tokens 8 --batches 1 # random weights of a real size
 
 Each cost is the median over rounds of neighbouring timings, without and with the edit in changing order, and is printed with its
 quartiles. Decoding is greedy from the same prompts, and no end token ends a row, so that both sides generate as many tokens.
@@ -10,23 +11,28 @@ Prints a table and writes JSON.
 
 import copy
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 
+from benchmarks.shapes import SHAPES, random_model
 from benchmarks.table import in_turns, machine_name, publish, said
 from core.cli import machine, one_line_errors, parse
 from core.runtime import pick_device
 from inference.limits import Knobs
 from inference.session import InferenceConfig, Session, open_session
-from inference.steering import MODES, Edit, Recipe
+from inference.steering import MODES, Edit, Recipe, Steering
 from inference.watch import Watch
 from inference.workbench import checked_request, compare
+from llama3 import load_tokenizer
 from llama3.generate import HooksFor, Sampling, generate
+from llama3.model import Transformer
 from llama3.tokenizer import Tokenizer
+from sae.model import SAE, SAEConfig
 
 PROMPT = "The storm came over the harbour in the night, and in the morning nobody could find the old man who kept the light."
 FIRST_TOKEN_MS = 300.0
@@ -44,6 +50,9 @@ class BenchConfig(InferenceConfig):
     """Tokens that each timing generates per row."""
     rounds: int = 9
     """Pairs of timings."""
+    shape: str = ""
+    """Instead of --model: random weights of this size (smollm, 1b or 3b) and, at its middle layer, a random SAE with 32 latents a
+    dimension and k 64. Only decoding is measured then."""
     latent: int = -1
     """Latent that is steered; -1 takes the one that fires on most tokens of the prompt, the dearest for a clamp. Another row
     clamps one that is silent on the whole prompt, as most are."""
@@ -72,15 +81,14 @@ HEADER = f"{'measure':<62} {'plain':>9} {'changed':>9} {'cost':>8} {'25 %':>8} {
 class Decoding:
     """Greedy decoding of the same prompts, with whatever hooks."""
 
-    def __init__(self, session: Session, rows: int, n: int) -> None:
-        self._session, self._n = session, n
-        ids = session.tokenizer.encode(PROMPT, bos=True)
-        self.prompts = [ids] * rows
-        self._tokenizer: Tokenizer = copy.copy(session.tokenizer)
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, rows: int, n: int) -> None:
+        self._model, self._n = model, n
+        self.prompts = [tokenizer.encode(PROMPT, bos=True)] * rows
+        self._tokenizer = copy.copy(tokenizer)
         self._tokenizer.stop_ids = frozenset()
 
     def run(self, hooks: HooksFor | None) -> None:
-        for _ in generate(self._session.model, self._tokenizer, self.prompts, Sampling(self._n, temperature=0), hooks):
+        for _ in generate(self._model, self._tokenizer, self.prompts, Sampling(self._n, temperature=0), hooks):
             pass
 
 
@@ -97,20 +105,24 @@ def race(measure: str, decoding: Decoding, make: Callable[[], HooksFor | None], 
 def compare_steering(session: Session, config: BenchConfig, latent: int) -> Iterator[Row]:
     """Tokens per second of decoding, in every mode of an edit, and while a latent is watched."""
     features = session.needs_features()
-
-    def steered(recipe: Recipe, decoding: Decoding) -> Callable[[], HooksFor | None]:
-        lengths = [len(prompt) for prompt in decoding.prompts]
-        return lambda: features.steering.hooks_for([recipe] * len(lengths), lengths)
-
+    watch = lambda: Watch(features, (latent,)).hooks_for  # noqa: E731
+    silent = {"clamp, a latent silent on the prompt": Edit(latent=silent_latent(session), mode="clamp")}
     for rows in config.batches:
-        decoding = Decoding(session, rows, config.new_tokens)
-        edits = {mode: Edit(latent=latent, mode=mode) for mode in MODES}  # type: ignore[arg-type]
-        edits["clamp, a latent silent on the prompt"] = Edit(latent=silent_latent(session), mode="clamp")
-        recipes = {name: Recipe((edit,), features.sae.weights_hash) for name, edit in edits.items()}
-        for name, recipe in {"no edit": Recipe(), **recipes}.items():
-            yield race(f"decode tokens/s, batch {rows}: {name}", decoding, steered(recipe, decoding), config, 10)
-        watch = lambda: Watch(features, (latent,)).hooks_for  # noqa: E731
+        decoding = Decoding(session.model, session.tokenizer, rows, config.new_tokens)
+        yield from compare_modes(decoding, features.steering, config, latent, silent)
         yield race(f"decode tokens/s, batch {rows}: one latent watched", decoding, watch, config, 10)
+
+
+def compare_modes(
+    decoding: Decoding, steering: Steering, config: BenchConfig, latent: int, more: Mapping[str, Edit] = MappingProxyType({})
+) -> Iterator[Row]:
+    """Tokens per second of decoding without edits, with one of every mode, and with each of `more`."""
+    edits = {mode: Edit(latent=latent, mode=mode) for mode in MODES} | dict(more)  # type: ignore[arg-type]
+    recipes = {name: Recipe((edit,), steering.sae.weights_hash) for name, edit in edits.items()}
+    lengths = [len(prompt) for prompt in decoding.prompts]
+    for name, recipe in {"no edit": Recipe(), **recipes}.items():
+        measure = f"decode tokens/s, batch {len(lengths)}: {name}"
+        yield race(measure, decoding, lambda r=recipe: steering.hooks_for([r] * len(lengths), lengths), config, 10)  # type: ignore[misc]
 
 
 def first_token(session: Session, config: BenchConfig, latent: int) -> Iterator[Row]:
@@ -161,6 +173,19 @@ def silent_latent(session: Session) -> int:
     return int(silent.nonzero()[0])
 
 
+@torch.no_grad()
+def at_shape(config: BenchConfig, device: torch.device) -> tuple[SAE, Iterator[Row]]:
+    """A random SAE on random weights of `config.shape`, and the rows of steering by a latent that fires on the prompt."""
+    model, tokenizer = random_model(config.shape, device), load_tokenizer("demo")
+    d, site = model.params.dim, f"layers.{model.params.n_layers // 2}.resid_post"
+    sae = SAE(SAEConfig(d_model=d, n_latents=32 * d, k=64, norm="none")).to(device).requires_grad_(False)
+    decodings = [Decoding(model, tokenizer, rows, config.new_tokens) for rows in config.batches]
+    found = sae.encode(model.capture(torch.tensor(decodings[0].prompts[:1], device=device), [site])[site][0, 1:])
+    latent = int(found.indices[found.values > 0].bincount().argmax())
+    steering = Steering(sae, site, torch.full((32 * d,), float(found.values.max()), device=device))
+    return sae, (row for decoding in decodings for row in compare_modes(decoding, steering, config, latent))
+
+
 def measured(session: Session, config: BenchConfig) -> Iterator[Row]:
     latent = dearest_latent(session) if config.latent < 0 else config.latent
     yield zero_edits(session, latent)
@@ -171,13 +196,19 @@ def measured(session: Session, config: BenchConfig) -> Iterator[Row]:
 def main() -> None:
     with one_line_errors():
         config = parse(BenchConfig, __doc__ or "")
+        if config.shape and config.shape not in (known := [name for name in SHAPES if name != "tiny"]):  # of too few tokens
+            raise ValueError(f"--shape: expected one of {', '.join(known)}; found {config.shape!r}")
         if config.threads:
             torch.set_num_threads(config.threads)
-        session = open_session(config, pick_device(config.device, 0))
-        features = session.needs_features()
-    shape = f"d_model {features.sae.cfg.d_model}, {features.n_latents} latents, k {features.sae.cfg.k}"
-    device = machine_name(session.model.device.type == "cuda")
-    publish(measured(session, config), config.out, config, HEADER, device=device, model=session.name, SAE=shape)
+        device = pick_device(config.device, 0)
+        if config.shape:
+            sae, rows = at_shape(config, device)
+        else:
+            session = open_session(config, device)
+            sae, rows = session.needs_features().sae, measured(session, config)
+    name = f"random weights of {config.shape}" if config.shape else session.name
+    shape = f"d_model {sae.cfg.d_model}, {sae.cfg.n_latents} latents, k {sae.cfg.k}"
+    publish(rows, config.out, config, HEADER, device=machine_name(device.type == "cuda"), model=name, SAE=shape)
 
 
 if __name__ == "__main__":

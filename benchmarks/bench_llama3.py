@@ -24,20 +24,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.shapes import SHAPES, args_of, random_model
 from benchmarks.table import Row, machine_name, publish, race, seconds
 from core.cli import one_line_errors, parse
 from core.product import linear
 from core.runtime import pick_device
-from llama3 import ModelArgs, RopeScaling, Sampling, Tokenizer, Transformer, generate, load_model
+from llama3 import ModelArgs, Sampling, Tokenizer, Transformer, generate, load_model
 from llama3.tokenizer import special_tokens
-
-SHAPES: dict[str, dict[str, int]] = {
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 1024},
-    "embedded": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 8192},
-    "smollm": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152},
-    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
-    "3b": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24, "num_key_value_heads": 8, "vocab_size": 128256},
-}  # fmt: skip
 
 MEASURES = ("numbers", "prefill", "capture", "decode", "load", "mfu")
 SCALED = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
@@ -282,16 +275,6 @@ def measure_loading(shape: str) -> Iterator[Row]:
                 yield Row(measure, found["peak"] / 1e6, found["size"] / 1e6, ratio, "< 1.2", ratio < 1.2)
 
 
-def args_of(shape: str) -> ModelArgs:
-    """A shape in the terms of our model, with the scaled RoPE and the tied head of Llama 3.2."""
-    s = SHAPES[shape]
-    return ModelArgs(
-        dim=s["hidden_size"], hidden_dim=s["intermediate_size"], n_layers=s["num_hidden_layers"], vocab_size=s["vocab_size"],
-        n_heads=s["num_attention_heads"], n_kv_heads=s["num_key_value_heads"], rope_scaling=RopeScaling(factor=32.0),
-        tie_word_embeddings=True,
-    )  # fmt: skip
-
-
 def write_checkpoint(args: ModelArgs, folder: Path, kind: str) -> None:
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in Transformer(args).named_parameters()}
@@ -311,19 +294,15 @@ def measure_utilisation(shape: str, config: BenchConfig, device: str) -> Iterato
     Counted are two operations per weight and token, and 4 T/2 H K per token and layer for causal attention (the two products of
     T/2 keys on average); the embedding is a look-up and costs none.
     """
-    args, dtype = args_of(shape), getattr(torch, config.dtype)
-    with torch.device("meta"):
-        model = Transformer(args)
-    model.to(dtype).to_empty(device=device).requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.normal_(std=0.02)
+    model = random_model(shape, device, getattr(torch, config.dtype))
+    args = model.params
     length = min(2048, config.in_flight)
     tokens = torch.randint(0, args.vocab_size, (config.in_flight // length, length), device=device)
     weights = sum(p.numel() for name, p in model.named_parameters() if name.startswith("layers."))
     head = args.vocab_size * args.dim
     attention = args.n_layers * 4 * (length / 2) * args.n_heads * args.head_dim
     side = 8192 if device == "cuda" else 2048
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    a, b = (torch.randn(side, side, device=device, dtype=getattr(torch, config.dtype)) for _ in range(2))
     product = lambda: [linear(a, b) for _ in range(10)]  # noqa: E731
     compiled = torch.compile(model)
     final = [f"layers.{args.n_layers - 1}.resid_post"]

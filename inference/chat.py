@@ -3,9 +3,11 @@
     python -m inference.chat [--system "You are a gardener."] [--steer recipe.json] [--watch 896,1204 --alarm 0.5]
     printf 'Hello.\\nWhat grows in winter?\\n' | python -m inference.chat --json
 
-One message a line; /reset forgets the conversation, /quit or Ctrl-D ends it. Answers go to stdout, everything else to stderr.
+One message a line; /reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C ends an answer. Answers, and the table of
+what was watched in them, go to stdout, everything else to stderr.
 """
 
+import contextlib
 import json
 import logging
 import sys
@@ -13,13 +15,16 @@ from dataclasses import dataclass, replace
 
 from core.cli import machine, run_stage
 from core.runtime import Runtime
-from inference.complete import SamplingConfig, reader_may_leave, watched_lines, watched_record
 from inference.dialogue import prepare, style_of
 from inference.session import Session, open_session
 from inference.steering import Recipe
+from inference.terminal import Output, SamplingConfig, reader_may_leave, watched_lines, watched_record
 from inference.workbench import new_row
 from llama3.chat_format import Message
 from llama3.generate import generate
+
+with contextlib.suppress(ImportError):  # not on every system
+    import readline  # noqa: F401  input() then knows arrows and earlier lines
 
 log = logging.getLogger("inference.chat")
 
@@ -43,12 +48,15 @@ class ChatConfig(SamplingConfig):
 def run(config: ChatConfig, runtime: Runtime) -> None:
     """Read messages until the end of input and answer each."""
     config.sampling()
-    session = open_session(config, runtime.device)
-    recipe = config.recipe(session)
-    config.watcher(session)  # refuses a latent that does not exist before the first message
-    opening = [Message("system", config.system)] if config.system else []
-    messages = list(opening)
+    out = Output()
     with reader_may_leave():
+        session = open_session(config, runtime.device)
+        recipe = config.recipe(session)
+        config.watcher(session)  # refuses a latent that does not exist before the first message
+        opening = [Message("system", config.system)] if config.system else []
+        messages = list(opening)
+        if _at_keyboard():
+            log.info("one message a line; /reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C ends an answer")
         while (line := _ask(config)) not in (None, "/quit"):
             if line == "/reset":
                 messages = list(opening)
@@ -56,44 +64,65 @@ def run(config: ChatConfig, runtime: Runtime) -> None:
             elif line:
                 asked = [*messages, Message("user", line)]
                 try:
-                    messages = [*asked, Message("assistant", _answer(config, session, recipe, asked))]
+                    messages = [*asked, Message("assistant", _answer(config, session, recipe, asked, out))]
                 except ValueError as error:  # a message that is too long; who sits at the keyboard keeps the conversation
-                    if not sys.stdin.isatty():
+                    if not _at_keyboard():
                         raise
                     log.error("%s", error)
 
 
+def _at_keyboard() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
 def _ask(config: ChatConfig) -> str | None:
     """The next line of standard input, or None at its end."""
-    if sys.stdin.isatty():
+    if _at_keyboard() and sys.stdout.isatty():
+        try:
+            return input(config.prompt).strip()
+        except EOFError:
+            print(flush=True)
+            return None
+    if _at_keyboard():
         print(config.prompt, end="", file=sys.stderr, flush=True)
-    line = sys.stdin.readline()
+    try:
+        line = sys.stdin.buffer.readline().decode("utf-8") if sys.stdin is not None else ""
+    except UnicodeDecodeError:
+        raise ValueError("a message on standard input is not UTF-8 text; convert it first") from None
     return line.strip() if line else None
 
 
-def _answer(config: ChatConfig, session: Session, recipe: Recipe, messages: list[Message]) -> str:
+def _answer(config: ChatConfig, session: Session, recipe: Recipe, messages: list[Message], out: Output) -> str:
     """Stream the answer to the last message; returns its text."""
     turn = prepare(session, messages, style_of(config.style, config.model), config.max_new_tokens)
     if turn.dropped:
         log.info("the context is full: the oldest %d message(s) are left out", turn.dropped)
-    row = new_row(session, messages[-1].content, turn.ids)
-    sampling = replace(config.sampling(), stop=(*config.stop, *turn.stop))
-    watch = config.watcher(session)
-    hooks = config.hooks(session, recipe, [row], watch)
-    for piece in generate(session.model, session.tokenizer, [row.ids], sampling, hooks):
-        row = row.grown(piece)
-        if not config.json:
-            print(piece.text, end="", flush=True)
-    text = row.text.strip()
+    sampling = config.sampling()
+    sampling = replace(sampling, stop=(*sampling.stop, *turn.stop))
+    rows = [new_row(session, messages[-1].content, turn.ids)]
+    turns = sum(message.role == "user" for message in messages)
+    watch = config.watcher(session, rows, turns - 1, out.fresh_line)
+    hooks = config.hooks(session, recipe, rows, watch)
+    try:
+        for piece in generate(session.model, session.tokenizer, [rows[0].ids], sampling, hooks):
+            text = piece.text if rows[0].text else piece.text.lstrip()  # a plain transcript's answer begins with a space
+            rows[0] = rows[0].grown(piece._replace(text=text))
+            if not config.json:
+                out.say(text)
+    except KeyboardInterrupt:
+        if not _at_keyboard():
+            raise
+        rows[0] = replace(rows[0], finished="interrupted")  # what was said so far stays in the conversation
+    row = rows[0]
+    answer = row.text.strip()
     if config.json:
-        record = {"message": row.prompt, "answer": text, "finished": row.finished, "steered": bool(recipe.edits)}
+        record = {"message": row.prompt, "answer": answer, "finished": row.finished, "steered": bool(recipe.edits)}
         record |= watched_record(session, row, 0, watch, row.prompt_length) if watch else {}
-        print(json.dumps(record, ensure_ascii=False), flush=True)
-        return text
-    print(flush=True)
-    for line in watched_lines(session, row, 0, watch, row.prompt_length) if watch else ():
-        print(line, flush=True)
-    return text
+        out.say(json.dumps(record, ensure_ascii=False) + "\n")
+    else:
+        lines = watched_lines(session, row, 0, watch, row.prompt_length) if watch else ()
+        out.say("\n" + "".join(f"{line}\n" for line in lines))
+    return answer
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Shapes: M interventions, P prompts, F features looked at, B rows of a batch, T t
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -77,11 +77,26 @@ def first_tokens(wanted: Sequence[Wanted], tokenizer: Tokenizer) -> Tensor:
 
 def promoted_tokens(features: Features, chosen: Sequence[int], tokenizer: Tokenizer) -> Tensor:
     """[V, F] 1 where a token is among those whose logits the feature's direction raises most, as its top sentences say."""
-    pieces = [tokenizer.pieces([i])[0] for i in range(tokenizer.n_vocab)]
-    table = torch.zeros(tokenizer.n_vocab, len(chosen))
-    for column, latent in enumerate(chosen):
-        promoted = set(features.top.statistics(latent).promoted)
-        table[[i for i, piece in enumerate(pieces) if piece in promoted], column] = 1
+    return _marked([set(features.top.statistics(latent).promoted) for latent in chosen], tokenizer)
+
+
+def following_tokens(features: Features, chosen: Sequence[int], tokenizer: Tokenizer) -> Tensor:
+    """[V, F] 1 where a token stands right behind the one on which the feature is largest in any of its top sentences: what
+    comes next where it fires, whatever its direction does to the logits."""
+    followers: list[set[str]] = []
+    for latent in chosen:
+        peaks = [(s.tokens, s.activations.index(max(s.activations))) for s in features.top.sentences(latent)]
+        followers.append({tokens[peak + 1] for tokens, peak in peaks if peak + 1 < len(tokens)})
+    return _marked(followers, tokenizer)
+
+
+def _marked(wanted: Sequence[Collection[str]], tokenizer: Tokenizer) -> Tensor:
+    """[V, len(wanted)] 1 where the text of a token is wanted; what is no whole character names no token."""
+    table = torch.zeros(tokenizer.n_vocab, len(wanted))
+    for i in range(tokenizer.n_vocab):
+        piece = tokenizer.pieces([i])[0]
+        if "\ufffd" not in piece:
+            table[i] = torch.tensor([piece in texts for texts in wanted])
     return table
 
 

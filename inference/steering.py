@@ -183,22 +183,25 @@ class Reader:
         self._sae, self._latents = sae, latents
         self._rows = sae.W_enc[latents]  # (E, D)
         self._bias = sae.b_enc[latents] - self._rows @ sae.b_pre  # (E)
+        self._floor = None if sae.floor is None else sae.floor[latents]  # (E)
 
     @torch.no_grad()
     def values(self, flat: Tensor) -> Tensor:
         """Values (N, E) of the latents in the encoding of `flat` (N, D).
 
-        In every architecture a latent fires only where its own pre-activation is positive. That is looked at first, and all
-        latents are computed only if it is anywhere.
+        A latent fires only where its own pre-activation is positive. That is looked at first, and all latents are computed only
+        if it is anywhere, and only where which of them fire depends on all.
         """
         if len(flat) > ROWS:
             return torch.cat([self.values(block) for block in torch.split(flat, ROWS)])
         z = self._sae.normalised_rows(flat)
         own = linear(z, self._rows, self._bias)
+        if self._floor is not None:
+            return own.where(own > self._floor, 0)
         if not own.numel() or own.max().item() <= 0:
             return torch.zeros_like(own)
         values, indices = self._sae.select(self._sae.pre_activations(z))  # (N, K)
-        return (values[:, :, None] * (indices[:, :, None] == self._latents)).sum(1)
+        return values[:, :, None].where(indices[:, :, None] == self._latents, 0).sum(1)
 
 
 class Plan(NamedTuple):

@@ -4,10 +4,14 @@
     python -m inference.steering_eval --model M --sae run/sae --top top/ --explanations explanations/ --out steering/
 
 Each feature is added (`add`, all positions) at several lengths while the model continues neutral prompts. The text is then read
-on the **unsteered** model: on which share of the new tokens the feature fires, how often the words of its label come, and how
-surprised that model is (perplexity). The same is measured for random directions and for the other features' directions of the
-same length. Half of the prompts choose each feature's best strength; all that is reported comes from the other half. Writes a
-line a feature and length, a table, a plot, and the best strength of each feature, which `inference.app` takes as its default.
+on the unsteered model: on which share of the new tokens the feature fires, how often the words of its label come, and how
+surprised that model is (perplexity). Beside it stands how likely the steered model makes, as its next token, those that the
+feature promotes, those that follow where it fires in the corpus, and those that begin a word of its label. The same is measured
+for random directions and for the other features' directions of the same length.
+
+A feature's best strength is the largest whose texts stay within --max-perplexity-ratio. Half of the prompts choose it and the
+other half judge it, then the other way round. Writes a line a feature and length, a table, a plot, and the best strengths,
+which inference.app takes as its defaults.
 """
 
 import json
@@ -26,9 +30,18 @@ from core.artifact import building, open_artifact
 from core.cli import Progress, run_stage
 from core.runtime import Runtime
 from inference.session import BEST_STRENGTHS, Features, InferenceConfig, Session, folders_of, open_session
-from inference.steered_texts import Interventions, Panel, Written, continued, first_tokens, label_words, promoted_tokens
+from inference.steered_texts import (
+    Interventions,
+    Panel,
+    Written,
+    continued,
+    first_tokens,
+    following_tokens,
+    label_words,
+    promoted_tokens,
+)
 from inference.steering import Edit, Recipe
-from inference.steering_report import as_plot, as_table, best_strengths, summarise
+from inference.steering_report import as_plot, as_table, best_strengths, grouped, in_a_line, summarise
 from interpretability.search import trust
 from llama3.generate import Sampling
 
@@ -42,8 +55,10 @@ PROMPTS = (
     "The following", "When the method", "Each element of", "This class", "It may be", "An error", "The name of the",
     "One way to",
 )  # fmt: skip
-"""Beginnings in the two kinds of text of the embedded corpus, stories and documentation. Every second one chooses strengths,
-the others judge."""
+"""Beginnings in the two kinds of text of the embedded corpus, stories and documentation, as many of each at odd and at even
+places."""
+HALVES = {"odd": slice(0, None, 2), "even": slice(1, None, 2), "all": slice(None)}
+"""Prompts by their place, counted from 1: one half chooses strengths where the other judges."""
 TOP_K = 200
 """Texts are sampled at temperature 1 from so many tokens: sorting the whole vocabulary took half of the time."""
 
@@ -56,16 +71,16 @@ class EvalConfig(InferenceConfig):
     """Folder to write."""
     features: int = 100
     """How many features, the best explained ones first; of equals, those that fire most often. Each is the control of all."""
-    lengths: tuple[float, ...] = (0.3, 0.6, 0.9)
+    lengths: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
     """Lengths of the edit, as shares of a typical activation."""
     directions: int = 8
     """Random directions, each at every length and prompt."""
     prompts: Path | None = None
-    """File with a prompt a line, two at least: the odd ones choose strengths, the even ones judge. None: 32 built-in ones."""
+    """File with a prompt a line, two at least. None: 32 built-in ones."""
     max_new_tokens: int = 32
     """New tokens per prompt."""
     max_perplexity_ratio: float = 3.0
-    """A feature's best strength has the largest effect among those with a perplexity up to this multiple of the baseline's."""
+    """A feature's best strength is the largest with a perplexity up to this multiple of the unsteered texts'."""
     resamples: int = 2000
     """Bootstrap resamples over features behind each 95 % interval."""
 
@@ -89,6 +104,8 @@ class Measured(NamedTuple):
     """Probability that the next token begins a word of the label, meaned over the baseline's text; no sampling, so no noise."""
     promoted: float
     """The same for the tokens that the feature's direction promotes."""
+    follows: float
+    """The same for the tokens that follow where it fires most in its top sentences."""
     perplexity: float
 
 
@@ -109,27 +126,21 @@ def run(config: EvalConfig, runtime: Runtime) -> None:
         if runtime.is_main:
             rows = list(measure(session, config, chosen, prompts))
             best = best_strengths(rows, config.max_perplexity_ratio)
-            summary = summarise(rows, best, config.resamples, config.seed)
+            groups = grouped(rows, config.max_perplexity_ratio)
+            summary = summarise(groups, config.resamples, config.seed)
             lines = "".join(json.dumps(row) + "\n" for row in rows)
-            contents = [lines, as_json(best), as_json(summary), as_table(summary)]
+            table = as_table(summary, rows, best, config.max_perplexity_ratio)
+            contents = [lines, as_json(best), as_json(summary), table]
             for name, content in zip(names, contents, strict=False):
                 builder.publish(name, content.encode())
-            builder.publish("steering.png", as_plot(summary))
-            log.info("%s: %s", config.out, in_a_line(summary[-1], len(chosen)))
+            builder.publish("steering.png", as_plot(summary, groups))
+            log.info("%s: %s", config.out, in_a_line(summary[-1]))
+            log.info("%s: the table, %s: the picture", config.out / "steering.md", config.out / "steering.png")
         builder.finish(names if runtime.is_main else [], {"features": len(chosen)})
 
 
 def as_json(value: Any) -> str:
     return json.dumps(value, indent=1) + "\n"
-
-
-def in_a_line(best: dict[str, Any], n: int) -> str:
-    """What the summary at the best strengths says."""
-    middle, low, high = (100 * value for value in best["firing_over_random"])
-    return (
-        f"{n} features; at the strengths chosen on the other prompts the median feature fires on {middle:+.2f} points more of "
-        f"the new tokens than under random directions (95 % interval {low:+.2f} to {high:+.2f})"
-    )
 
 
 def read_prompts(path: Path | None) -> list[str]:
@@ -151,7 +162,8 @@ def best_explained(features: Features, n: int) -> list[int]:
 
 
 def measure(session: Session, config: EvalConfig, chosen: Sequence[int], prompts: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """A record for each feature, length and half of the prompts: baseline, random, other features, steered, as `Measured`."""
+    """A record for each feature, length and set of prompts (HALVES): baseline, random, other features, steered, as
+    `Measured`."""
     features = session.needs_features()
     sampling = Sampling(max_new_tokens=config.max_new_tokens, temperature=1.0, top_k=TOP_K, top_p=1.0, seed=config.seed)
     wanted = tuple(label_words(features.label(latent)) for latent in chosen)
@@ -162,10 +174,14 @@ def measure(session: Session, config: EvalConfig, chosen: Sequence[int], prompts
     size = typical_length(session, texts)
     generator = torch.Generator().manual_seed(config.seed)
     random = torch.nn.functional.normalize(torch.randn(config.directions, features.sae.cfg.d_model, generator=generator), dim=1)
-    tables = [first_tokens(wanted, session.tokenizer), promoted_tokens(features, chosen, session.tokenizer)]
+    tables = [
+        first_tokens(wanted, session.tokenizer),
+        promoted_tokens(features, chosen, session.tokenizer),
+        following_tokens(features, chosen, session.tokenizer),
+    ]
 
     def chances(interventions: Interventions) -> list[Tensor]:
-        """[M, F] each: that the next token begins a word of the label, and that the feature promotes it."""
+        """[M, F] each: that the next token is one of `tables`."""
         found = panel.next_tokens(interventions, texts[1::2], starts[1::2])
         return [found @ table for table in tables]
 
@@ -184,29 +200,34 @@ def measure(session: Session, config: EvalConfig, chosen: Sequence[int], prompts
             control = panel.write(pushes, bar.update), chances(pushes)
             for f, latent in enumerate(chosen):
                 own, others = [f], [other for other in range(len(chosen)) if other != f]
-                for half, which in (("choosing", slice(0, None, 2)), ("judging", slice(1, None, 2))):
+                for half, which in HALVES.items():
                     judge = partial(judged, f=f, prompts=which)
                     yield {
                         "latent": latent, "label": features.label(latent), "length": length, "strength": strengths[f],
                         "prompts": half,
-                        "baseline": judge(*baseline)._asdict(),
-                        "random": judge(*control)._asdict(),
-                        "others": judge(*steered, which=others)._asdict(),
-                        "steered": judge(*steered, which=own)._asdict(),
+                        "baseline": judge(*baseline),
+                        "random": judge(*control),
+                        "others": judge(*steered, which=others),
+                        "steered": judge(*steered, which=own),
                     }  # fmt: skip
 
 
-def judged(written: Written, chances: Sequence[Tensor], f: int, prompts: slice, which: Sequence[int] | None = None) -> Measured:
-    """Feature `f`'s view of the texts of the interventions `which` (None: all), pooled over them."""
+def judged(
+    written: Written, chances: Sequence[Tensor], f: int, prompts: slice, which: Sequence[int] | None = None
+) -> dict[str, float]:
+    """Feature `f`'s view of the texts of the interventions `which` (None: all), pooled over them: a `Measured` with six digits
+    of each figure."""
     rows = list(range(len(written.tokens))) if which is None else list(which)
     tokens = float(written.tokens[rows, prompts].sum())
-    return Measured(
+    found = Measured(
         firing=float(written.fired[rows, prompts, f].sum()) / max(1.0, tokens),
         words=float(written.words[rows, prompts, f].sum()) / max(1.0, float(written.n_words[rows, prompts].sum())),
         next_token=float(chances[0][rows, f].mean()),
         promoted=float(chances[1][rows, f].mean()),
+        follows=float(chances[2][rows, f].mean()),
         perplexity=math.exp(min(50.0, float(written.loss[rows, prompts].sum()) / max(1.0, tokens))),
     )
+    return {name: float(f"{value:.6g}") for name, value in found._asdict().items()}
 
 
 @torch.no_grad()

@@ -184,6 +184,13 @@ class SAE(nn.Module):
         """`h` [N, n_latents] of normalised rows `z` [N, d]: dense, for those who need all of it."""
         return linear(z - self.b_pre, self.W_enc, self.b_enc)
 
+    @property
+    def floor(self) -> Tensor | None:
+        """[n_latents] what a pre-activation must exceed for its latent to be active; None where that depends on the others'."""
+        if self.cfg.architecture in ("topk", "matryoshka"):
+            return None
+        return torch.zeros_like(self.b_enc) if self.threshold is None else self.threshold.clamp_min(0)
+
     def select(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """The active latents of pre-activations `h` [N, n_latents]: values [N, K] >= 0 in falling order, and indices [N, K].
 
@@ -191,8 +198,8 @@ class SAE(nn.Module):
         for the latter stands for the budget of the batches that it was trained on, so that no row depends on its neighbours.
         """
         k = self.cfg.k
-        if self.cfg.architecture not in ("topk", "matryoshka"):
-            floor = h.new_zeros(()) if self.threshold is None else self.threshold.clamp_min(0)
+        floor = self.floor
+        if floor is not None:
             h = h.where(h > floor, 0)
             k = max(1, int((h > 0).sum(1).max())) if len(h) else 1
         values, indices = top_k(h, k)

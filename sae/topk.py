@@ -10,7 +10,7 @@ from torch import Tensor
 from sae import fast
 
 GROUPS = (64, 32, 16, 8)  # sizes tried, the largest first
-SMALL = 2**12  # numbers in all; for fewer, as for one token while a text is generated, the calls cost more than the looking
+SMALL = 2**17  # numbers in all; for fewer, as for a few tokens while a text is generated, the calls cost more than the looking
 SPARE = 6  # groups per element kept: with fewer, the next level has too many candidates (measured, docs/performance.md)
 
 

@@ -110,10 +110,12 @@ def test_complete_watches(paths: Features, capsys: pytest.CaptureFixture[str], c
         record = json.loads(complete([*flags, "--alarm", "0.1", "--json"], capsys))
     assert len(record["tokens"]) == len(record["watch"]["3"]) == len(record["watch"]["5"])
     assert record["watch"]["3"][0] is None
-    loud = sum(bool(value) for values in record["watch"].values() for value in values)
-    assert 0 < len(caplog.records) <= loud
-    assert "ALARM prompt 0" in caplog.records[0].getMessage()
-    assert len(record["alarms"]) == len(caplog.records)
+    above = {(alarm["latent"], alarm["token"]) for alarm in record["alarms"]}
+    rises = [(latent, token) for latent, token in above if (latent, token - 1) not in above]
+    said = {warning.getMessage().partition(" (")[0] for warning in caplog.records}
+    assert said == {f"ALARM text 1, token {token} {record['tokens'][token]!r}: latent {latent}" for latent, token in rises}
+    assert len(caplog.records) == len(rises)
+    assert record["maxima"].keys() == {"3", "5"}
     for alarm in record["alarms"]:
         assert record["watch"][str(alarm["latent"])][alarm["token"]] == alarm["value"]
         assert alarm["share_of_maximum"] > 0.1

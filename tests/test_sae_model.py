@@ -41,7 +41,8 @@ def dense_latents(h: Tensor, indices: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("n", "k"), [(4096, 32), (4096, 1), (1000, 4), (1023, 3), (64, 64), (100, 60), (5, 2), (65_536, 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_top_k_equals_torch(n: int, k: int, dtype: torch.dtype) -> None:
+def test_top_k_equals_torch(n: int, k: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sae.topk.SMALL", 0)  # else torch.topk would be tested against itself
     h = rows(7, n, seed=n + k, dtype=torch.float32).to(dtype)
     values, indices = top_k(h, k)
     expected = h.topk(k)
@@ -53,8 +54,9 @@ def test_top_k_equals_torch(n: int, k: int, dtype: torch.dtype) -> None:
     assert torch.equal(indices[untied], expected.indices[untied])
 
 
-def test_top_k_takes_both_levels_and_repeats_itself_on_ties() -> None:
-    assert 4096 // group_size(4096, 32) >= 64  # else the case above would have tested torch.topk against itself
+def test_top_k_takes_both_levels_and_repeats_itself_on_ties(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sae.topk.SMALL", 0)
+    assert 4096 // group_size(4096, 32) >= 64  # so that there are groups of groups
     tied = torch.randint(0, 3, (9, 4096), generator=torch.Generator().manual_seed(0)).bfloat16()
     values, indices = top_k(tied, 32)
     assert torch.equal(values, tied.topk(32).values)

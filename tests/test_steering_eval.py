@@ -15,10 +15,19 @@ import inference.steering_eval
 from core.artifact import open_artifact
 from core.cli import parse
 from inference.session import Session, open_session
-from inference.steered_texts import Panel, continued, first_tokens, hooks_for, label_words, promoted_tokens, pushed
+from inference.steered_texts import (
+    Panel,
+    continued,
+    first_tokens,
+    following_tokens,
+    hooks_for,
+    label_words,
+    promoted_tokens,
+    pushed,
+)
 from inference.steering import Edit, Recipe
 from inference.steering_eval import TOP_K, EvalConfig, best_explained, read_prompts, typical_length
-from inference.steering_report import as_table, best_strengths, interval, summarise
+from inference.steering_report import as_table, best_strengths, grouped, interval, summarise
 from llama3.generate import Sampling
 from tests.tiny import tiny_llama
 from tests.tiny_features import Features, alone, tiny_sae, write_features
@@ -144,44 +153,75 @@ def test_first_tokens_begin_the_words(session: Session) -> None:
     assert {tokenizer.pieces([i])[0] for i in promoted[:, 1].nonzero()[:, 0].tolist()} <= {" rain", " storm"}
 
 
+def test_following_tokens_stand_behind_the_peaks(session: Session) -> None:
+    tokenizer, features = session.tokenizer, session.needs_features()
+    table = following_tokens(features, (2, 5), tokenizer)
+    for column, latent in enumerate((2, 5)):
+        behind = set()
+        for sentence in features.top.sentences(latent):
+            peak = max(range(len(sentence.tokens)), key=lambda t: sentence.activations[t])
+            behind |= set(sentence.tokens[peak + 1 : peak + 2])
+        marked = {tokenizer.pieces([i])[0] for i in table[:, column].nonzero()[:, 0].tolist()}
+        assert marked == behind
+    assert 0 < int(table.sum()) < table.numel()
+
+
 # Choosing and summing up
 
 
-def row(latent: int, length: float, half: str, steered: float, random: float, perplexity: float = 10.0) -> dict[str, Any]:
+def row(latent: int, length: float, prompts: str, steered: float, random: float, perplexity: float = 10.0) -> dict[str, Any]:
     def measured(firing: float, surprise: float = 10.0) -> dict[str, float]:
-        return {"firing": firing, "words": firing, "next_token": firing, "promoted": firing, "perplexity": surprise}
+        names = ("firing", "words", "next_token", "promoted", "follows")
+        return dict.fromkeys(names, firing) | {"perplexity": surprise}
 
     kinds = {"baseline": measured(0.01), "random": measured(random), "others": measured(random)}
-    base = {"latent": latent, "label": "x", "length": length, "strength": length * 3, "prompts": half}
+    base = {"latent": latent, "label": "x|y", "length": length, "strength": length * 3, "prompts": prompts}
     return base | kinds | {"steered": measured(steered, perplexity)}
 
 
 ROWS = [
-    row(0, 0.5, "choosing", 0.10, 0.02), row(0, 1.0, "choosing", 0.20, 0.02), row(0, 2.0, "choosing", 0.90, 0.02, 99.0),
-    row(0, 0.5, "judging", 0.50, 0.02), row(0, 1.0, "judging", 0.30, 0.02), row(0, 2.0, "judging", 0.90, 0.02, 99.0),
-    row(1, 0.5, "choosing", 0.01, 0.02), row(1, 1.0, "choosing", 0.00, 0.02), row(1, 2.0, "choosing", 0.00, 0.02),
-    row(1, 0.5, "judging", 0.40, 0.02), row(1, 1.0, "judging", 0.40, 0.02), row(1, 2.0, "judging", 0.40, 0.02),
+    row(0, 0.5, "odd", 0.10, 0.02), row(0, 1.0, "odd", 0.20, 0.02), row(0, 2.0, "odd", 0.90, 0.02, 99.0),
+    row(0, 0.5, "even", 0.50, 0.02), row(0, 1.0, "even", 0.30, 0.02, 21.0), row(0, 2.0, "even", 0.80, 0.02, 99.0),
+    row(0, 0.5, "all", 0.30, 0.02), row(0, 1.0, "all", 0.25, 0.02, 15.0), row(0, 2.0, "all", 0.85, 0.02, 99.0),
+    row(1, 0.5, "odd", 0.40, 0.02, 99.0), row(1, 1.0, "odd", 0.40, 0.02, 99.0), row(1, 2.0, "odd", 0.40, 0.02, 99.0),
+    row(1, 0.5, "even", 0.40, 0.02, 99.0), row(1, 1.0, "even", 0.40, 0.02, 99.0), row(1, 2.0, "even", 0.40, 0.02, 99.0),
+    row(1, 0.5, "all", 0.40, 0.02, 99.0), row(1, 1.0, "all", 0.40, 0.02, 99.0), row(1, 2.0, "all", 0.40, 0.02, 99.0),
 ]  # fmt: skip
 
 
-def test_strengths_are_chosen_on_their_own_prompts() -> None:
-    """The judging prompts would choose otherwise: they like 0.5 best for feature 0, and any strength for feature 1."""
-    assert best_strengths(ROWS, 2.0) == {"0": 3.0}
-    assert best_strengths(ROWS, 20.0) == {"0": 6.0}
-    weak = [row(5, 0.5, "choosing", 0.03, 0.02)]
-    assert list(best_strengths([*weak, *ROWS], 2.0)) == ["0", "5"], "the strongest effect first"
+def test_the_best_strength_is_the_largest_within_the_limit() -> None:
+    assert best_strengths(ROWS, 2.0) == {"0": 3.0}, "a feature that is too dear at every length has none"
+    assert best_strengths(ROWS, 1.4) == {"0": 1.5}
+    assert best_strengths(ROWS, 20.0) == {"0": 6.0, "1": 6.0}
+    stronger = [row(5, 0.5, "all", 0.93, 0.02)]
+    assert list(best_strengths([*ROWS, *stronger], 2.0)) == ["5", "0"], "the strongest effect first"
 
 
-def test_summary_is_of_the_judging_prompts() -> None:
-    summary = summarise(ROWS, {"0": 3.0}, 200, 0)
+def test_strengths_are_judged_by_the_prompts_that_did_not_choose_them() -> None:
+    """At most 2 times the perplexity: the odd prompts choose 1.0, which the even ones judge 0.30; the even ones choose 0.5,
+    which the odd ones judge 0.10."""
+    *lengths, (name, best) = grouped(ROWS, 2.0)
+    assert [length for length, _ in lengths] == [0.5, 1.0, 2.0]
+    assert all(found["prompts"] == "all" for _, rows in lengths for found in rows)
+    assert name == "best"
+    assert best[0]["steered"]["firing"] == pytest.approx((0.30 + 0.10) / 2)
+    assert best[0]["steered"]["perplexity"] == pytest.approx((21.0 + 10.0) / 2)
+    assert best[1]["steered"] == best[1]["random"] == best[1]["baseline"], "a feature without a strength is not steered"
+
+
+def test_summary_is_of_all_prompts() -> None:
+    groups = grouped(ROWS, 2.0)
+    summary = summarise(groups, 200, 0)
     assert [one["length"] for one in summary] == [0.5, 1.0, 2.0, "best"]
-    assert summary[0]["steered_firing_mean"] == pytest.approx(0.45)
+    assert summary[0]["steered_firing_mean"] == pytest.approx(0.35)
     best = summary[-1]
     assert best["features"] == 2
-    assert best["steered_firing_mean"] == pytest.approx((0.30 + 0.01) / 2), "a feature that nothing raises stays as it is"
-    assert best["firing_over_random"][0] == best["firing_over_random_mean"][0] == pytest.approx(0.14)
-    assert as_table(summary).count("\n| best |") == 5
-    assert "nan" not in as_table(summary)
+    assert best["steered_firing_mean"] == pytest.approx((0.20 + 0.01) / 2)
+    assert best["firing_over_random"][0] == best["firing_over_random_mean"][0] == pytest.approx(0.09)
+    table = as_table(summary, ROWS, best_strengths(ROWS, 2.0), 2.0)
+    assert table.count("\n| best |") == 6
+    assert "\n| 0 | x\\|y | 3 | 2.00 -> 25.00 |" in table
+    assert "nan" not in table
 
 
 def test_intervals_cover_the_median() -> None:
@@ -200,23 +240,26 @@ def test_the_folder_agrees_with_itself(config: EvalConfig, session: Session, pan
     artifact = open_artifact(config.out, "steering")
     rows = [json.loads(line) for line in artifact.file("steering.jsonl").read_text().splitlines()]
     assert [(r["latent"], r["length"], r["prompts"]) for r in rows] == [
-        (latent, length, half) for length in (0.5, 3.0) for latent in panel.chosen for half in ("choosing", "judging")
+        (latent, length, half) for length in (0.5, 3.0) for latent in panel.chosen for half in ("odd", "even", "all")
     ]
     texts = continued(session, [list(prompt) for prompt in panel.prompts], SAMPLING, None)
     size, features = typical_length(session, texts), session.needs_features()
     assert rows[-1]["strength"] == pytest.approx(3 * size / float(features.max_values[panel.chosen[2]]))
-    written = panel.write(
-        [Recipe((Edit(latent=r["latent"], strength=r["strength"]),), features.sae.weights_hash) for r in rows[7::2]]
-    )
-    for f, record in enumerate(rows[7::2]):  # at length 3, judging: the prompts at odd places
-        share = float(written.fired[f, 1::2, f].sum() / written.tokens[f, 1::2].sum())
-        assert record["steered"]["firing"] == pytest.approx(share)
-        others = [g for g in range(3) if g != f]
-        share = float(written.fired[others, 1::2, f].sum() / written.tokens[others, 1::2].sum())
-        assert record["others"]["firing"] == pytest.approx(share)
+    for place, prompts in ((9, slice(0, None, 2)), (10, slice(1, None, 2)), (11, slice(None))):  # at length 3
+        records = rows[place::3]
+        written = panel.write(
+            [Recipe((Edit(latent=r["latent"], strength=r["strength"]),), features.sae.weights_hash) for r in records]
+        )
+        for f, record in enumerate(records):
+            share = float(written.fired[f, prompts, f].sum() / written.tokens[f, prompts].sum())
+            assert record["steered"]["firing"] == pytest.approx(share, rel=1e-5)
+            others = [g for g in range(3) if g != f]
+            share = float(written.fired[others, prompts, f].sum() / written.tokens[others, prompts].sum())
+            assert record["others"]["firing"] == pytest.approx(share, rel=1e-5)
     summary = json.loads(artifact.file("steering.json").read_text())
     best = json.loads(artifact.file("best_strengths.json").read_text())
-    assert summary == json.loads(json.dumps(summarise(rows, best, config.resamples, config.seed)))
+    groups = grouped(rows, config.max_perplexity_ratio)
+    assert summary == json.loads(json.dumps(summarise(groups, config.resamples, config.seed)))
     assert best == best_strengths(rows, config.max_perplexity_ratio)
     assert artifact.file("steering.png").read_bytes().startswith(b"\x89PNG")
     inference.steering_eval.run(config, alone())  # finished: nothing to do
