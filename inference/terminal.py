@@ -73,21 +73,23 @@ class SamplingConfig(InferenceConfig):
         """The recipe of --steer, checked against the SAEs, and logged; an empty one without the flag."""
         if self.steer is None:
             return Recipe()
-        features = session.needs_features()
+        first = session.needs_features()
         if SHORT_RECIPE.match(self.steer.strip()):
-            recipe = Recipe(parse_edits(self.steer), features.sae.weights_hash)
+            recipe = Recipe(parse_edits(self.steer), first.sae.weights_hash)
         else:
             recipe = Recipe.read(Path(self.steer))
         try:
             check_all(session.steerings(), recipe)
         except ValueError as error:
             raise ValueError(f"--steer {self.steer}: {error}") from None
-        known = {one.sae.weights_hash: one for one in (features, *session.others)}
+        known = {features.sae.weights_hash: features for features in session.features}
         for edit in recipe.edits:
-            label = known[recipe.sae_of(edit)].label(edit.latent) or "no label"
+            features = known[recipe.sae_of(edit)]
+            label = features.label(edit.latent) or "no label"
             how = edit.mode if edit.mode == "ablate" else f"{edit.mode} {edit.strength:+g} times its maximum"
             where = f"from position {edit.positions}" if isinstance(edit.positions, int) else f"positions: {edit.positions}"
-            log.info("steering latent %d (%s): %s, %s", edit.latent, label, how, where)
+            site = f" of {features.site}" if len(known) > 1 else ""
+            log.info("steering latent %d%s (%s): %s, %s", edit.latent, site, label, how, where)
         return recipe
 
     def watcher(
@@ -152,7 +154,10 @@ class Output:
         self._terminal = sys.stdout.isatty()
         self._open_line = False
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(**({"errors": "replace"} if self._terminal else {"encoding": "utf-8"}))
+            if self._terminal:
+                sys.stdout.reconfigure(errors="replace")
+            else:
+                sys.stdout.reconfigure(encoding="utf-8")
 
     def say(self, text: str) -> None:
         """Print `text` at once."""
