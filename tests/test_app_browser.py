@@ -177,7 +177,13 @@ def _bad_input(page: Page) -> None:
         expect(page.locator("#status .error")).to_contain_text(said)
         expect(page.locator("#generate")).to_be_enabled()
     page.locator("#query textarea").fill("4800")
-    expect(page.locator("#results")).to_contain_text("latent 4800 is out of range; the SAE at layers.1.resid_post has latents 0 to 47")
+    expect(page.locator("#results")).to_contain_text(
+        "latent 4800 is out of range; the SAE at layers.1.resid_post has latents 0 to 47"
+    )
+    for query in ("zebra", "zebras"):  # the same answer twice: the list must not go on looking as if it were being replaced
+        page.locator("#query textarea").fill(query)
+        expect(page.locator("#results")).to_contain_text("Nothing found")
+        expect(page.locator("#results")).not_to_have_class(re.compile("loading"))
 
 
 def test_two_sites_in_a_browser(browser: Browser, paths: Features, earlier: Features) -> None:
@@ -197,8 +203,9 @@ def test_two_sites_in_a_browser(browser: Browser, paths: Features, earlier: Feat
             assert f"latent={latent}&site=layers.0.resid_post" in link
             page.locator("#card .steer").click()
             expect(page.locator("#edit-0 .where")).to_have_text("layers.0.resid_post")
-            page.locator("#site input").click()
-            page.get_by_role("option", name="layers.1.resid_post").click()
+            page.locator("#site input").focus()
+            for key in ("ArrowUp", "Enter"):
+                page.keyboard.press(key)
             expect(page.locator("#results .hit[data-site]")).to_have_count(0)
             page.locator("#results .plus").first.click()
             expect(page.locator("#edit-1 .where")).to_have_text("layers.1.resid_post")
