@@ -194,7 +194,7 @@ def _one_line(boxed: str, class_name: str) -> str:
     else:
         text = " ".join(map(str.strip, lines)).removeprefix(f"Error parsing {class_name}: ").rstrip(".")
     hints = [section for section in others if section and ("similar" in section[0] or "meant" in section[0])]
-    nearest = [line.split()[0] for section in hints for line in section if line.lstrip().startswith("--")]
+    nearest = [line.split()[0].rstrip(",") for section in hints for line in section if line.lstrip().startswith("--")]
     meant = f"; did you mean {' or '.join(dict.fromkeys(nearest))}?" if nearest else ";"
     return f"{text}{meant} see --help"
 

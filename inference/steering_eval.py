@@ -11,7 +11,7 @@ for random directions and for the other features' directions of the same length.
 
 A feature's best strength is the largest whose texts stay within --max-perplexity-ratio. Half of the prompts choose it and the
 other half judge it, then the other way round. Writes a line a feature and length, a table, a plot, and the best strengths,
-which inference.app takes as its defaults.
+which inference.app takes as its defaults. A run that was interrupted goes on with the first length that is missing.
 """
 
 import json
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from core.artifact import building, open_artifact
+from core.artifact import Builder, building, open_artifact
 from core.cli import Progress, run_stage
 from core.runtime import Runtime
 from inference.session import BEST_STRENGTHS, Features, InferenceConfig, Session, folders_of, open_session
@@ -43,7 +43,7 @@ from inference.steered_texts import (
 from inference.steering import Edit, Recipe
 from inference.steering_report import as_plot, as_table, best_strengths, grouped, in_a_line, summarise
 from interpretability.search import trust
-from llama3.generate import Sampling
+from llama3.generate import Sampling, check_prompts
 
 log = logging.getLogger("inference.steering_eval")
 
@@ -59,6 +59,7 @@ PROMPTS = (
 places."""
 HALVES = {"odd": slice(0, None, 2), "even": slice(1, None, 2), "all": slice(None)}
 """Prompts by their place, counted from 1: one half chooses strengths where the other judges."""
+ROWS_FILE = "steering.jsonl"
 TOP_K = 200
 """Texts are sampled at temperature 1 from so many tokens: sorting the whole vocabulary took half of the time."""
 
@@ -91,6 +92,10 @@ class EvalConfig(InferenceConfig):
                 raise ValueError(f"--{name.replace('_', '-')}: expected at least {least}; found {getattr(self, name)}")
         if not self.lengths or not all(0 < length <= 100 for length in self.lengths):
             raise ValueError(f"--lengths: expected numbers above 0, at most 100; found {self.lengths}")
+        if len(set(self.lengths)) < len(self.lengths):
+            raise ValueError(f"--lengths: expected each once; found {self.lengths}")
+        if not self.max_perplexity_ratio >= 1:  # NaN compares False, so it ends here too
+            raise ValueError(f"--max-perplexity-ratio: expected 1 or more; found {self.max_perplexity_ratio}")
 
 
 class Measured(NamedTuple):
@@ -117,26 +122,43 @@ def run(config: EvalConfig, runtime: Runtime) -> None:
     chosen = best_explained(features, config.features)
     if len(chosen) < 2:
         raise ValueError(f"{len(chosen)} features with a label were found, expected at least 2 to compare; give --explanations")
+    check_prompts(session.model, session.tokenizer, as_ids(session, prompts))  # before the folder is begun
     inputs = [open_artifact(path) for path in folders_of(config)[0][:3] if path is not None]
     with building(config.out, "steering", config, runtime, inputs, {"sae_hash": features.sae.weights_hash}) as builder:
         if builder.complete:
             log.info("%s: already complete", config.out)
             return
-        names = ["steering.jsonl", BEST_STRENGTHS, "steering.json", "steering.md", "steering.png"]
+        names = [ROWS_FILE, BEST_STRENGTHS, "steering.json", "steering.md", "steering.png"]
         if runtime.is_main:
-            rows = list(measure(session, config, chosen, prompts))
+            rows = measured_rows(builder, session, config, chosen, prompts)
             best = best_strengths(rows, config.max_perplexity_ratio)
             groups = grouped(rows, config.max_perplexity_ratio)
             summary = summarise(groups, config.resamples, config.seed)
-            lines = "".join(json.dumps(row) + "\n" for row in rows)
             table = as_table(summary, rows, best, config.max_perplexity_ratio)
-            contents = [lines, as_json(best), as_json(summary), table]
-            for name, content in zip(names, contents, strict=False):
-                builder.publish(name, content.encode())
-            builder.publish("steering.png", as_plot(summary, groups))
+            contents = [as_json(best).encode(), as_json(summary).encode(), table.encode(), as_plot(summary, groups)]
+            for name, content in zip(names[1:], contents, strict=True):
+                builder.publish(name, content)
             log.info("%s: %s", config.out, in_a_line(summary[-1]))
             log.info("%s: the table, %s: the picture", config.out / "steering.md", config.out / "steering.png")
         builder.finish(names if runtime.is_main else [], {"features": len(chosen)})
+
+
+def measured_rows(
+    builder: Builder, session: Session, config: EvalConfig, chosen: Sequence[int], prompts: Sequence[str]
+) -> list[dict[str, Any]]:
+    """What `measure` says of all lengths, written to ROWS_FILE; a length that an interrupted run had finished is not measured
+    again."""
+    parts = {length: f"length-{length}.jsonl" for length in config.lengths}
+    if not builder.has(ROWS_FILE):
+        left = [length for length in config.lengths if not builder.has(parts[length])]
+        if len(left) < len(parts):
+            log.info("%d of %d lengths were measured before", len(parts) - len(left), len(parts))
+        for length, rows in measure(session, config, chosen, prompts, left):
+            builder.publish(parts[length], "".join(json.dumps(row) + "\n" for row in rows).encode())
+        builder.publish(ROWS_FILE, b"".join((builder.path / name).read_bytes() for name in parts.values()))
+    for name in parts.values():
+        builder.forget(name)
+    return [json.loads(line) for line in (builder.path / ROWS_FILE).read_text(encoding="utf-8").splitlines()]
 
 
 def as_json(value: Any) -> str:
@@ -153,6 +175,11 @@ def read_prompts(path: Path | None) -> list[str]:
     return prompts
 
 
+def as_ids(session: Session, prompts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Token ids of each prompt, BOS first."""
+    return tuple(tuple(session.tokenizer.encode(prompt, bos=True)) for prompt in prompts)
+
+
 def best_explained(features: Features, n: int) -> list[int]:
     """The `n` latents whose valid explanation is trusted most; of equals, those first that fire on more tokens, since their
     scores rest on more."""
@@ -161,13 +188,17 @@ def best_explained(features: Features, n: int) -> list[int]:
     return sorted(known, key=lambda latent: (-trust(features.explanations[latent]), -int(counts[latent]), latent))[:n]
 
 
-def measure(session: Session, config: EvalConfig, chosen: Sequence[int], prompts: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """A record for each feature, length and set of prompts (HALVES): baseline, random, other features, steered, as
+def measure(
+    session: Session, config: EvalConfig, chosen: Sequence[int], prompts: Sequence[str], lengths: Sequence[float]
+) -> Iterator[tuple[float, list[dict[str, Any]]]]:
+    """For each length a record for each feature and set of prompts (HALVES): baseline, random, other features, steered, as
     `Measured`."""
+    if not lengths:
+        return
     features = session.needs_features()
     sampling = Sampling(max_new_tokens=config.max_new_tokens, temperature=1.0, top_k=TOP_K, top_p=1.0, seed=config.seed)
     wanted = tuple(label_words(features.label(latent)) for latent in chosen)
-    ids = tuple(tuple(session.tokenizer.encode(prompt, bos=True)) for prompt in prompts)
+    ids = as_ids(session, prompts)
     panel = Panel(session, tuple(chosen), wanted, ids, sampling)
     starts = [len(row) for row in ids]
     texts = continued(session, [list(row) for row in ids], sampling, None)
@@ -185,11 +216,12 @@ def measure(session: Session, config: EvalConfig, chosen: Sequence[int], prompts
         found = panel.next_tokens(interventions, texts[1::2], starts[1::2])
         return [found @ table for table in tables]
 
-    n = len(config.lengths) * (len(chosen) + config.directions) + config.directions
+    n = len(lengths) * (len(chosen) + config.directions) + config.directions
     with Progress("steering", n, "directions") as bar:
         nothing = [Recipe()] * config.directions
         baseline = panel.write(nothing, bar.update), [chance.expand(len(nothing), -1) for chance in chances(nothing[:1])]
-        for length in config.lengths:
+        for length in lengths:
+            rows: list[dict[str, Any]] = []
             strengths = [length * size / float(features.max_values[latent]) for latent in chosen]
             recipes = [
                 Recipe((Edit(latent=latent, strength=strength),), features.sae.weights_hash)
@@ -202,14 +234,20 @@ def measure(session: Session, config: EvalConfig, chosen: Sequence[int], prompts
                 own, others = [f], [other for other in range(len(chosen)) if other != f]
                 for half, which in HALVES.items():
                     judge = partial(judged, f=f, prompts=which)
-                    yield {
-                        "latent": latent, "label": features.label(latent), "length": length, "strength": strengths[f],
-                        "prompts": half,
-                        "baseline": judge(*baseline),
-                        "random": judge(*control),
-                        "others": judge(*steered, which=others),
-                        "steered": judge(*steered, which=own),
-                    }  # fmt: skip
+                    rows.append(
+                        {
+                            "latent": latent,
+                            "label": features.label(latent),
+                            "length": length,
+                            "strength": strengths[f],
+                            "prompts": half,
+                            "baseline": judge(*baseline),
+                            "random": judge(*control),
+                            "others": judge(*steered, which=others),
+                            "steered": judge(*steered, which=own),
+                        }
+                    )
+            yield length, rows
 
 
 def judged(

@@ -84,6 +84,7 @@ def test_flags_become_the_config() -> None:
         (["--out"], "Missing value for argument '--out'.*; see --help"),
         (["--out", "o", "--kk", "3"], r"Unrecognized options: --kk, 3; did you mean --k\? see --help"),
         (["--out", "o", "--zebra"], "Unrecognized options: --zebra; see --help"),
+        (["--out", "o", "--keeps"], r"Unrecognized options: --keeps; did you mean --keep\? see --help"),
         (["--out", "o", "--lr", "much"], "--lr: .*'much'; see --help"),
         (["--out", "o", "--k", "2.5"], r"--k: .*INT.*'2\.5'"),
         (["--out", "o", "--mode", "slow"], r"invalid choice 'slow' for argument '--mode'. Expected one of \('fast', 'exact'\)"),

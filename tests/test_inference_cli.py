@@ -3,9 +3,11 @@
 import io
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +23,9 @@ from inference.complete import CompleteConfig
 from inference.dialogue import prepare, style_of
 from inference.session import InferenceConfig, Session, open_session
 from inference.steering import Edit, Recipe
+from inference.terminal import parse_edits
 from llama3.chat_format import Message, encode_dialog
+from llama3.generate import Piece, generate
 from sae.model import load
 from tests.tiny import tiny_llama
 from tests.tiny_features import Features, alone, tiny_sae, write_features
@@ -122,6 +126,43 @@ def test_complete_watches(paths: Features, capsys: pytest.CaptureFixture[str], c
     table = complete(flags, capsys).splitlines()
     header = next(i for i, line in enumerate(table) if line.startswith("token"))
     assert len(table) - header - 1 == len(record["tokens"])
+    assert table[header - 2].startswith("#3: railway bridges; maximum ")
+    place, value = next((t, value) for t, value in enumerate(record["watch"]["3"]) if value)
+    share = value / record["maxima"]["3"]
+    assert table[header + 1 + place].split()[1:3] == [f"{value:.3f}", f"{share:.0%}"]
+
+
+def test_edits_are_read_from_the_command_line(
+    paths: Features, recipe_file: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    flags = [*paths.flags, "--prompt", "the storm", "--json"]
+    with caplog.at_level(logging.INFO):
+        assert complete([*flags, "--steer", "3:12"], capsys) == complete([*flags, "--steer", str(recipe_file)], capsys)
+    assert caplog.text.count("steering latent 3 (railway bridges): add +12 times its maximum, positions: all") == 2
+    assert parse_edits("7:-2.5:clamp:generated, 20:ablate,4:1:add:9") == (
+        Edit(latent=7, strength=-2.5, mode="clamp", positions="generated"),
+        Edit(latent=20, mode="ablate"),
+        Edit(latent=4, positions=9),
+    )
+    for text in ("3:", "3:x", "3:1:add:all:5", "3:1:nothing", "3:nan", "3:1:add:late", "12345678901:1"):
+        with pytest.raises(ValueError, match=r"latent|LATENT"):
+            complete([*flags, "--steer", text], capsys)
+
+
+def test_comparisons_stand_in_pairs(
+    paths: Features, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stdin(monkeypatch, b"the storm\nshe read\n")
+    records = [
+        json.loads(line) for line in complete([*paths.flags, "--compare", "--steer", "3:12", "--json"], capsys).splitlines()
+    ]
+    order = [("the storm", False), ("the storm", True), ("she read", False), ("she read", True)]
+    assert [(record["prompt"], record["steered"]) for record in records] == order
+
+
+def test_stop_strings_may_hold_line_breaks() -> None:
+    config = parse(CompleteConfig, "", ["--prompt", "x", "--stop", r"a\n\tb", "c"])
+    assert config.sampling().stop == ("a\n\tb", "c")
 
 
 def test_chat_answers_each_line(
@@ -164,6 +205,43 @@ def test_chat_survives_a_message_that_is_too_long(
     stdin(monkeypatch, b"word " * 100)
     with pytest.raises(ValueError, match="the context holds 128"):
         inference.chat.run(config, alone())
+    stdin(monkeypatch, b"hello \xff\n")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        inference.chat.run(config, alone())
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_conversation(
+    paths: Features, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the keyboard what was said so far stays; in a pipe the command ends with exit code 130."""
+
+    def interrupted(*arguments: Any) -> Iterator[Piece]:
+        for count, piece in enumerate(generate(*arguments)):
+            if count == 3 and len(arguments[2][0]) == lengths[0]:
+                raise KeyboardInterrupt
+            yield piece
+
+    config = parse(ChatConfig, "", [*paths.flags, "--max-new-tokens", "5", "--temperature", "0", "--json"])
+    stdin(monkeypatch, b"hello\nonce more\n", terminal=True)
+    inference.chat.run(config, alone())
+    whole = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    session = open_session(config, torch.device("cpu"))
+    lengths = [len(encode_dialog(session.tokenizer, [Message("user", "hello")]))]
+    monkeypatch.setattr(inference.chat, "generate", interrupted)
+    for terminal in (True, False):
+        stdin(monkeypatch, b"hello\nonce more\n", terminal=terminal)
+        if terminal:
+            inference.chat.run(config, alone())
+            first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+            assert first["finished"] == "interrupted"
+            assert whole[0]["answer"].startswith(first["answer"])
+            assert second["message"] == "once more"
+            assert second["finished"] != "interrupted"
+        else:
+            with pytest.raises(SystemExit) as ended:
+                inference.chat.run(config, alone())
+            assert ended.value.code == 130
+            assert capsys.readouterr().err.endswith("interrupted\n")
 
 
 def test_dialogues_fit_into_the_context(paths: Features) -> None:
@@ -193,6 +271,7 @@ def test_dialogues_fit_into_the_context(paths: Features) -> None:
         (["--compare"], "--steer recipe.json too"),
         (["--alarm", "-1", "--watch", "3"], "0 or more"),
         (["--batch-size", "0"], "at least 1 prompt; found 0"),
+        (["--steer", " "], "edits such as 561:1.5; found nothing"),
         (["--model", "m", "--top", "t"], "--sae too"),
         (["--model", "m", "--sae", "s", "--explanations", "e"], "--top too"),
         (["--style", "x"], "Unrecognized"),
@@ -234,6 +313,36 @@ def test_a_closed_pipe_ends_quietly(paths: Features) -> None:
         said = process.stderr.read().decode()
     assert process.returncode == 0, said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("command", "redirection", "code", "said"),
+    [
+        ("complete", ">&-", 2, "error: standard output is closed"),
+        ("complete", "<&-", 2, "error: the prompt is empty"),
+        ("chat", "<&-", 0, ""),
+    ],
+)
+def test_closed_streams_are_no_surprise(paths: Features, command: str, redirection: str, code: int, said: str) -> None:
+    line = f"{sys.executable} -m inference.{command} --model {paths.model} --device cpu --threads 1 {redirection}"
+    done = subprocess.run(["sh", "-c", line], cwd=ROOT, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_text_is_utf_8_whatever_the_locale(paths: Features) -> None:
+    command = [sys.executable, "-m", "inference.complete", "--model", str(paths.model), "--device", "cpu", "--threads", "1"]
+    command += ["--max-new-tokens", "1", "--prompt", "the café"]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.stdout.decode().startswith("the café")
 
 
 def test_session_without_features(paths: Features) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from string import ascii_lowercase
 from typing import Any
@@ -269,12 +270,46 @@ def test_the_folder_agrees_with_itself(config: EvalConfig, session: Session, pan
     assert list(again.best_strengths) == [int(latent) for latent in best], "the strongest effect first"
 
 
+def test_an_interrupted_evaluation_keeps_its_lengths(
+    config: EvalConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inference.steering_eval.run(config, alone())
+    asked: list[list[float]] = []
+
+    def measure(*arguments: Any) -> Any:
+        asked.append(list(arguments[-1]))
+        for found in whole(*arguments):
+            yield found
+            if len(asked) == 1:
+                raise KeyboardInterrupt
+
+    whole = inference.steering_eval.measure
+    monkeypatch.setattr(inference.steering_eval, "measure", measure)
+    again = replace(config, out=tmp_path / "out")
+    with pytest.raises(KeyboardInterrupt):
+        inference.steering_eval.run(again, alone())
+    inference.steering_eval.run(again, alone())
+    assert asked == [[0.5, 3.0], [3.0]]
+    one, other = open_artifact(config.out, "steering"), open_artifact(again.out, "steering")
+    assert one.names == other.names
+    assert all(one.file(name).read_bytes() == other.file(name).read_bytes() for name in one.names)
+    assert {path.name for path in again.out.iterdir()} == {path.name for path in config.out.iterdir()}
+
+
 def test_strengths_of_another_sae_are_refused(config: EvalConfig, paths: Features, tmp_path: Path) -> None:
     inference.steering_eval.run(config, alone())
     other = write_features(tmp_path, paths.model, tiny_sae(paths.model, "layers.1.resid_post", seed=4))
     flags = [*other.flags, "--prompt", "x", "--strengths", str(config.out)]
     with pytest.raises(ValueError, match="measured on the SAE"):
         open_session(parse(inference.complete.CompleteConfig, "", flags), torch.device("cpu"))
+
+
+def test_a_prompt_beyond_the_context_leaves_no_folder(paths: Features, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("the storm\n" + "word " * 100 + "\n")
+    flags = [*paths.flags, "--out", str(tmp_path / "out"), "--prompts", str(tmp_path / "prompts.txt")]
+    with pytest.raises(ValueError, match=r"prompt 1 has .* tokens and the context holds 128"):
+        inference.steering_eval.run(parse(EvalConfig, "", flags), alone())
+    assert not (tmp_path / "out").exists()
 
 
 def test_prompts_of_a_file(tmp_path: Path) -> None:
@@ -294,6 +329,8 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
         (["--max-new-tokens", "0"], "--max-new-tokens: expected at least 1"),
         (["--lengths", "nan"], "above 0, at most 100"),
         (["--lengths", "-1"], "above 0, at most 100"),
+        (["--lengths", "0.5", "0.5"], "expected each once"),
+        (["--max-perplexity-ratio", "nan"], "expected 1 or more; found nan"),
     ],
 )
 def test_flags_out_of_range(flags: list[str], message: str) -> None:
