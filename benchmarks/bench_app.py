@@ -34,6 +34,8 @@ UNTIL = """async ([press, seen]) => {
     return performance.now() - began;
 }"""
 """Milliseconds from a click on `press` until there is something that `seen` selects, looked at every millisecond."""
+NEW_TOKENS = 200
+"""So many that a text is not complete before its first token was drawn: of answers that come together the page shows the last."""
 WRITTEN = "#columns [aria-busy] .new:not(:empty)"
 
 
@@ -64,7 +66,7 @@ class Times(NamedTuple):
 
 
 def first_tokens(page: Page, rounds: int, name: str) -> Times:
-    """From a click on Generate to the first token in sight; each generation is stopped and ended before the next."""
+    """From a click on Generate to the first token in sight; each generation ends before the next begins."""
     values = []
     for _ in range(rounds + 1):
         page.wait_for_selector("#generate:enabled")
@@ -103,6 +105,9 @@ def measure(config: BenchConfig) -> Iterator[Times]:
         page.goto(address)
         page.wait_for_selector("#results .hit")
         page.wait_for_timeout(1000)  # a click before the page has found its listeners is lost
+        page.locator("#sampling-fold button").click()
+        page.locator("#new-tokens input[type=number]").fill(str(NEW_TOKENS))
+        page.locator("#new-tokens input[type=number]").press("Tab")
         yield first_tokens(page, config.rounds, "no edits")
         if page.locator("#results [data-steer]").count():
             page.locator("#results [data-steer]").first.click()

@@ -1,6 +1,7 @@
-"""Makes the pictures of the app in `docs/images/` from a finished demo.
+"""Makes the pictures of the app in `docs/images/`, from what ships with the package or from a finished demo.
 
-    python -m docs.screenshots --demo runs/demo --search years --prompt "This morning I"
+    python -m docs.screenshots --search support
+    python -m docs.screenshots --demo runs/demo --search years --prompts "This morning I"
 
 What they show is what the app does: nothing is drawn in afterwards. Texts are greedy, so that a picture can be made again.
 """
@@ -67,10 +68,10 @@ def steer(page: Page, config: ShotConfig) -> None:
     page.wait_for_selector("#edit-0", state="visible")
     if config.strength is not None:
         set_number(page, "#edit-0 .strength input[type=number]", config.strength)
-    page.locator("#sampling button").first.click()
+    page.locator("#sampling-fold button").click()
     set_number(page, "#temperature input[type=number]", 0)
     set_number(page, "#repetition input[type=number]", 1.2)
-    page.locator("#sampling button").first.click()
+    page.locator("#sampling-fold button").click()
     page.locator("#prompts textarea").fill("\n".join(config.prompts))
     page.locator("#generate").click()
     page.wait_for_selector("#columns .sides:not([aria-busy]) .steered .new", timeout=120_000)

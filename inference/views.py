@@ -15,6 +15,9 @@ N_OPEN = 4
 N_STORED = 40
 """Sentences among which different texts are looked for."""
 
+TABLESS = ' tabindex="-1"'
+"""An attribute of buttons that the Tab key passes by."""
+
 
 def tokens(pieces: Sequence[str], values: Sequence[float], largest: float) -> str:
     """Text with each token shaded by its value, from none at 0 to full at `largest`; the value itself is its tooltip."""
@@ -66,29 +69,33 @@ def edits_hint(session: Session, text: str, starters: Sequence[Hit]) -> str:
 
 
 def results(session: Session, hits: Sequence[Hit], query: str) -> str:
-    """The list of features found for `query`; each can be opened, and added to the edits."""
+    """The list of features found for `query`; each can be opened, and added to the edits.
+
+    It is one stop of the Tab key: arrows go through it, + steers (`masthead.js`).
+    """
     items = []
-    for one in hits:
+    for i, one in enumerate(hits):
         token = f'<span class="where">on “{escape(one.token.strip())}”</span>' if one.token.strip() else ""
         steerable = float(session.at(one.feature.site).max_values[one.feature.latent]) > 0
         meter = f'<span class="meter" style="--v:{max(0.0, one.value):.3f}" title="{one.value:.2f}"></span>'
         plus = _plus(session, one.feature) if steerable else ""
-        items.append(f"<li>{_opens(session, one, token, meter)}{plus}</li>")
+        items.append(f"<li>{_opens(session, one, token, meter, tab=i == 0)}{plus}</li>")
     return f'<ol class="hits" data-query="{escape(query)}">{"".join(items)}</ol>'
 
 
-def _opens(session: Session, found: Hit, below: str = "", beside: str = "") -> str:
-    """A feature as a button that opens it."""
+def _opens(session: Session, found: Hit, below: str = "", beside: str = "", tab: bool = True) -> str:
+    """A feature as a button that opens it, reached by the Tab key or not."""
     label = escape(found.label) or "<i>no label</i>"
+    names = named(session, found.feature, "open") + ("" if tab else TABLESS)
     return (
-        f'<button class="hit" {named(session, found.feature, "open")}><span class="num">{found.feature.latent}</span>'
+        f'<button class="hit" {names}><span class="num">{found.feature.latent}</span>'
         f'<span class="label">{label}{below}</span>{beside}</button>'
     )
 
 
 def _plus(session: Session, feature: Feature) -> str:
     return (
-        f'<button class="plus" {named(session, feature, "steer")} aria-label="Steer with feature {feature.latent}" '
+        f'<button class="plus" {named(session, feature, "steer")}{TABLESS} aria-label="Steer with feature {feature.latent}" '
         'title="Steer with it">+</button>'
     )
 
@@ -154,7 +161,7 @@ def _share(density: float) -> str:
 
 def _steer_button(session: Session, feature: Feature) -> str:
     best = session.at(feature.site).best_strengths.get(feature.latent)
-    measured = f" <span>at {best:g} × its maximum, where it was measured to steer best</span>" if best else ""
+    measured = f" <span>at {round(best, 2):g} × its maximum, where it was measured to steer best</span>" if best else ""
     return f'<button class="steer" {named(session, feature, "steer")}>Steer with this feature{measured}</button>'
 
 

@@ -15,15 +15,15 @@ from playwright.sync_api import Browser, Locator, Page, expect
 
 from core.cli import parse
 from inference.app import AppConfig, open_handlers
-from inference.handlers import Handlers
-from inference.limits import Knobs
+from inference.handlers import N_SLOTS, NO_SLOTS, Controls, Handlers
+from inference.limits import MAX_NEW_TOKENS, Knobs
 from inference.steering import Recipe
 from inference.turns import RUNNING
 from inference.workbench import Snapshot, checked_request
 from tests.app_client import served
 from tests.browser import open_browser, press_once, running_app
 from tests.tiny import tiny_llama
-from tests.tiny_features import LABELS, Features, tiny_sae, write_features
+from tests.tiny_features import LABELS, Features, flags_of, tiny_sae, write_features
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Gradio's server runs in this process, and uses what pandas has deprecated
 
@@ -36,6 +36,12 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> Features:
     folder = tmp_path_factory.mktemp("app")
     model = tiny_llama(folder / "model", max_seq_len=1024)
     return write_features(folder, model, tiny_sae(model, "layers.1.resid_post"))
+
+
+@pytest.fixture(scope="module")
+def earlier(paths: Features, tmp_path_factory: pytest.TempPathFactory) -> Features:
+    """A second SAE of that model, at the layer before."""
+    return write_features(tmp_path_factory.mktemp("earlier"), paths.model, tiny_sae(paths.model, "layers.0.resid_post", seed=8))
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +73,9 @@ def test_the_app_in_a_browser(browser: Browser, paths: Features) -> None:
             page.on("request", lambda request: asked.append(request.url))
             page.on("pageerror", lambda error: problems.append(str(error)))
             expect(page.locator("#card h2")).to_have_text(LABELS[5])
+            expect(page.locator("#site")).to_have_count(0)
             _steer(page)
+            _sample(page)
             _open_neighbour(page)
             _recipe(page)
             _chat_two_turns(page)
@@ -99,6 +107,25 @@ def _steer(page: Page) -> None:
     expect(done).not_to_be_empty()
     expect(page.locator("#legend")).to_contain_text("read on the unsteered model")
     assert done.inner_text() != page.locator("#columns .baseline .new").inner_text()
+
+
+def _sample(page: Page) -> None:
+    """What is typed in the very moment in which the knobs are shown stays, and reaches the model."""
+    knobs, number = page.locator("#sampling"), page.locator("#new-tokens input[type=number]")
+    expect(knobs).to_be_hidden()
+    page.evaluate("""() => {
+        document.querySelector('#sampling-fold button').click();
+        const number = document.querySelector('#new-tokens input[type=number]');
+        number.value = '3';
+        number.dispatchEvent(new Event('input', {bubbles: true}));
+    }""")
+    expect(knobs).to_be_visible()
+    page.locator("#generate").click()
+    expect(page.locator("#status")).to_contain_text(re.compile(r"(?<!\d)[2-6] tokens"))
+    expect(page.locator("#generate")).to_be_enabled()
+    expect(number).to_have_value("3")
+    page.locator("#sampling-fold button").click()
+    expect(knobs).to_be_hidden()
 
 
 def _open_neighbour(page: Page) -> None:
@@ -150,7 +177,51 @@ def _bad_input(page: Page) -> None:
         expect(page.locator("#status .error")).to_contain_text(said)
         expect(page.locator("#generate")).to_be_enabled()
     page.locator("#query textarea").fill("4800")
-    expect(page.locator("#results")).to_contain_text("latent 4800 is out of range; this SAE has latents 0 to 47")
+    expect(page.locator("#results")).to_contain_text(
+        "latent 4800 is out of range; the SAE at layers.1.resid_post has latents 0 to 47"
+    )
+    for query in ("zebra", "zebras"):  # the same answer twice: the list must not go on looking as if it were being replaced
+        page.locator("#query textarea").fill(query)
+        expect(page.locator("#results")).to_contain_text("Nothing found")
+        expect(page.locator("#results")).not_to_have_class(re.compile("loading"))
+
+
+def test_two_sites_in_a_browser(browser: Browser, paths: Features, earlier: Features) -> None:
+    """Find, open and steer with features of the second SAE beside one of the first; the link leads back to it."""
+    with running_app(flags_of(paths, earlier)) as (address, _):
+        with opened_page(browser, f"{address}/?latent=5") as page:
+            expect(page.locator("#card h2")).to_contain_text("layers.1.resid_post")
+            page.locator("#site input").click()
+            page.get_by_role("option", name="layers.0.resid_post").click()
+            hit = page.locator('#results .hit[data-site="layers.0.resid_post"]').first
+            hit.click()
+            latent = hit.get_attribute("data-open")
+            shown = f'#card .card[data-latent="{latent}"][data-site="layers.0.resid_post"]'
+            expect(page.locator(f"{shown} .where")).to_have_text("layers.0.resid_post")
+            expect(page.locator("#results .hit.current")).to_have_count(1)
+            link = page.url
+            assert f"latent={latent}&site=layers.0.resid_post" in link
+            page.locator("#card .steer").click()
+            expect(page.locator("#edit-0 .where")).to_have_text("layers.0.resid_post")
+            page.locator("#site input").focus()
+            for key in ("ArrowUp", "Enter"):
+                page.keyboard.press(key)
+            expect(page.locator("#results .hit[data-site]")).to_have_count(0)
+            page.locator("#results .plus").first.click()
+            expect(page.locator("#edit-1 .where")).to_have_text("layers.1.resid_post")
+            page.locator("#generate").click()
+            expect(page.locator("#legend .where")).to_have_text("layers.0.resid_post")
+            page.get_by_role("tab", name="Recipe").click()
+            expect(page.locator("#recipe textarea")).to_have_value(re.compile("steering-recipe/2"))
+            page.locator("#edit-1 .hit").click()
+            expect(page.locator("#card h2 .where")).to_have_text("layers.1.resid_post")
+            assert "site=" not in page.url
+        with opened_page(browser, link) as page:
+            expect(page.locator(shown)).to_be_visible()
+            expect(page.locator("#site input")).to_have_value("layers.0.resid_post")
+            expect(page.locator("#results .hit").first).to_have_attribute("data-site", "layers.0.resid_post")
+            page.set_viewport_size({"width": 390, "height": 844})
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390, "the page is wider than a phone"
 
 
 # Keys
@@ -170,6 +241,13 @@ def test_without_a_mouse(browser: Browser, paths: Features) -> None:
         expect(page.locator("#results .hit").first).to_be_focused()
         page.keyboard.press("+")
         expect(page.locator("#edit-0")).to_be_visible()
+        page.keyboard.press("ArrowDown")
+        expect(page.locator("#results .hit").nth(1)).to_be_focused()
+        page.keyboard.press("Tab")
+        assert page.evaluate("document.activeElement.closest('#results')") is None, "the list is one stop of the Tab key"
+        page.keyboard.press("Shift+Tab")
+        expect(page.locator("#results .hit").nth(1)).to_be_focused()
+        page.keyboard.press("ArrowUp")
         page.keyboard.press("ArrowUp")
         expect(query).to_be_focused()
         page.keyboard.press("Control+Enter")
@@ -192,6 +270,18 @@ def focused_by(page: Page, key: str, part: Locator) -> bool:
 
 
 # Stopping
+
+STOP_WHEN_WRITTEN = """() => new Promise((resolve) => {
+    document.querySelector('#generate').click();
+    const look = setInterval(() => {
+        const stop = document.querySelector('#stop');
+        if (stop.disabled || !document.querySelector('#columns [aria-busy] .steered .new:not(:empty)')) return;
+        clearInterval(look);
+        stop.click();
+        resolve();
+    }, 1);
+})"""
+"""Starts a generation, and stops it as soon as its first steered token is in sight."""
 
 
 class Endless(Handlers):
@@ -259,6 +349,36 @@ def _stop_a_chat(page: Page) -> None:
     press_once(page, "#new-chat")
     expect(page.locator("#send")).to_be_enabled()
     expect(answers).to_have_count(0)
+
+
+def test_one_press_stops_the_embedded_model(browser: Browser) -> None:
+    """A real generation, steered, of eight prompts to the end of the context: it ends early, with texts that it had begun."""
+    handlers = open_handlers(parse(AppConfig, "", []), torch.device("cpu"))
+    feature = handlers.starters[0].feature
+    slots, row = handlers.add(feature.latent, feature.site, NO_SLOTS)
+    values = [value for i in range(N_SLOTS) for value in (handlers.fresh(feature) if i == row else Controls())]
+    prompts = "\n".join(f"{opening} the" for opening in ("In", "On", "At", "Of", "By", "To", "As", "So"))
+    *_, whole = handlers.generate(prompts, Knobs(max_new_tokens=MAX_NEW_TOKENS), slots, values)
+    assert whole.new_tokens > 1000
+    with served(handlers) as address, opened_page(browser, address) as page:
+        page.locator(f'#hint [data-steer="{feature.latent}"]').click()
+        expect(page.locator("#edit-0")).to_be_visible()
+        page.locator("#prompts textarea").fill(prompts)
+        page.locator("#sampling-fold button").click()
+        page.locator("#new-tokens input[type=number]").fill(str(MAX_NEW_TOKENS))
+        page.locator("#new-tokens input[type=number]").press("Tab")
+        page.evaluate(STOP_WHEN_WRITTEN)
+        expect(page.locator("#status")).to_contain_text(re.compile(r"Stopped\. \d+ tokens"))
+        expect(page.locator("#generate")).to_be_enabled()
+        found = re.search(r"(\d+) tokens", page.locator("#status").inner_text())
+        assert found is not None
+        assert 0 < int(found[1]) < whole.new_tokens
+        for side, rows in (("baseline", whole.baseline), ("steered", whole.steered or ())):
+            texts = page.locator(f"#columns .{side} .text").evaluate_all("(all) => all.map((one) => one.textContent)")
+            assert len(texts) == 8
+            assert all(f"{row.prompt}{row.text}".startswith(text) for row, text in zip(rows, texts, strict=True))
+        wait_until(lambda: len(handlers.turns) == 0)
+        assert not handlers.session.model._hooks.current().fns
 
 
 def wait_until(holds: Callable[[], bool], seconds: float = 60) -> None:

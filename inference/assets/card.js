@@ -5,3 +5,4 @@ watch('value', () => {
   markOpened();
   if (window.innerWidth <= 900) element.closest('.reading').scrollIntoView({block: 'start'});
 });
+if (new URL(window.location).searchParams.has('latent')) document.querySelector('#card').classList.add('loading');

@@ -4,7 +4,9 @@ element.addEventListener('click', (event) => {
   const opened = event.target.closest('[data-open]'), steered = event.target.closest('[data-steer]');
   if (steered) {
     trigger('steer', {latent: Number(steered.dataset.steer), site: steered.dataset.site ?? ''});
-    if (window.innerWidth <= 900) document.querySelector('#steer').scrollIntoView({block: 'start'});
+    const edits = document.querySelector('#steer');
+    edits.classList.add('loading');
+    if (window.innerWidth <= 900) edits.scrollIntoView({block: 'start'});
   } else if (opened) {
     const {open: latent, site = ''} = opened.dataset, address = new URL(window.location);
     address.searchParams.set('latent', latent);

@@ -14,7 +14,10 @@ function step(from, by) {
   const hits = [...document.querySelectorAll('#results .hit')];
   const to = from.closest('#query') ? (by > 0 ? 0 : -1) : hits.indexOf(from) + by;
   if (to < 0) document.querySelector('#query textarea').focus();
-  else if (hits[to]) hits[to].focus();
+  else if (hits[to]) {
+    for (const hit of hits) hit.tabIndex = hit === hits[to] ? 0 : -1; // the list is one stop of the Tab key
+    hits[to].focus();
+  }
 }
 
 document.addEventListener('keydown', (event) => {

@@ -1,5 +1,2 @@
-// A list that is being replaced looks like it, from the key or the choice until the new one is there.
-for (const part of document.querySelectorAll('#query, #scope')) {
-  part.addEventListener('input', () => document.querySelector('#results').classList.add('loading'));
-}
+// A new list: the open feature is marked in it, too.
 watch('value', markOpened);

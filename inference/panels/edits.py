@@ -8,7 +8,7 @@ import gradio as gr
 from inference import views
 from inference.handlers import N_SLOTS, NO_SLOTS, Controls, Handlers, Slots
 from inference.limits import MAX_NEW_TOKENS, STRENGTHS, Knobs
-from inference.panels.events import QUICK, folded, script, skips
+from inference.panels.events import QUICK, folded, mark, script, skips
 from inference.steering import MAX_RECIPE_CHARACTERS, MODES, PLACES
 
 
@@ -50,14 +50,15 @@ class Edits:
             where = gr.Dropdown(
                 [*PLACES, "from 10"], value="all", label="Tokens", allow_custom_value=True, elem_classes="mode", min_width=110
             )
-            self.removers.append(gr.Button("×", elem_classes="remove", min_width=40, size="sm"))
+            self.removers.append(gr.Button("Remove", elem_classes="remove", min_width=40, size="sm"))
         self.rows.append(row)
         self.controls += [strength, mode, where]
 
     def wire_add(self, sources: Sequence[gr.HTML]) -> None:
         """Steer with a feature from any of `sources`."""
         for source in (self.hint, *sources):
-            source.steer(self._add, [self.slots, *self.controls], [*self.changed, self.status], **QUICK)
+            adding = source.steer(self._add, [self.slots, *self.controls], [*self.changed, self.status], **QUICK)
+            adding.then(None, None, None, js=mark("steer", loading=False))
 
     def _add(self, event: gr.EventData, slots: Slots, *controls: Any) -> Sequence[Any]:
         try:
@@ -130,7 +131,9 @@ class RecipePanel:
             self.status = gr.HTML("", elem_id="recipe-status", apply_default_css=False)
         triggers = [edits.slots.change, *(control.change for control in edits.controls)]
         gr.on(triggers, self._written, [edits.slots, *edits.controls], [self.text, edits.status], **QUICK)
-        self.apply.click(self._apply, [self.text], [*edits.changed, self.status], **QUICK)
+        self.apply.click(None, None, None, js=mark("steer", loading=True))
+        applying = self.apply.click(self._apply, [self.text], [*edits.changed, self.status], **QUICK)
+        applying.then(None, None, None, js=mark("steer", loading=False))
         self.download.click(None, [self.text], None, js=script("download"))
         self.upload.click(None, None, [self.text], js=script("open_file"))
 

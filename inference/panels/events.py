@@ -32,6 +32,11 @@ def script(name: str) -> str:
     return (Path(__file__).parent.parent / "assets" / f"{name}.js").read_text(encoding="utf-8")
 
 
+def mark(part: str, loading: bool) -> str:
+    """A script that makes a part of the page, given by its id, look as if it is being replaced, or as if it has settled."""
+    return f"() => {{ document.querySelector('#{part}').classList.toggle('loading', {str(loading).lower()}); }}"
+
+
 def folded(title: str, name: str) -> gr.Column:
     """A heading, and the column below it, open from the first press of the heading on; both are on the page from the start."""
     gr.HTML(views.fold(title), elem_id=f"{name}-fold", js_on_load=script("fold"), apply_default_css=False)

@@ -8,7 +8,7 @@ import gradio as gr
 from inference import views
 from inference.handlers import BY_LABEL, BY_TEXT, Handlers
 from inference.limits import MAX_PROMPT_CHARACTERS
-from inference.panels.events import QUICK, script, skips
+from inference.panels.events import QUICK, mark, script, skips
 from inference.session import Feature
 from inference.workbench import Snapshot
 
@@ -45,11 +45,10 @@ class Finder:
                 apply_default_css=False,
             )
         self._search = [self.site, self.scope, self.query]
-        searching = gr.on(
-            [self.site.change, self.scope.change, self.query.change], handlers.find, self._search, [self.results],
-            **QUICK, trigger_mode="always_last",
-        )  # fmt: skip
-        searching.then(None, None, None, js=script("search_ended"))
+        changes = [self.site.change, self.scope.change, self.query.change]
+        gr.on(changes, None, None, None, js=mark("results", loading=True))
+        search = gr.on(changes, handlers.find, self._search, [self.results], **QUICK, trigger_mode="always_last")
+        search.then(None, None, None, js=mark("results", loading=False))
 
     def wire_open(
         self, blocks: gr.Blocks, titles: Sequence[gr.HTML], snapshot: gr.State, lens: gr.State, others: Sequence[gr.HTML]
@@ -62,7 +61,8 @@ class Finder:
         for source in (self.results, self.card, *titles):
             source.open(self._open, [snapshot], shown, **QUICK)
         self.query.submit(self._open_first, [*self._search, snapshot], shown, **QUICK)
-        blocks.load(self._open_from_address, [snapshot], [self.site, *shown], **QUICK)
+        opening = blocks.load(self._open_from_address, [snapshot], [self.site, *shown], **QUICK)
+        opening.then(None, None, None, js=mark("card", loading=False))
 
     def _open(self, event: gr.EventData, snapshot: Snapshot | None) -> Sequence[Any]:
         return self._shown(event.latent, event.site, snapshot)

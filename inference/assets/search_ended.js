@@ -1,1 +1,0 @@
-() => { document.querySelector('#results').classList.remove('loading'); }
