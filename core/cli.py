@@ -61,6 +61,7 @@ def parse(config_class: type[ConfigT], description: str, argv: Sequence[str] | N
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     given, preset = _take_preset(config_class, argv)
+    _no_list_twice(config_class, given)
     n_positional = next((i for i, argument in enumerate(given) if argument.startswith("-")), len(given))
     # Of two values for one flag the later wins; positional arguments stay in front, where no list of the preset swallows them.
     arguments = [*given[:n_positional], *preset.flags, *given[n_positional:]]
@@ -76,6 +77,15 @@ def parse(config_class: type[ConfigT], description: str, argv: Sequence[str] | N
             raise
         message = _one_line(errors.getvalue(), config_class.__name__)
     raise ValueError(message + _origin(message, given, preset))
+
+
+def _no_list_twice(config_class: type[Any], given: Sequence[str]) -> None:
+    """ValueError where a flag that takes several values stands there twice: the values of the first would be lost."""
+    names = [argument.partition("=")[0].replace("_", "-") for argument in given if argument.startswith("--")]
+    for name, hint in get_type_hints(config_class).items():
+        flag = f"--{name.replace('_', '-')}"
+        if _holds_many(hint) and names.count(flag) > 1:
+            raise ValueError(f"{flag} is given {names.count(flag)} times; put all of its values behind one")
 
 
 @contextlib.contextmanager

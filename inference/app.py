@@ -2,6 +2,7 @@
 
     python -m inference.app                              the embedded model on http://127.0.0.1:7860
     python -m inference.app --model M --sae run/sae --top top/ --explanations explanations/
+    python -m inference.app --steer recipe.json          the page begins with these edits
 
 The page is served on this machine alone, whatever GRADIO_SHARE or GRADIO_SERVER_NAME say. Another --host, or --public-link,
 needs --password-file. Nothing is loaded from any other host, and no file but the app's own is served.
@@ -10,7 +11,7 @@ needs --password-file. Nothing is loaded from any other host, and no file but th
 import logging
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from core.runtime import Runtime
 from inference.dialogue import style_of
 from inference.guard import Guard
 from inference.handlers import Handlers
-from inference.session import InferenceConfig, open_session
+from inference.recipes import SteeringConfig
+from inference.session import open_session
 
 log = logging.getLogger("inference.app")
 
@@ -30,7 +32,7 @@ USER = "workbench"
 
 
 @dataclass(frozen=True, kw_only=True)
-class AppConfig(InferenceConfig):
+class AppConfig(SteeringConfig):
     """Flags of `inference.app`."""
 
     port: int = machine(7860)
@@ -73,7 +75,14 @@ def run(config: AppConfig, runtime: Runtime) -> None:
 
 def open_handlers(config: AppConfig, device: torch.device) -> Handlers:
     """Load what `config` names; ValueError where a part is missing or does not belong to the others."""
-    return Handlers(open_session(config, device), style_of(config.style, config.model))
+    session = open_session(config, device)
+    handlers, recipe = Handlers(session, style_of(config.style, config.model)), config.recipe(session)
+    if not recipe.edits:
+        return handlers
+    try:
+        return replace(handlers, start=handlers.applied(recipe.to_json()))
+    except ValueError as error:
+        raise ValueError(f"--steer {config.steer}: {error}") from None
 
 
 def serve(handlers: Handlers, config: AppConfig, password: str | None = None, block: bool = False) -> tuple[Any, str]:

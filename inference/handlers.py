@@ -50,6 +50,8 @@ class Handlers:
 
     session: Session
     style: Style
+    start: tuple[Slots, Sequence[Controls]] = (NO_SLOTS, (Controls(),) * N_SLOTS)
+    """The edits that a page begins with, as `applied` gives them."""
     turns: Turns = field(default_factory=Turns)
 
     @cached_property

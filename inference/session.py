@@ -31,7 +31,7 @@ log = logging.getLogger("inference")
 EMBEDDED = Path(llama3.__file__).parent.parent / "demo"
 """The folder that ships beside the packages: `model/`, `sae/`, `top/`, `explanations/`, `steering/`."""
 BEST_STRENGTHS = "best_strengths.json"
-"""In a folder of kind `steering`: an object of latents with the strength that raises each most."""
+"""In a folder of kind `steering`: an object of latents with the best strength of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +68,7 @@ class Features:
     top: TopSentences
     explanations: Mapping[int, Explanation]
     best_strengths: Mapping[int, float] = field(default_factory=dict)
-    """Strengths at which `inference.steering_eval` found latents to steer best, in multiples of their maximum; the strongest
-    effect first."""
+    """The best strengths by `inference.steering_eval`, in multiples of each latent's maximum; the strongest effect first."""
 
     @cached_property
     def steering(self) -> Steering:

@@ -1,30 +1,26 @@
-"""What the terminal commands share: flags, recipes and watches, and how text and what was watched are printed."""
+"""What the terminal commands share: flags, watches, and how text and what was watched are printed."""
 
 import io
 import logging
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from core.cli import machine
-from inference.session import InferenceConfig, Session
-from inference.steering import Edit, Recipe, chain, check_all, hooks_for_all
+from inference.recipes import SteeringConfig
+from inference.session import Session
+from inference.steering import Recipe, chain, hooks_for_all
 from inference.watch import Alarm, Watch, parse_latents
 from inference.workbench import Row
 from llama3.generate import HooksFor, Sampling
 
 log = logging.getLogger("inference")
 
-SHORT_RECIPE = re.compile(r"\d+:")
-"""How edits that are written out begin; anything else is the name of a file."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig(InferenceConfig):
+class SamplingConfig(SteeringConfig):
     """Flags that say how tokens are chosen, shared by the terminal commands."""
 
     max_new_tokens: int = 64
@@ -41,10 +37,6 @@ class SamplingConfig(InferenceConfig):
     """Makes tokens that were there already less likely; 1 is off."""
     stop: tuple[str, ...] = ()
     """Strings that end an answer; \\n in one is a line break, \\t a tab."""
-    steer: str | None = machine(None)
-    """A recipe: a JSON file as the app saves it, or edits of the first SAE as LATENT:STRENGTH[:MODE[:POSITIONS]] with commas
-    between them, such as 561:1.5,20:ablate. Strengths are multiples of the latent's maximum, modes add, clamp, ablate and
-    replace, positions all, prompt, generated or a number to start from. None: no steering."""
     watch: str = ""
     """Latents of the first SAE to read at every token, such as 896,1204; empty watches none."""
     alarm: float | None = None
@@ -58,8 +50,6 @@ class SamplingConfig(InferenceConfig):
             raise ValueError("--alarm: no latent is watched; give --watch too")
         if self.alarm is not None and not self.alarm >= 0:
             raise ValueError(f"--alarm: expected a multiple of the maximum, 0 or more; found {self.alarm}")
-        if self.steer is not None and not self.steer.strip():
-            raise ValueError("--steer: expected a recipe's file, or edits such as 561:1.5; found nothing")
         parse_latents(self.watch)
 
     def sampling(self) -> Sampling:
@@ -67,29 +57,6 @@ class SamplingConfig(InferenceConfig):
         names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
         stop = tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in self.stop)
         return Sampling(**{name: getattr(self, name) for name in names}, stop=stop)
-
-    def recipe(self, session: Session) -> Recipe:
-        """The recipe of --steer, checked against the SAEs, and logged; an empty one without the flag."""
-        if self.steer is None:
-            return Recipe()
-        first = session.needs_features()
-        if SHORT_RECIPE.match(self.steer.strip()):
-            recipe = Recipe(parse_edits(self.steer), first.sae.weights_hash)
-        else:
-            recipe = Recipe.read(Path(self.steer))
-        try:
-            check_all(session.steerings(), recipe)
-        except ValueError as error:
-            raise ValueError(f"--steer {self.steer}: {error}") from None
-        known = {features.sae.weights_hash: features for features in session.features}
-        for edit in recipe.edits:
-            features = known[recipe.sae_of(edit)]
-            label = features.label(edit.latent) or "no label"
-            how = edit.mode if edit.mode == "ablate" else f"{edit.mode} {edit.strength:+g} times its maximum"
-            where = f"from position {edit.positions}" if isinstance(edit.positions, int) else f"positions: {edit.positions}"
-            site = f" of {features.site}" if len(known) > 1 else ""
-            log.info("steering latent %d%s (%s): %s, %s", edit.latent, site, label, how, where)
-        return recipe
 
     def watcher(
         self, session: Session, rows: Sequence[Row] = (), first_row: int = 0, before: Callable[[], None] = lambda: None
@@ -123,25 +90,6 @@ class SamplingConfig(InferenceConfig):
             lengths = [row.prompt_length for row in rows]
             steered = hooks_for_all(session.steerings(), [recipe] * len(rows), lengths)
         return chain(steered, watch.hooks_for if watch else None)
-
-
-def parse_edits(text: str) -> tuple[Edit, ...]:
-    """Edits from `561:1.5,20:ablate,7:2:clamp:generated`; ValueError for anything else."""
-    return tuple(_parse_edit(part.strip()) for part in text.split(",") if part.strip())
-
-
-def _parse_edit(part: str) -> Edit:
-    latent, *rest = part.split(":")
-    if rest[:1] == ["ablate"]:  # which uses no strength
-        rest = ["1", *rest]
-    try:
-        strength, mode, positions = [*rest, *("", "add", "all")[len(rest) :]]
-        amount, index = float(strength), int(latent[:10])
-    except ValueError:
-        form = "LATENT:STRENGTH[:MODE[:POSITIONS]], such as 561:1.5:clamp"
-        raise ValueError(f"--steer: expected {form}; found {part!r}") from None
-    where = int(positions) if positions.isdecimal() and len(positions) < 9 else positions
-    return Edit(latent=index, strength=amount, mode=mode, positions=where)  # type: ignore[arg-type]
 
 
 class Output:

@@ -161,7 +161,7 @@ def _share(density: float) -> str:
 
 def _steer_button(session: Session, feature: Feature) -> str:
     best = session.at(feature.site).best_strengths.get(feature.latent)
-    measured = f" <span>at {round(best, 2):g} × its maximum, where it was measured to steer best</span>" if best else ""
+    measured = f" <span>at {round(best, 2):g} × its maximum, the most that stayed readable when measured</span>" if best else ""
     return f'<button class="steer" {named(session, feature, "steer")}>Steer with this feature{measured}</button>'
 
 

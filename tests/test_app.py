@@ -351,7 +351,7 @@ def test_measured_strengths_are_offered(session: Session) -> None:
     assert handlers.fresh(Feature(SITE, 3)).strength == 30
     assert handlers.fresh(fifth).strength == Handlers(session, "plain").fresh(fifth).strength
     assert "at 2.34 × its maximum" in handlers.open(7, "", None).card
-    assert "measured to steer best" not in handlers.open(5, "", None).card
+    assert "when measured" not in handlers.open(5, "", None).card
     assert [hit.feature.latent for hit in handlers.starters] == [7, 3]
     assert len(Handlers(session, "plain").starters) == N_STARTERS
 

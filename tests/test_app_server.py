@@ -22,6 +22,7 @@ from inference.guard import MAX_BODY_BYTES, Guard, is_known
 from inference.handlers import N_SLOTS, NO_SLOTS, Controls, Handlers, Slots
 from inference.limits import Knobs
 from inference.session import Feature
+from inference.steering import Edit, Recipe
 from inference.turns import Turns
 from llama3.sites import ActiveHooks
 from tests.app_client import Client, served
@@ -55,6 +56,25 @@ def handlers(flags: list[str]) -> Handlers:
 def address(handlers: Handlers) -> Iterator[str]:
     with served(handlers) as opened:
         yield opened
+
+
+def test_the_page_begins_with_the_edits_of_steer(flags: list[str], address: str) -> None:
+    def opened(steer: str) -> Handlers:
+        return open_handlers(parse(AppConfig, "", [*flags, "--steer", steer]), torch.device("cpu"))
+
+    assert address  # Gradio is imported as the app does it
+    from inference.layout import Page
+
+    handlers = opened("7:2.5:clamp:generated,20:ablate")
+    slots, controls = handlers.start
+    assert slots == (Feature("layers.1.resid_post", 7), Feature("layers.1.resid_post", 20), *NO_SLOTS[2:])
+    assert list(controls[:2]) == [Controls(2.5, "clamp", "generated"), Controls(1.0, "ablate", "all")]
+    props = {part["props"].get("elem_id"): part["props"] for part in Page(handlers).blocks.config["components"]}
+    assert [props[f"edit-{i}"]["visible"] for i in range(3)] == [True, True, False]
+    edits = Recipe.from_json(props["recipe"]["value"]).edits
+    assert edits == (Edit(latent=7, strength=2.5, mode="clamp", positions="generated"), Edit(latent=20, mode="ablate"))
+    with pytest.raises(ValueError, match=r"^--steer 7:99: .*30"):
+        opened("7:99")
 
 
 # Who reaches it

@@ -199,6 +199,7 @@ from core.cli import StageConfig, run_stage
 class Config(StageConfig):
     out: Path
     how: str = "well"
+    many: tuple[str, ...] = ()
 
 def run(config, runtime):
     if config.how == "value":
@@ -246,6 +247,7 @@ def main_in_child(script: str, folder: str, *flags: str) -> None:
         (["--out", "o", "--how", "value"], 2, "error: the corpus is empty: expected a sentence"),
         (["--out", "o", "--how", "file"], 2, "error: /nowhere/x: No such file or directory"),
         (["--out", "o", "--device", "tpu"], 2, "error: --device 'tpu': expected auto, cpu, cuda or cuda:N"),
+        (["--out", "o", "--many", "1", "--many=2"], 2, "error: --many is given 2 times; put all of its values behind one"),
         (["--out", "o", "--timeout-s", "0"], 2, "error: --timeout-s must be more than 0; found 0.0"),
         (["--out", "o", "--threads", "-1"], 2, "error: --threads must be 0 (PyTorch's choice) or more; found -1"),
     ],

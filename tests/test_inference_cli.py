@@ -1,6 +1,7 @@
 """The terminal commands: text, pipes, JSON, recipes, watching, and what they say when something is wrong."""
 
 import io
+import itertools
 import json
 import logging
 import os
@@ -21,9 +22,9 @@ from core.cli import parse, run_stage
 from inference.chat import ChatConfig
 from inference.complete import CompleteConfig
 from inference.dialogue import prepare, style_of
+from inference.recipes import parse_edits
 from inference.session import InferenceConfig, Session, open_session
 from inference.steering import Edit, Recipe
-from inference.terminal import parse_edits
 from llama3.chat_format import Message, encode_dialog
 from llama3.generate import Piece, generate
 from sae.model import load
@@ -408,7 +409,9 @@ def test_one_line_says_what_does_not_belong(
     }[command]
     stdin(monkeypatch, b"hello\n")
     given = [str(strangers.get(flag, flag)) for flag in flags]
-    monkeypatch.setattr(sys, "argv", [command, *paths.flags, "--device", "cpu", *given])
+    right = dict(zip(paths.flags[::2], paths.flags[1::2], strict=True))
+    right.pop(flags[0], None)
+    monkeypatch.setattr(sys, "argv", [command, *itertools.chain(*right.items()), "--device", "cpu", *given])
     with pytest.raises(SystemExit) as ended:
         run_stage(config, stage.run, "")
     shown = capsys.readouterr()

@@ -9,6 +9,7 @@ from inference import views
 from inference.handlers import N_SLOTS, NO_SLOTS, Controls, Handlers, Slots
 from inference.limits import MAX_NEW_TOKENS, STRENGTHS, Knobs
 from inference.panels.events import QUICK, folded, mark, script, skips
+from inference.session import Feature
 from inference.steering import MAX_RECIPE_CHARACTERS, MODES, PLACES
 
 
@@ -17,14 +18,15 @@ class Edits:
 
     def __init__(self, handlers: Handlers) -> None:
         self._handlers = handlers
-        self.slots = gr.State(NO_SLOTS)
-        self.hint = gr.HTML(self._hint(NO_SLOTS), elem_id="hint", js_on_load=script("clicks"), apply_default_css=False)
+        slots, values = handlers.start
+        self.slots = gr.State(slots)
+        self.hint = gr.HTML(self._hint(slots), elem_id="hint", js_on_load=script("clicks"), apply_default_css=False)
         self.rows: list[gr.Row] = []
         self.titles: list[gr.HTML] = []
         self.controls: list[Any] = []
         self.removers: list[gr.Button] = []
         for i in range(N_SLOTS):
-            self._build_row(i)
+            self._build_row(i, slots[i], values[i])
         self.status = gr.HTML("", elem_id="edit-status", apply_default_css=False)
         self.knobs = _build_knobs()
         self.changed = [self.slots, self.hint, *self.rows, *self.titles, *self.controls]
@@ -34,21 +36,27 @@ class Edits:
                 lambda slots, i=i: self.updates((*slots[:i], None, *slots[i + 1 :])), [self.slots], self.changed, **QUICK
             )
 
-    def _build_row(self, i: int) -> None:
-        with gr.Row(visible=False, elem_classes="edit", elem_id=f"edit-{i}", equal_height=False) as row:
-            self.titles.append(gr.HTML("", elem_classes="edit-title", js_on_load=script("clicks"), apply_default_css=False))
+    def _build_row(self, i: int, feature: Feature | None, values: Controls) -> None:
+        with gr.Row(visible=feature is not None, elem_classes="edit", elem_id=f"edit-{i}", equal_height=False) as row:
+            title = self._title(feature)
+            self.titles.append(gr.HTML(title, elem_classes="edit-title", js_on_load=script("clicks"), apply_default_css=False))
             strength = gr.Slider(
                 *STRENGTHS,
-                value=1.0,
+                value=values.strength,
                 step=0.05,
                 label="Strength × maximum",
                 elem_classes="strength",
                 min_width=220,
                 buttons=[],
             )
-            mode = gr.Dropdown(list(MODES), value="add", label="Mode", elem_classes="mode", min_width=110)
+            mode = gr.Dropdown(list(MODES), value=values.mode, label="Mode", elem_classes="mode", min_width=110)
             where = gr.Dropdown(
-                [*PLACES, "from 10"], value="all", label="Tokens", allow_custom_value=True, elem_classes="mode", min_width=110
+                [*PLACES, "from 10"],
+                value=values.positions,
+                label="Tokens",
+                allow_custom_value=True,
+                elem_classes="mode",
+                min_width=110,
             )
             self.removers.append(gr.Button("Remove", elem_classes="remove", min_width=40, size="sm"))
         self.rows.append(row)
@@ -72,10 +80,13 @@ class Edits:
 
     def updates(self, slots: Slots, values: Sequence[Controls] | None = None) -> list[Any]:
         """Updates of `changed`; `values` None leaves the controls as they are."""
-        titles = ["" if feature is None else views.edit_title(self._handlers.session, feature) for feature in slots]
+        titles = [self._title(feature) for feature in slots]
         controls = [gr.skip()] * len(self.controls) if values is None else [value for row in values for value in row]
         rows = [gr.update(visible=feature is not None) for feature in slots]
         return [slots, self._hint(slots), *rows, *titles, *controls]
+
+    def _title(self, feature: Feature | None) -> str:
+        return "" if feature is None else views.edit_title(self._handlers.session, feature)
 
     def _hint(self, slots: Slots) -> str:
         session, text, starters = self._handlers.session, "", []
@@ -119,7 +130,9 @@ class RecipePanel:
     def __init__(self, handlers: Handlers, edits: Edits) -> None:
         self._handlers = handlers
         self._edits = edits
+        slots, values = handlers.start
         self.text = gr.Textbox(
+            self._written(slots, *(value for row in values for value in row))[0],
             label="The edits as text; every command takes it with --steer recipe.json",
             placeholder="No edits yet. Add one, or paste a recipe here and apply it.",
             lines=12, max_lines=24, elem_id="recipe", buttons=["copy"], max_length=MAX_RECIPE_CHARACTERS,
