@@ -82,6 +82,9 @@ def test_the_app_in_a_browser(browser: Browser, paths: Features) -> None:
             _bad_input(page)
             page.set_viewport_size({"width": 390, "height": 844})
             assert page.evaluate("document.documentElement.scrollWidth") <= 390, "the page is wider than a phone"
+            page.evaluate("scrollTo(0, 0)")
+            tops = "['.masthead', '.search'].map((part) => document.querySelector(part).getBoundingClientRect())"
+            assert page.evaluate(f"(([head, search]) => head.bottom <= search.top)({tops})"), "the masthead hides the search"
             page.locator(".theme").click()
             assert page.evaluate("document.body.classList.contains('dark')")
     assert asked
