@@ -1,7 +1,8 @@
-"""Makes the pictures of the app in `docs/images/`, from what ships with the package or from a finished demo.
+"""Makes the pictures of the app and of a report in `docs/images/`, from what ships with the package or from a finished demo.
 
     python -m docs.screenshots --search support
     python -m docs.screenshots --demo runs/demo --search years --prompts "This morning I"
+    python -m docs.screenshots --report report/ --latent 561     # a report with a map, instead of the app
 
 What they show is what the app does: nothing is drawn in afterwards. Texts are greedy, so that a picture can be made again.
 """
@@ -34,6 +35,10 @@ class ShotConfig:
     """Strength of the edit; None: as offered."""
     message: str = "What did you see on your journey?"
     """What is said in the chat."""
+    report: Path | None = None
+    """Folder of `interpretability.report --map`: pictures of it, and of its map, in place of the app's."""
+    latent: int = 0
+    """Feature that is open in two of those."""
     out: Path = Path("docs/images")
     """Folder of the pictures."""
 
@@ -92,8 +97,34 @@ def shoot(page: Page, path: Path, full: bool = False) -> None:
     page.screenshot(path=path, full_page=full)
 
 
+def shoot_report(folder: Path, latent: int, out: Path) -> None:
+    """The report's beginning, one feature in dark and on a phone, and the map."""
+    address, feature = folder.resolve().as_uri(), f"report.html#latent={latent}"
+    with open_browser() as browser:
+        for name, what, size, ready, dark in (
+            ("report.png", "report.html", {"width": 1280, "height": 1400}, "#rows tr", False),
+            ("report-dark.png", feature, {"width": 1280, "height": 1150}, ".halves", True),
+            ("report-phone.png", feature, PHONE, ".halves", False),
+            ("map.png", "map.html", {"width": 1280, "height": 860}, "canvas", False),
+        ):
+            page = browser.new_page(
+                viewport=size,  # type: ignore[arg-type]
+                color_scheme="dark" if dark else "light",
+                device_scale_factor=1.5 if size is PHONE else 1,
+                is_mobile=size is PHONE,
+                has_touch=size is PHONE,
+            )
+            page.goto(f"{address}/{what}")
+            page.wait_for_selector(ready)
+            shoot(page, out / name)
+            page.close()
+
+
 def main(config: ShotConfig) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
+    if config.report is not None:
+        shoot_report(config.report, config.latent, config.out)
+        return
     with running_app(flags(config)) as (address, _), open_browser() as browser:
         page = open_app(browser, address, DESKTOP)
         steer(page, config)
