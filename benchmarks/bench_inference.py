@@ -51,8 +51,8 @@ class BenchConfig(InferenceConfig):
     rounds: int = 9
     """Pairs of timings."""
     shape: str = ""
-    """Instead of --model: random weights of this size (smollm, 1b or 3b) and, at its middle layer, a random SAE with 32 latents a
-    dimension and k 64. Only decoding is measured then."""
+    """Instead of --model: random weights of this size (smollm, 1b or 3b; bfloat16 on a GPU) and, at its middle layer, a random SAE
+    with 32 latents a dimension and k 64. Only decoding is measured then."""
     latent: int = -1
     """Latent that is steered; -1 takes the one that fires on most tokens of the prompt, the dearest for a clamp. Another row
     clamps one that is silent on the whole prompt, as most are."""
@@ -176,11 +176,12 @@ def silent_latent(session: Session) -> int:
 @torch.no_grad()
 def at_shape(config: BenchConfig, device: torch.device) -> tuple[SAE, Iterator[Row]]:
     """A random SAE on random weights of `config.shape`, and the rows of steering by a latent that fires on the prompt."""
-    model, tokenizer = random_model(config.shape, device), load_tokenizer("demo")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model, tokenizer = random_model(config.shape, device, dtype), load_tokenizer("demo")
     d, site = model.params.dim, f"layers.{model.params.n_layers // 2}.resid_post"
     sae = SAE(SAEConfig(d_model=d, n_latents=32 * d, k=64, norm="none")).to(device).requires_grad_(False)
     decodings = [Decoding(model, tokenizer, rows, config.new_tokens) for rows in config.batches]
-    found = sae.encode(model.capture(torch.tensor(decodings[0].prompts[:1], device=device), [site])[site][0, 1:])
+    found = sae.encode(model.capture(torch.tensor(decodings[0].prompts[:1], device=device), [site])[site][0, 1:].float())
     latent = int(found.indices[found.values > 0].bincount().argmax())
     steering = Steering(sae, site, torch.full((32 * d,), float(found.values.max()), device=device))
     return sae, (row for decoding in decodings for row in compare_modes(decoding, steering, config, latent))

@@ -32,19 +32,21 @@ part() { # NAME SECONDS COMMAND...
 if [ "$device" = cuda ]; then
   sae=(--d 3072 --n 65536 --k 64 --batch 8192)
   export TRITON_INTERPRET=0
-  llama=(--shapes 3b --dtype bfloat16) capture=(--shape 3b --dtype bfloat16)
+  llama=(--shapes 3b --dtype bfloat16) capture=(--shape 3b --dtype bfloat16) inference=(--shape 3b --new-tokens 32 --rounds 5)
 else
   sae=(--d 64 --n 2048 --k 8 --batch 256 --rounds 2)
   llama=(--shapes tiny --rounds 2 --in-flight 2048) capture=(--shape tiny --rounds 2)
+  inference=(--shape embedded --new-tokens 8 --rounds 2)
 fi
 all() {
   [ "$device" = cuda ] && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-  part kernels 150 $python -m pytest -q -p no:cacheprovider tests/test_sae_kernels.py
+  part kernels 120 $python -m pytest -q -p no:cacheprovider tests/test_sae_kernels.py
   part sae-aux 150 $python -m benchmarks.bench_sae --device $device --dead 0.01 "${sae[@]}" --out "$out/sae-aux.json"
   part sae 90 $python -m benchmarks.bench_sae --device $device --dead 0 "${sae[@]}" --only "product, fastest" "matrix rate" \
     sparsify --out "$out/sae.json"
-  part llama3 120 $python -m benchmarks.bench_llama3 --measures mfu --device $device "${llama[@]}" --out "$out/llama3.json"
+  part llama3 90 $python -m benchmarks.bench_llama3 --measures mfu --device $device "${llama[@]}" --out "$out/llama3.json"
   part capture 90 $python -m benchmarks.bench_capture --parts gpu --device $device "${capture[@]}" --out "$out/capture.json"
+  part inference 60 $python -m benchmarks.bench_inference --device $device --batches 1 "${inference[@]}" --out "$out/inference.json"
   [ ${#failed[@]} -eq 0 ] && echo "all parts passed" && return
   echo "failed: ${failed[*]}"
   return 1

@@ -70,7 +70,7 @@ def parse(config_class: type[ConfigT], description: str, argv: Sequence[str] | N
     text = f"{description}\n\n--config FILE.toml sets the same names from a file; flags given beside it win."
     errors = io.StringIO()
     try:
-        with contextlib.redirect_stderr(errors), _unfolded(not {"-h", "--help"} & set(given)):
+        with contextlib.redirect_stderr(errors), _helping() if {"-h", "--help"} & set(given) else _unfolded():
             return tyro.cli(config_class, args=arguments, description=text, prog=_program())
     except SystemExit as exit_:
         if not exit_.code:
@@ -89,17 +89,30 @@ def _no_list_twice(config_class: type[Any], given: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def _unfolded(wanted: bool) -> Iterator[None]:
+def _unfolded() -> Iterator[None]:
     """Keep tyro from folding its messages to the width of the terminal, which would cut sentences apart."""
     before = os.environ.get("COLUMNS")
-    if wanted:
-        os.environ["COLUMNS"] = "4000"
+    os.environ["COLUMNS"] = "4000"
     try:
         yield
     finally:
         os.environ.pop("COLUMNS", None)
         if before is not None:
             os.environ["COLUMNS"] = before
+
+
+@contextlib.contextmanager
+def _helping() -> Iterator[None]:
+    """Let the lines of a field's docstring run on in --help; tyro keeps those apart that do not begin with a letter."""
+    original: Any = getattr(tyro._docstrings, "get_field_docstring", None)
+    if original is None:  # a release that does it in another way
+        yield
+        return
+    tyro._docstrings.get_field_docstring = lambda *about: " ".join((original(*about) or "").split()) or None
+    try:
+        yield
+    finally:
+        tyro._docstrings.get_field_docstring = original
 
 
 def _program() -> str:

@@ -47,6 +47,8 @@ class Config(StageConfig):
     keep: bool = True
     weights: dict[str, float] = field(default_factory=dict)
     workers: int = machine(0)
+    """Processes that read ahead. Where --out lies on a slow disk one is enough, as with
+    --keep; 0 reads when it is asked."""
     action: tyro.conf.Positional[Literal["run", "status"]] = "run"
 
     def __post_init__(self) -> None:
@@ -320,6 +322,13 @@ def test_a_reader_that_leaves_ends_the_stage_without_a_word_and_another_broken_p
                 process.stdout.close()
             assert process.stderr.read() == said
         assert process.returncode == ending
+
+
+def test_the_lines_of_a_docstring_run_on_in_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit):
+        parsed("--help")
+    assert "one is enough, as with --keep; 0 reads when" in capsys.readouterr().out
 
 
 def test_the_full_traceback_is_there_for_those_who_ask(
