@@ -13,6 +13,7 @@ import copy
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from benchmarks.table import in_turns, machine_name, publish, said
 from core.cli import machine, one_line_errors, parse
 from core.runtime import pick_device
 from inference.limits import Knobs
-from inference.session import InferenceConfig, Session, open_session
+from inference.session import Features, InferenceConfig, Session, open_session
 from inference.steering import MODES, Edit, Recipe, Steering
 from inference.watch import Watch
 from inference.workbench import checked_request, compare
@@ -105,12 +106,18 @@ def race(measure: str, decoding: Decoding, make: Callable[[], HooksFor | None], 
 def compare_steering(session: Session, config: BenchConfig, latent: int) -> Iterator[Row]:
     """Tokens per second of decoding, in every mode of an edit, and while a latent is watched."""
     features = session.needs_features()
-    watch = lambda: Watch(features, (latent,)).hooks_for  # noqa: E731
+    watches = {"": None, ", with an alarm at its maximum": 1.0}
     silent = {"clamp, a latent silent on the prompt": Edit(latent=silent_latent(session), mode="clamp")}
     for rows in config.batches:
         decoding = Decoding(session.model, session.tokenizer, rows, config.new_tokens)
         yield from compare_modes(decoding, features.steering, config, latent, silent)
-        yield race(f"decode tokens/s, batch {rows}: one latent watched", decoding, watch, config, 10)
+        for how, threshold in watches.items():
+            watch = partial(_watching, features, latent, threshold)
+            yield race(f"decode tokens/s, batch {rows}: one latent watched{how}", decoding, watch, config, 10)
+
+
+def _watching(features: Features, latent: int, threshold: float | None) -> HooksFor:
+    return Watch(features, (latent,), threshold).hooks_for
 
 
 def compare_modes(

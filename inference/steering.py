@@ -203,6 +203,11 @@ class Reader:
         values, indices = self._sae.select(self._sae.pre_activations(z))  # (N, K)
         return values[:, :, None].where(indices[:, :, None] == self._latents, 0).sum(1)
 
+    @torch.no_grad()
+    def pre_activations(self, flat: Tensor) -> Tensor:
+        """Pre-activations (N, E) of the latents: where one fires its value, and never less than it."""
+        return linear(self._sae.normalised_rows(flat), self._rows, self._bias)
+
 
 class Plan(NamedTuple):
     """The distinct edits of a batch as tensors, made once per request so that a decode step costs a few small operations."""

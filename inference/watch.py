@@ -14,6 +14,9 @@ from inference.session import Features
 from inference.steering import Reader
 from llama3.sites import Hook
 
+AT_ONCE = 64
+"""Rows that are kept before they are read."""
+
 
 class Alarm(NamedTuple):
     """A latent above the threshold."""
@@ -29,8 +32,9 @@ class Alarm(NamedTuple):
 class Watch:
     """Reads `latents` at every token of one request: give `hooks_for` to `generate`, after the steering to read what it leaves.
 
-    A token is read when the model reads it, so the last token of a text, which no forward pass follows, has no value. The
-    attention sink at position 0 is not read.
+    The last token of a text, which no forward pass follows, has no value. The attention sink at position 0 is not read.
+    Activations are kept and read some at a time, since a single row costs nearly as much as many; an alarm is raised at its
+    token, because a pre-activation below the threshold is known to raise none.
     """
 
     def __init__(
@@ -50,21 +54,37 @@ class Watch:
         self._features, self._threshold, self._on_alarm = features, threshold, on_alarm
         self.latents = tuple(latents)
         self.alarms: list[Alarm] = []
+        device = features.sae.W_dec.device
+        self._reader = Reader(features.sae, torch.tensor(self.latents, device=device))
         self._maxima = [float(features.max_values[latent]) for latent in latents]
-        self._reader = Reader(features.sae, torch.tensor(self.latents, device=features.sae.W_dec.device))
+        self._limits = 0.999 * (threshold or 0.0) * torch.tensor(self._maxima, device=device)  # room for rounding
+        self._waiting: list[tuple[Tensor, Tensor]] = []
         self._values: dict[tuple[int, int], list[float]] = {}
 
     def hooks_for(self, positions: Tensor) -> Mapping[str, Hook]:
         """The reading hook of one pass over tokens at `positions` (B, T), -1 at padding."""
-        return {self._features.site: partial(self._read, positions=positions)}
+        return {self._features.site: partial(self._take, positions=positions)}
 
-    def _read(self, x: Tensor, positions: Tensor) -> None:
-        values = self._reader.values(x.flatten(0, 1).float()).tolist()  # N rows of E
-        tokens = [(row, position) for row, line in enumerate(positions.tolist()) for position in line]
-        for (row, position), found in zip(tokens, values, strict=True):
-            if position > 0:
-                self._values[row, position] = found
-                self._judge(row, position, found)
+    def _take(self, x: Tensor, positions: Tensor) -> None:
+        flat = x.flatten(0, 1).to(torch.float32, copy=True)
+        self._waiting.append((positions, flat))
+        alarming = self._threshold is not None and bool((self._reader.pre_activations(flat) > self._limits).any())
+        if alarming or sum(len(rows) for _, rows in self._waiting) >= AT_ONCE:
+            self._read()
+
+    def _read(self) -> None:
+        """Read what waits, in its order."""
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        values = iter(self._reader.values(torch.cat([flat for _, flat in waiting])).tolist())  # N rows of E
+        for positions, _ in waiting:
+            for row, line in enumerate(positions.tolist()):
+                for position in line:
+                    found = next(values)
+                    if position > 0:
+                        self._values[row, position] = found
+                        self._judge(row, position, found)
 
     def _judge(self, row: int, position: int, values: Sequence[float]) -> None:
         if self._threshold is None:
@@ -77,6 +97,7 @@ class Watch:
 
     def values(self, row: int, latent: int, length: int) -> list[float | None]:
         """The latent's value at positions 0 to `length` - 1 of one row; None where it was not read."""
+        self._read()
         at = self.latents.index(latent)
         found = [self._values.get((row, position)) for position in range(length)]
         return [None if values is None else values[at] for values in found]

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -474,8 +474,18 @@ def test_watch_reads_what_capture_reads(session: Session) -> None:
     features = session.needs_features()
     rows = [prompt(session, 0)[:9], prompt(session, 1)[:6]]
     alarms: list[Alarm] = []
-    watch = Watch(features, (3, 5, 9), threshold=0.4, on_alarm=alarms.append)
-    found = text_of(session, rows, watch.hooks_for)
+    passes: list[list[list[int]]] = []
+
+    def on_alarm(alarm: Alarm) -> None:
+        assert alarm.position in passes[-1][alarm.row], "an alarm comes in the pass that reads its token"
+        alarms.append(alarm)
+
+    def hooks_for(positions: Tensor) -> Mapping[str, Hook]:
+        passes.append(positions.tolist())
+        return watch.hooks_for(positions)
+
+    watch = Watch(features, (3, 5, 9), threshold=0.4, on_alarm=on_alarm)
+    found = text_of(session, rows, hooks_for)
     for i, (row, new) in enumerate(zip(rows, found, strict=True)):
         whole = [*row, *new]
         reading = session.read(whole)
