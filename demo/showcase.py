@@ -11,7 +11,7 @@ import torch
 from inference.session import InferenceConfig, Session, open_session
 from inference.steering import Edit, Recipe
 from interpretability.records import Explanation, TopSentence
-from interpretability.words import is_content, names_content
+from interpretability.words import is_content, names_content, quoted_words
 from llama3 import Sampling, complete
 
 SHOWN = 3
@@ -117,7 +117,7 @@ def _distinct(sentences: list[TopSentence]) -> list[TopSentence]:
 def telling_words(session: Session, explanation: Explanation) -> frozenset[str]:
     """The words that a label quotes, and the whole words among the tokens that the feature promotes."""
     promoted = session.needs_features().top.statistics(explanation.latent).promoted
-    words = [*re.findall(r'"(\w+)"', explanation.title), *(token.strip() for token in promoted if token.startswith(" "))]
+    words = [*quoted_words(explanation.title), *(token.strip() for token in promoted if token.startswith(" "))]
     return frozenset(word.casefold() for word in words if word.isalpha() and is_content(word.casefold()))
 
 

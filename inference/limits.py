@@ -60,13 +60,18 @@ def whole(name: str, value: Any, low: int, high: int) -> int:
     return int(value)
 
 
+def unescaped(stop: str) -> str:
+    """A stop string as typed on one line: \\n and \\t in it stand for a line break and a tab."""
+    return stop.replace("\\n", "\n").replace("\\t", "\t")
+
+
 def stop_strings(text: Any) -> tuple[str, ...]:
     """One a line, empty lines left out; \\n and \\t within a line stand for a line break and a tab."""
     if not isinstance(text, str):
         raise ValueError(f"stop strings must be text, one a line; found {type(text).__name__}")
     if len(text) > MAX_STOPS * (MAX_STOP_CHARACTERS + 1):
         raise ValueError(f"stop strings may hold {MAX_STOPS} lines of {MAX_STOP_CHARACTERS} characters; found {len(text):,}")
-    stops = tuple(line.replace("\\n", "\n").replace("\\t", "\t") for line in text.split("\n") if line.strip())
+    stops = tuple(unescaped(line) for line in text.split("\n") if line.strip())
     if len(stops) > MAX_STOPS or any(len(stop) > MAX_STOP_CHARACTERS for stop in stops):
         raise ValueError(f"at most {MAX_STOPS} stop strings of {MAX_STOP_CHARACTERS} characters, one a line")
     return stops

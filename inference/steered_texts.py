@@ -18,6 +18,7 @@ from torch import Tensor
 
 from inference.session import Features, Session
 from inference.steering import FIRST_STEERED, Reader, Recipe
+from interpretability.records import Named, named_in
 from llama3.generate import HooksFor, Sampling, generate
 from llama3.tokenizer import Tokenizer
 
@@ -36,41 +37,23 @@ Interventions = Sequence[Recipe] | Tensor
 """M recipes, or directions [M, D] in the SAE's normalised units."""
 
 
-class Wanted(NamedTuple):
-    """The words that a label names."""
+def label_words(label: str) -> Named:
+    """What stands in quotation marks ("un-" is the start of words, "-ing" their end), else the content words of the label.
 
-    whole: frozenset[str]
-    starts: tuple[str, ...]
-    ends: tuple[str, ...]
-
-    def has(self, word: str) -> bool:
-        """Whether `word`, in lower case, is one of them."""
-        return word in self.whole or word.startswith(self.starts) or word.endswith(self.ends)
+    A single letter names nothing: the words after it say more.
+    """
+    quotations = [part for part in QUOTED.findall(label.lower()) if len(part.strip("-")) > 1]
+    named = named_in(quotations, WORD.findall)
+    return named if any(named) else Named(set(WORD.findall(label.lower())) - FRAME_WORDS)
 
 
-def label_words(label: str) -> Wanted:
-    """What stands in quotation marks ("un-" is the start of words, "-ing" their end), else the content words of the label."""
-    whole, starts, ends = set(), [], []
-    for part in QUOTED.findall(label.lower()):
-        for word in WORD.findall(part):
-            if part == f"{word}-":
-                starts.append(word)
-            elif part == f"-{word}":
-                ends.append(word)
-            else:
-                whole.add(word)
-    if not (whole or starts or ends):
-        whole = set(WORD.findall(label.lower())) - FRAME_WORDS
-    return Wanted(frozenset(whole), tuple(starts), tuple(ends))
-
-
-def first_tokens(wanted: Sequence[Wanted], tokenizer: Tokenizer) -> Tensor:
+def first_tokens(wanted: Sequence[Named], tokenizer: Tokenizer) -> Tensor:
     """[V, F] 1 where a token is a word of the feature's label, begins as that says, or is the first token of such a word."""
     pieces = [tokenizer.decode([i]).strip().lower() for i in range(tokenizer.n_vocab)]
     table = torch.zeros(tokenizer.n_vocab, len(wanted))
     for column, words in enumerate(wanted):
         ids = [i for i, piece in enumerate(pieces) if piece and words.has(piece)]
-        ids += [tokenizer.encode(f" {form}")[0] for word in words.whole for form in (word, word.capitalize())]
+        ids += [tokenizer.encode(f" {form}")[0] for word in words.words for form in (word, word.capitalize())]
         table[ids, column] = 1
     return table
 
@@ -122,7 +105,7 @@ class Panel:
     session: Session
     chosen: tuple[int, ...]
     """The F latents looked at."""
-    wanted: tuple[Wanted, ...]
+    wanted: tuple[Named, ...]
     """Of each, the words of its label."""
     prompts: tuple[tuple[int, ...], ...]
     """P lists of token ids."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.cli import machine
+from inference.limits import unescaped
 from inference.recipes import SteeringConfig
 from inference.session import Session
 from inference.steering import Recipe, chain, hooks_for_all
@@ -55,8 +56,7 @@ class SamplingConfig(SteeringConfig):
     def sampling(self) -> Sampling:
         """ValueError where a flag is out of range."""
         names = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
-        stop = tuple(text.replace("\\n", "\n").replace("\\t", "\t") for text in self.stop)
-        return Sampling(**{name: getattr(self, name) for name in names}, stop=stop)
+        return Sampling(**{name: getattr(self, name) for name in names}, stop=tuple(map(unescaped, self.stop)))
 
     def watcher(
         self, session: Session, rows: Sequence[Row] = (), first_row: int = 0, before: Callable[[], None] = lambda: None

@@ -7,7 +7,7 @@ latent in one row group so that one latent is read without the rest, and `latent
 
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
@@ -85,6 +85,32 @@ BACKGROUND_SCHEMA = pa.schema(
         "activations": pa.list_(pa.float32()),
     }
 )
+
+
+class Named(NamedTuple):
+    """What a description names, in lower case."""
+
+    words: Collection[str]
+    starts: tuple[str, ...] = ()
+    ends: tuple[str, ...] = ()
+
+    def has(self, word: str) -> bool:
+        """Whether `word`, in lower case, is named."""
+        return word in self.words or word.startswith(self.starts) or word.endswith(self.ends)
+
+
+def named_in(quotations: Iterable[str], words_of: Callable[[str], Iterable[str]]) -> Named:
+    """What quotations name: with a hyphen how words begin ("un-") or end ("-ing"), else the words that `words_of` finds."""
+    words: set[str] = set()
+    starts, ends = [], []
+    for piece in map(str.lower, quotations):
+        if piece.endswith("-") and piece[:-1].isalpha():
+            starts.append(piece[:-1])
+        elif piece.startswith("-") and piece[1:].isalpha():
+            ends.append(piece[1:])
+        else:
+            words.update(words_of(piece))
+    return Named(words, tuple(starts), tuple(ends))
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ that quotes anything counts, as a rule its title; where none does, all words of 
 import re
 from collections.abc import Collection
 from itertools import accumulate
-from typing import NamedTuple
 
+from interpretability.records import Named, named_in
 from interpretability.trials import Example, Trial
 from interpretability.words import is_content, units_of
 
@@ -25,32 +25,15 @@ def words_of(text: str) -> set[str]:
     return set(units_of(text).folded)
 
 
-class Named(NamedTuple):
-    """What a description names, in lower case."""
-
-    words: set[str]
-    starts: tuple[str, ...] = ()
-    ends: tuple[str, ...] = ()
-
-    def among(self, words: Collection[str]) -> bool:
-        """Whether one of `words` is named."""
-        return any(word in self.words or word.startswith(self.starts) or word.endswith(self.ends) for word in words)
-
-
 def named_by(explanation: str) -> Named:
     quoted = next(filter(None, map(_QUOTED.findall, explanation.split(". "))), None)
     if quoted is None:
         return Named({word for word in words_of(explanation) if is_content(word)})
-    words: set[str] = set()
-    starts, ends = [], []
-    for piece in map(str.lower, quoted):
-        if piece.endswith("-") and piece[:-1].isalpha():
-            starts.append(piece[:-1])
-        elif piece.startswith("-") and piece[1:].isalpha():
-            ends.append(piece[1:])
-        else:
-            words |= words_of(piece)
-    return Named(words, tuple(starts), tuple(ends))
+    return named_in(quoted, words_of)
+
+
+def _any_named(named: Named, words: Collection[str]) -> bool:
+    return any(map(named.has, words))
 
 
 def marked_words(example: Example) -> set[str]:
@@ -69,14 +52,14 @@ def judge(trial: Trial, explanation: str) -> list[int]:
         return [_intruder(trial)]
     named = named_by(explanation)
     if trial.test == "detection":
-        return [int(named.among(words_of(example.text))) for example in trial.examples]
+        return [int(_any_named(named, words_of(example.text))) for example in trial.examples]
     if trial.test == "fuzzing":
-        return [int(named.among(marked_words(example))) for example in trial.examples]
+        return [int(_any_named(named, marked_words(example))) for example in trial.examples]
     meaning = {word for word in words_of(explanation) if is_content(word)}
     grades = []
     for example in trial.examples:
         words = words_of(example.text)
-        fits = (named.among(marked_words(example)), named.among(words), meaning & words)
+        fits = (_any_named(named, marked_words(example)), _any_named(named, words), meaning & words)
         grades.append(next((3 - i for i, found in enumerate(fits) if found), 0))
     return grades
 

@@ -115,9 +115,14 @@ def is_content(folded: str) -> bool:
     return len(folded) > 2 and folded[0].isalpha() and folded not in FUNCTION_WORDS
 
 
+def quoted_words(title: str) -> list[str]:
+    """The whole words that a title quotes, as written."""
+    return re.findall(r'"(\w+)"', title)
+
+
 def names_content(title: str) -> bool:
     """Whether a title quotes words that all carry meaning: `"bread", "oven"`, not `"They"` or `words beginning "ab-"`."""
-    words = re.findall(r'"(\w+)"', title)
+    words = quoted_words(title)
     return bool(words) and all(len(word) > 3 and is_content(word.casefold()) for word in words)
 
 

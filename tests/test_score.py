@@ -13,13 +13,13 @@ from interpretability.batch_api import DEFAULT_MODEL
 from interpretability.explain import ExplainConfig
 from interpretability.explain import run as run_explain
 from interpretability.prompts import MalformedReply
-from interpretability.records import TopSentences, open_top
+from interpretability.records import Named, TopSentences, open_top
 from interpretability.score import SHUFFLED, ScoreConfig, interval, run, summary_of
 from interpretability.token_statistics import split
 from interpretability.top_sentences import TopSentencesConfig
 from interpretability.top_sentences import run as run_top
 from interpretability.trials import TESTS, Example, Trial, TrialMaker, shuffled
-from interpretability.word_judge import Named, judge, marked_words, named_by
+from interpretability.word_judge import judge, marked_words, named_by
 from tests import written_latents as written
 from tests.fake_batches import BatchServer
 from tests.interp_folders import make_folders, random_texts, solo
@@ -157,8 +157,8 @@ def test_the_word_judge() -> None:
     )
     assert named_by('At sea. It names "storm". It raises "else".') == Named({"storm"})
     beginnings = named_by('"un-"')
-    assert beginnings.among({"the", "unhappy"})
-    assert not beginnings.among({"run", "-"})
+    assert any(map(beginnings.has, {"the", "unhappy"}))
+    assert not any(map(beginnings.has, {"run", "-"}))
     cut = Example("unsinkable ships", ["un", "sink", "able", " ships"], [1], 1)
     assert marked_words(cut) == {"unsinkable"}
     trial = Trial("detection", 0, [STORM, SHIP, BREAD])
