@@ -16,7 +16,7 @@ os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "0" if torch.cuda.is_available(
 
 from sae.descent import descent
 from sae.hyperparameters import Hyperparameters
-from sae.loss import ALONE, aux_weight, default_k_aux
+from sae.loss import ALONE, Recipe, aux_weight, default_k_aux
 from sae.model import SAE, SAEConfig
 
 NEVER = 10**9  # since when a latent that is to count as dead has not fired
@@ -79,7 +79,7 @@ class Ours:
             self.sae.parameters(), lr=setup.lr, eps=6.25e-10, decoupled_weight_decay=True, fused=True
         )
         config = Hyperparameters(n_latents=setup.n, k=setup.k)
-        self.recipe = config.recipe(0, setup.d, torch.device(setup.device))
+        self.recipe = Recipe.at(config, 0, setup.d, torch.device(setup.device))
         self.descent = descent(config, self.sae, self.optimizer, ALONE, 0)
         self.since = torch.zeros(setup.n, dtype=torch.long, device=setup.device)
         self.count = 0

@@ -236,7 +236,7 @@ def _fit(subject: Subject, corpus: Corpus, ids: Tensor, runtime: Runtime) -> Cov
 def _evaluate(subject: Subject, corpus: Corpus, ids: Tensor, rivals: Baselines, runtime: Runtime) -> Tally:
     """All sums over the sentences `ids`. ValueError where they hold no token to evaluate."""
     cfg, parts = subject.sae.cfg, {}
-    most_active = cfg.k if cfg.architecture in ("topk", "matryoshka") else cfg.n_latents
+    most_active = cfg.k if subject.sae.selects_top_k else cfg.n_latents
     for lane, lane_batches in _lanes(subject, corpus, ids, runtime, "evaluating"):
         parts[lane] = Tally.none(cfg.d_model, cfg.n_latents, most_active)
         for batch in lane_batches:

@@ -40,7 +40,9 @@ class Baselines:
 
 def baselines(sae: SAE, fitted: Covariance, seed: int) -> Baselines:
     """Baselines for `sae`; `fitted` are the mean and covariance of x over the sentences to fit on."""
-    random_sae = SAE(replace(sae.cfg, architecture="topk", prefixes=(), provenance={}))
+    cfg = sae.cfg
+    shape = SAEConfig(d_model=cfg.d_model, n_latents=cfg.n_latents, k=cfg.k)
+    random_sae = SAE(replace(shape, norm=cfg.norm, scale=cfg.scale, norm_eps=cfg.norm_eps))
     random_sae.initialise_("tied", torch.Generator().manual_seed(seed))
     random_sae = random_sae.to(sae.W_enc).requires_grad_(False)
     random_sae.b_pre.copy_(sae.b_pre)

@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from core.runtime import Mesh, Runtime, Solo
+from sae.architectures import architecture
 from sae.batches import Batches, Rows, Schedule
 from sae.descent import descent
 from sae.hyperparameters import Hyperparameters as Hyperparameters
 from sae.loader import Loader, Segments
-from sae.loss import Losses, losses
+from sae.loss import Losses, Recipe
 from sae.model import SAE, SAEConfig
 
 VALIDATION_ROWS = 4096  # at a time
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam remembers of each entry
-THRESHOLD_DECAY = 0.9  # of the running mean of the smallest value that batchtopk keeps
 FINGERPRINT_ROWS = 4096  # at a time
 SINCE_FIRED_EDGES = tuple(10**e for e in range(3, 11))
 DENSITY_EDGES = tuple(10.0**e for e in range(-7, 0))
@@ -109,7 +109,6 @@ class Trainer:
                 n_latents=self.n_local,
                 k=min(config.k, self.n_local),
                 architecture=config.architecture,
-                prefixes=config.prefixes,
                 norm=config.norm,
                 scale=statistics.scale(config.norm),
                 provenance=self.batches.provenance
@@ -119,15 +118,13 @@ class Trainer:
                     "mean_norm": statistics.mean_norm,
                     "total_variance": float(statistics.total_variance("none")),
                 },
+                **architecture(config.architecture).config_of(config),
             )
         )
         with torch.no_grad():
             if begin_with is None:
-                generator, norm = torch.Generator().manual_seed(seed), config.initial_encoder_norm(statistics.d_model)
-                sae.initialise_(config.init, generator, self.first, config.n_latents, norm)
+                sae.begin_(config, torch.Generator().manual_seed(seed), self.first)
                 sae.b_pre.copy_(statistics.centre(config.norm, config.b_pre))
-                if config.architecture == "jumprelu":
-                    sae.threshold.fill_(config.jump_threshold)  # type: ignore[union-attr]
             else:
                 _check_alike(begin_with.cfg, replace(sae.cfg, n_latents=config.n_latents, k=config.k))
                 for name, tensor in sae.state_dict().items():
@@ -153,8 +150,7 @@ class Trainer:
         wishes = self.runtime.comm.max_(torch.tensor([stop_signal, int(busy)], device=self.runtime.device)).tolist()
         lr = config.lr_at(self.step, self.total_steps)
         gradient_norm = self.descent.update(lr)
-        if config.architecture == "batchtopk" and self.sae.threshold is not None:
-            self.sae.threshold.lerp_(part.threshold / config.accumulate, 1 - THRESHOLD_DECAY if self.step else 1.0)
+        self.sae.note_(part._replace(threshold=part.threshold / config.accumulate), self.step)
         self.step += 1
         self.tokens += n_rows
         self.last_fired[fired > 0] = self.tokens
@@ -176,7 +172,7 @@ class Trainer:
         """Gradients of this rank's part of the loss, and its sums; zeros where no row falls to it."""
         config, sae = self.config, self.sae
         x = self.loader.take(*(self._segments(step) for step in (self.step, self.step + 1)))
-        recipe, scale = config.recipe(self.step, sae.cfg.d_model, self.runtime.device), 1 / (n_rows * sae.cfg.d_model)
+        recipe, scale = Recipe.at(config, self.step, sae.cfg.d_model, self.runtime.device), 1 / (n_rows * sae.cfg.d_model)
         parts = [
             self.descent.add(sae.normalise(rows).z, recipe, scale, dead, n_dead) for rows in x.tensor_split(config.accumulate)
         ]
@@ -219,12 +215,12 @@ class Trainer:
         if n_rows == 0:
             return {}
         (data, latent), d = self.mesh, self.sae.cfg.d_model
-        recipe, dead = self.config.recipe(self.step, d, self.runtime.device), self.dead()
+        recipe, dead = Recipe.at(self.config, self.step, d, self.runtime.device), self.dead()
         n_dead = self._over_latents(len(dead))
         sums = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
         for start in range(data.rank * VALIDATION_ROWS, n_rows, data.size * VALIDATION_ROWS):
             x = self._read(rows, [(start, min(n_rows, start + VALIDATION_ROWS))]).to(self.runtime.device)
-            part = losses(self.sae, self.sae.normalise(x).z, recipe, dead, n_dead, Mesh(Solo(), latent), self.first)
+            part = self.sae.losses(self.sae.normalise(x).z, recipe, dead, n_dead, Mesh(Solo(), latent), self.first)
             sums += torch.stack((part.main, part.aux)).double()
         main, aux = (data.sum_(sums) / n_rows).tolist()
         fvu = main / self.total_variance if self.total_variance else math.nan
@@ -276,7 +272,7 @@ class Trainer:
         `l0` is what the last steps measured: for architectures that do not set it, their k.
         """
         config, cfg, group = self.config, self.sae.cfg, self.mesh.latent
-        k = config.k if config.architecture in ("topk", "matryoshka", "batchtopk") else min(config.n_latents, max(1, round(l0)))
+        k = config.k if self.sae.sets_k else min(config.n_latents, max(1, round(l0)))
         provenance = cfg.provenance | {"training_steps": self.step, "training_tokens": self.tokens}
         with torch.device("meta"):
             sae = SAE(replace(cfg, n_latents=config.n_latents, k=k, provenance=provenance))
@@ -284,12 +280,9 @@ class Trainer:
         for name, tensor in self.sae.state_dict().items():
             gathered = tensor if name == "b_pre" else group.all_gather(tensor).flatten(0, 1)
             tensors[name] = gathered.detach().cpu().clone()
-        if not config.unit_decoder:
-            norms = torch.linalg.vector_norm(tensors["W_dec"], dim=1).clamp_min(torch.finfo(tensors["W_dec"].dtype).tiny)
-            tensors["W_dec"] /= norms[:, None]
-            tensors["W_enc"] *= norms[:, None]
-            tensors["b_enc"] *= norms
         sae.load_state_dict(tensors, assign=True)
+        if not sae.unit_decoder:
+            sae.fold_decoder_norms_()
         return sae
 
     def state(self) -> State:

@@ -11,44 +11,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sae.formats.plain import Plain, as_json, fold, read_json, sae_of, taken
+from sae.formats.plain import Plain, as_json, fold, kinds, name_of, read_json, sae_of, taken
 from sae.model import SAE
 
 FILES = ("ae.pt", "config.json")
-CLASSES = {
-    "topk": "AutoEncoderTopK",
-    "matryoshka": "AutoEncoderTopK",
-    "batchtopk": "BatchTopKSAE",
-    "relu": "AutoEncoder",
-    "jumprelu": "JumpReluAutoEncoder",
-}
-OURS = {"AutoEncoderTopK": "topk", "BatchTopKSAE": "batchtopk", "AutoEncoder": "relu", "JumpReluAutoEncoder": "jumprelu"}
 LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight")
 
 
 def write(sae: SAE) -> dict[str, bytes]:
     """All architectures; matryoshka as topk. ValueError for `layer`, and for thresholds that differ in a batchtopk."""
     cfg, plain = sae.cfg, fold(sae, "dictionary_learning")
-    linear = {"encoder.weight": plain.W_enc, "encoder.bias": plain.b_enc, "decoder.weight": plain.W_dec.T.contiguous()}
-    tensors: dict[str, Tensor]
-    if cfg.architecture == "jumprelu":
-        absorbed = plain.absorbed()  # its encoder does not subtract b_dec
-        tensors = {"W_enc": plain.W_enc.T.contiguous(), "W_dec": plain.W_dec, "b_enc": absorbed.b_enc, "b_dec": plain.b_dec}
-        assert plain.threshold is not None
-        tensors["threshold"] = plain.threshold.clamp_min(0)
-    elif cfg.architecture == "relu":
-        tensors = linear | {"bias": plain.b_dec}
-    else:
-        threshold = torch.tensor(-1.0)
-        if plain.threshold is not None:
-            threshold = plain.threshold[0].clone()
-            if not bool((plain.threshold == threshold).all()):
-                raise ValueError(
-                    "dictionary_learning's BatchTopKSAE has one threshold for all latents; export with --to saelens"
-                )
-        tensors = linear | {"b_dec": plain.b_dec, "k": torch.tensor(cfg.k, dtype=torch.int32), "threshold": threshold}
+    kind = name_of("dictionary_learning", cfg)
+    tensors = _state_dict(plain, kind, cfg.k)
     trainer = {
-        "dict_class": CLASSES[cfg.architecture],
+        "dict_class": kind,
         "trainer_class": None,
         "activation_dim": cfg.d_model,
         "dict_size": cfg.n_latents,
@@ -64,6 +40,29 @@ def write(sae: SAE) -> dict[str, bytes]:
     return {"ae.pt": content.getvalue(), "config.json": as_json(config)}
 
 
+def _state_dict(plain: Plain, kind: str, k: int) -> dict[str, Tensor]:
+    """As the class `kind` names its tensors."""
+    linear = {"encoder.weight": plain.W_enc, "encoder.bias": plain.b_enc, "decoder.weight": plain.W_dec.T.contiguous()}
+    if kind == "AutoEncoder":
+        return linear | {"bias": plain.b_dec}
+    if kind == "JumpReluAutoEncoder":
+        assert plain.threshold is not None
+        b_enc = plain.absorbed().b_enc  # its encoder does not subtract b_dec
+        threshold = plain.threshold.clamp_min(0)
+        weights = {"W_enc": plain.W_enc.T.contiguous(), "W_dec": plain.W_dec}
+        return weights | {"b_enc": b_enc, "b_dec": plain.b_dec, "threshold": threshold}
+    if kind == "GatedAutoEncoder":
+        assert plain.r_mag is not None
+        (W_gate, b_gate), biases = plain.gate(), {"decoder_bias": plain.b_dec, "mag_bias": plain.b_enc, "r_mag": plain.r_mag}
+        return biases | {"encoder.weight": W_gate, "gate_bias": b_gate, "decoder.weight": linear["decoder.weight"]}
+    threshold = torch.tensor(-1.0)
+    if plain.threshold is not None:
+        threshold = plain.threshold[0].clone()
+        if not bool((plain.threshold == threshold).all()):
+            raise ValueError("dictionary_learning's BatchTopKSAE has one threshold for all latents; export with --to saelens")
+    return linear | {"b_dec": plain.b_dec, "k": torch.tensor(k, dtype=torch.int32), "threshold": threshold}
+
+
 def _layer(site: str) -> int | None:
     number = site.removeprefix("layers.").partition(".")[0]
     return int(number) if number.isdigit() else None
@@ -74,8 +73,9 @@ def read(folder: Path) -> SAE:
     config, weights = read_json(folder / "config.json"), folder / "ae.pt"
     trainer = config.get("trainer") or {}
     kind = trainer.get("dict_class")
-    if kind not in OURS:
-        raise ValueError(f"{folder}: dict_class {kind!r} cannot be read; expected one of {', '.join(OURS)}")
+    ours = kinds("dictionary_learning")
+    if kind not in ours:
+        raise ValueError(f"{folder}: dict_class {kind!r} cannot be read; expected one of {', '.join(ours)}")
     try:
         tensors = torch.load(weights, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
@@ -89,6 +89,11 @@ def read(folder: Path) -> SAE:
     if kind == "AutoEncoder":
         W_enc, b_enc, W_dec, b_dec = taken(tensors, weights, *LINEAR, "bias")
         return sae_of(Plain(W_enc, b_enc, W_dec.T, b_dec), "relu", int(trainer.get("k") or 1), provenance)
+    if kind == "GatedAutoEncoder":
+        names = ("encoder.weight", "gate_bias", "r_mag", "mag_bias")
+        W_dec, b_dec, *gate = taken(tensors, weights, "decoder.weight", "decoder_bias", *names)
+        plain = Plain(**Plain.gated(*gate), W_dec=W_dec.T, b_dec=b_dec)
+        return sae_of(plain.unit_rows(), "gated", int(trainer.get("k") or 1), provenance)  # as its encode and decode do
     W_enc, b_enc, W_dec, b_dec, k, threshold = taken(tensors, weights, *LINEAR, "b_dec", "k", "threshold")
     thresholds = threshold.clamp_min(0).expand(len(W_enc)) if kind == "BatchTopKSAE" else None
-    return sae_of(Plain(W_enc, b_enc, W_dec.T, b_dec, thresholds), OURS[kind], int(k), provenance)
+    return sae_of(Plain(W_enc, b_enc, W_dec.T, b_dec, thresholds), ours[kind], int(k), provenance)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sae.architectures import architecture, names
 from sae.model import SAE, SAEConfig
 
 
@@ -22,11 +23,33 @@ class Plain(NamedTuple):
     b_enc: Tensor  # [n]
     W_dec: Tensor  # [n, d]
     b_dec: Tensor  # [d]
-    threshold: Tensor | None = None  # [n]; batchtopk and jumprelu
+    threshold: Tensor | None = None  # [n], what a latent must exceed; None: 0, or the best k
+    r_mag: Tensor | None = None  # [n], where gates have rows of their own: log of how much longer those of W_enc are
 
     def on_cpu(self) -> "Plain":
         """As they are stored: float32, contiguous, without gradients."""
         return Plain(*(part if part is None else part.detach().float().cpu().contiguous() for part in self))  # type: ignore[arg-type]
+
+    def unit_rows(self) -> "Plain":
+        """The same function with rows of `W_dec` of norm 1 and latents that many times larger."""
+        norms = torch.linalg.vector_norm(self.W_dec, dim=1)
+        threshold = None if self.threshold is None else self.threshold * norms
+        W_enc, W_dec = self.W_enc * norms[:, None], self.W_dec / norms[:, None]
+        return self._replace(W_enc=W_enc, b_enc=self.b_enc * norms, W_dec=W_dec, threshold=threshold)
+
+    def gate(self) -> tuple[Tensor, Tensor]:
+        """Rows [n, d] and bias [n] of a gate that is open where a latent exceeds its threshold."""
+        assert self.r_mag is not None
+        assert self.threshold is not None
+        factor = self.r_mag.exp()
+        return self.W_enc / factor[:, None], (self.b_enc - self.threshold) / factor
+
+    @classmethod
+    def gated(cls, W_gate: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor) -> dict[str, Tensor]:
+        """The other way round: what to give for the encoder of a gated SAE, `W_gate` [n, d] and [n] each."""
+        factor = r_mag.exp()
+        threshold = b_mag - factor * b_gate
+        return {"W_enc": W_gate * factor[:, None], "b_enc": b_mag, "threshold": threshold, "r_mag": r_mag}
 
     def absorbed(self, sign: int = -1) -> "Plain":
         """For encoders that do not subtract `b_dec`: `b_enc - W_enc b_dec` in place of `b_enc`; with `sign` 1 the way back."""
@@ -46,28 +69,59 @@ def fold(sae: SAE, what: str) -> Plain:
             f"this SAE normalises each row by its own mean and std, which no fixed weights can stand for, and {what} has no "
             "such normalisation; export with --to saelens, or train with --norm dataset"
         )
-    s = sae.cfg.scale
-    plain = Plain(sae.W_enc, sae.b_enc / s, sae.W_dec, sae.b_pre / s, None if sae.threshold is None else sae.threshold / s)
-    return plain.on_cpu()
+    plain, s = unfolded(sae), sae.cfg.scale
+    threshold = None if plain.threshold is None else plain.threshold / s
+    return plain._replace(b_enc=plain.b_enc / s, b_dec=plain.b_dec / s, threshold=threshold)
+
+
+def unfolded(sae: SAE) -> Plain:
+    """`sae` on normalised rows."""
+    tensors = sae.plain()
+    tensors["b_dec"] = tensors.pop("b_pre")
+    return Plain(**tensors).on_cpu()
+
+
+def name_of(form: str, cfg: SAEConfig) -> str:
+    """What the format `form` calls an SAE's architecture. ValueError where it has no name for it."""
+    kind = architecture(cfg.architecture)
+    while form not in kind.exports and kind.exported_as:
+        kind = architecture(kind.exported_as)
+    if form not in kind.exports:
+        raise ValueError(
+            f"{form} holds {', '.join(kinds(form))} alone; this SAE is {cfg.architecture}; export with --to saelens"
+        )
+    return str(kind.exports[form])
+
+
+def kinds(form: str) -> dict[str, str]:
+    """Our names of the architectures that the format `form` has names for, by those."""
+    found = {name: architecture(name).exports.get(form) for name in names()}
+    return {theirs: name for name, theirs in found.items() if theirs}
+
+
+def tensor_names(name: str) -> set[str]:
+    """The fields of `Plain` that an architecture fills."""
+    with torch.device("meta"):
+        sae = SAE(SAEConfig(d_model=1, n_latents=1, k=1, architecture=name))
+    return set(sae.plain()) - {"b_pre"} | {"b_dec"}
 
 
 def sae_of(plain: Plain, architecture: str, k: int, provenance: dict[str, Any], norm: str = "none", eps: float = 1e-6) -> SAE:
     """The SAE whose tensors these are. ValueError where their shapes do not fit together, or a number is not finite."""
     shape = tuple(plain.W_dec.shape)
     n, d = shape if len(shape) == 2 else (0, 0)
-    wanted = {"W_enc": (n, d), "b_enc": (n,), "W_dec": (n, d), "b_dec": (d,), "threshold": (n,)}
+    wanted = {"W_enc": (n, d), "W_dec": (n, d), "b_dec": (d,)}
     for name, tensor in plain._asdict().items():
-        if tensor is not None and (tuple(tensor.shape) != wanted[name] or not tensor.numel()):
+        if tensor is not None and (tuple(tensor.shape) != wanted.get(name, (n,)) or not tensor.numel()):
             raise ValueError(f"{name} has shape {list(tensor.shape)}, which does not fit a decoder of {list(shape)}")
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name} holds NaN or infinite values")
     cfg = SAEConfig(d_model=d, n_latents=n, k=k, architecture=architecture, norm=norm, norm_eps=eps, provenance=provenance)
     with torch.device("meta"):
         sae = SAE(cfg)
-    tensors = {"W_enc": plain.W_enc, "b_enc": plain.b_enc, "W_dec": plain.W_dec, "b_pre": plain.b_dec}
-    if plain.threshold is not None:
-        tensors["threshold"] = plain.threshold
-    sae.load_state_dict({name: tensor.float().contiguous() for name, tensor in tensors.items()}, assign=True)
+    tensors = {name: tensor for name, tensor in plain._asdict().items() if tensor is not None}
+    tensors["b_pre"] = tensors.pop("b_dec")
+    sae.load_plain_({name: tensor.float().contiguous() for name, tensor in tensors.items()})
     return sae.requires_grad_(False)
 
 

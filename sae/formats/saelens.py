@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 
-from sae.formats.plain import Plain, as_json, fold, read_json, sae_of, taken
+from sae.formats.plain import Plain, as_json, fold, kinds, name_of, read_json, sae_of, taken, tensor_names, unfolded
 from sae.model import SAE
 
 FILES = ("cfg.json", "sae_weights.safetensors")
-ARCHITECTURES = {"topk": "topk", "matryoshka": "topk", "relu": "standard", "jumprelu": "jumprelu", "batchtopk": "jumprelu"}
-OURS = {"topk": "topk", "standard": "relu", "jumprelu": "jumprelu"}
 LAYER_EPS = 1e-5  # of its `layer_norm`, which puts the std back without it
 HOOKS = {"attn_out": "hook_attn_out", "ffn_out": "hook_mlp_out"} | {
     name: f"hook_{name}" for name in ("resid_pre", "resid_mid", "resid_post")
@@ -36,17 +33,20 @@ def site_of(hook: str) -> str | None:
 
 
 def write(sae: SAE) -> dict[str, bytes]:
-    """All architectures; batchtopk as the jumprelu that it is at inference, matryoshka as topk. A `layer` norm is kept, with
+    """All architectures, or what they are at inference. A `layer` norm is kept, with
     SAELens' epsilon in place of ours.
     """
     cfg, layer = sae.cfg, sae.cfg.norm == "layer"
-    plain = Plain(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_pre, sae.threshold).on_cpu() if layer else fold(sae, "SAELens")
+    plain = unfolded(sae) if layer else fold(sae, "SAELens")
     tensors = {"W_enc": plain.W_enc.T.contiguous(), "b_enc": plain.b_enc, "W_dec": plain.W_dec, "b_dec": plain.b_dec}
-    if plain.threshold is not None:
+    if plain.r_mag is not None:
+        W_gate, b_gate = plain.gate()
+        tensors |= {"W_enc": W_gate.T.contiguous(), "b_gate": b_gate, "r_mag": plain.r_mag, "b_mag": tensors.pop("b_enc")}
+    elif plain.threshold is not None:
         tensors["threshold"] = plain.threshold
     site = str(cfg.provenance.get("site", ""))
     values: dict[str, Any] = {
-        "architecture": ARCHITECTURES[cfg.architecture],
+        "architecture": name_of("saelens", cfg),
         "d_in": cfg.d_model,
         "d_sae": cfg.n_latents,
         "dtype": "float32",
@@ -65,32 +65,27 @@ def write(sae: SAE) -> dict[str, bytes]:
             "llama3_sae": cfg.provenance,
         },
     }
-    if values["architecture"] == "topk":
+    if sae.selects_top_k:
         values |= {"k": cfg.k, "rescale_acts_by_decoder_norm": False}
     return {"cfg.json": as_json(values), "sae_weights.safetensors": safetensors.torch.save(tensors)}
 
 
 def read(folder: Path) -> SAE:
-    """ValueError for what this cannot hold: gated SAEs, transcoders, and a normalisation whose scale lies elsewhere."""
+    """ValueError for what this cannot hold: transcoders, and a normalisation whose scale lies elsewhere."""
     cfg, weights = read_json(folder / "cfg.json"), folder / "sae_weights.safetensors"
-    kind = cfg.get("architecture")
-    if kind not in OURS:
+    kind, ours = cfg.get("architecture"), kinds("saelens")
+    if kind not in ours:
         raise ValueError(
-            f"{folder}: architecture {kind!r} cannot be read; expected one of {', '.join(OURS)}, written by SAELens 6"
+            f"{folder}: architecture {kind!r} cannot be read; expected one of {', '.join(ours)}, written by SAELens 6"
         )
     norm = cfg.get("normalize_activations", "none")
     if norm not in ("none", "layer_norm"):
         raise ValueError(
             f"{folder}: normalize_activations {norm!r} keeps its scale elsewhere; fold it into the weights in SAELens"
         )
-    names = ["W_enc", "b_enc", "W_dec", "b_dec"] + ["threshold"] * (kind == "jumprelu")
-    W_enc, *others = taken(safetensors.torch.load_file(weights), weights, *names)
-    plain = Plain(W_enc.T.float(), *(tensor.float() for tensor in others))
+    plain = _tensors(weights, tensor_names(ours[kind]))
     if cfg.get("rescale_acts_by_decoder_norm"):  # h times the rows' norms, and rows of unit norm
-        norms = torch.linalg.vector_norm(plain.W_dec, dim=1)
-        plain = plain._replace(
-            W_enc=plain.W_enc * norms[:, None], b_enc=plain.b_enc * norms, W_dec=plain.W_dec / norms[:, None]
-        )
+        plain = plain.unit_rows()._replace(threshold=plain.threshold)
     if not cfg.get("apply_b_dec_to_input", True):
         plain = plain.absorbed(sign=1)
     metadata = cfg.get("metadata") or {}
@@ -99,4 +94,15 @@ def read(folder: Path) -> SAE:
         "model": metadata.get("model_name"),
     }
     layer = {"norm": "layer", "eps": LAYER_EPS} if norm == "layer_norm" else {}
-    return sae_of(plain, OURS[kind], int(cfg.get("k", 1)), provenance, **layer)  # type: ignore[arg-type]
+    return sae_of(plain, ours[kind], int(cfg.get("k", 1)), provenance, **layer)  # type: ignore[arg-type]
+
+
+def _tensors(path: Path, fields: set[str]) -> Plain:
+    """What the file holds, for an SAE of these fields of `Plain`."""
+    tensors = safetensors.torch.load_file(path)
+    if "r_mag" in fields:
+        W_enc, W_dec, b_dec, *gate = taken(tensors, path, "W_enc", "W_dec", "b_dec", "b_gate", "r_mag", "b_mag")
+        encoder = Plain.gated(W_enc.T.float(), *(tensor.float() for tensor in gate))
+        return Plain(**encoder, W_dec=W_dec.float(), b_dec=b_dec.float())
+    found = dict(zip(sorted(fields), taken(tensors, path, *sorted(fields)), strict=True))
+    return Plain(**{name: (tensor.T if name == "W_enc" else tensor).float() for name, tensor in found.items()})

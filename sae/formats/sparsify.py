@@ -7,7 +7,7 @@ from pathlib import Path
 
 import safetensors.torch
 
-from sae.formats.plain import Plain, as_json, fold, read_json, sae_of, taken
+from sae.formats.plain import Plain, as_json, fold, name_of, read_json, sae_of, taken
 from sae.model import SAE
 
 FILES = ("cfg.json", "sae.safetensors")
@@ -16,12 +16,11 @@ FILES = ("cfg.json", "sae.safetensors")
 def write(sae: SAE) -> dict[str, bytes]:
     """topk and matryoshka. ValueError for the others, and for `layer`."""
     cfg = sae.cfg
-    if cfg.architecture not in ("topk", "matryoshka"):
-        raise ValueError(f"sparsify knows top-k alone; this SAE is {cfg.architecture}; export with --to saelens")
+    activation = name_of("sparsify", cfg)
     plain = fold(sae, "sparsify")
     tensors = {"encoder.weight": plain.W_enc, "encoder.bias": plain.b_enc, "W_dec": plain.W_dec, "b_dec": plain.b_dec}
     values = {
-        "activation": "topk",
+        "activation": activation,
         "expansion_factor": max(1, cfg.n_latents // cfg.d_model),
         "normalize_decoder": True,
         "num_latents": cfg.n_latents,
