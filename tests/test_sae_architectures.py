@@ -15,7 +15,7 @@ from sae.batches import Batches
 from sae.hyperparameters import Hyperparameters
 from sae.loss import Losses, Recipe
 from sae.model import SAE, SAEConfig, load
-from sae.parallel import best_of_batch
+from sae.parallel import global_batch_top_k
 from sae.train import TrainConfig, run
 from sae.trainer import Trainer
 from tests.sae_folders import ALONE, make_batches, own_tensors, sparse_rows
@@ -81,12 +81,12 @@ def test_batchtopk_finds_rows_that_hold_far_more_than_k() -> None:
     """One row holds all of the largest values: candidates per row must grow from 2 k to 40."""
     h = torch.rand(10, 100, generator=torch.Generator().manual_seed(0))
     h[3] += 5
-    indices, kept, threshold = best_of_batch(h, 4, ALONE.mesh(1).data, ALONE.mesh(1).latent)
+    indices, kept, threshold = global_batch_top_k(h, 4, ALONE.mesh(1).data, ALONE.mesh(1).latent)
     assert int(kept[3].sum()) == 40 == int(kept.sum())
     assert set(indices[3][kept[3]].tolist()) == set(h[3].topk(40).indices.tolist())
     assert threshold == h[3].topk(40).values[-1]
     h.neg_()  # nothing is positive: nothing is kept
-    assert not best_of_batch(h, 4, ALONE.mesh(1).data, ALONE.mesh(1).latent)[1].any()
+    assert not global_batch_top_k(h, 4, ALONE.mesh(1).data, ALONE.mesh(1).latent)[1].any()
 
 
 def test_relu_penalises_with_the_norms_of_the_decoder(z: Tensor) -> None:

@@ -13,7 +13,7 @@ from sae.hyperparameters import Hyperparameters
 from sae.loss import Losses, Recipe
 from sae.memory import Share
 from sae.model import SAE
-from sae.parallel import shared_by, sum_over
+from sae.parallel import copy_to_group, reduce_from_group
 
 
 class DenseSAE(SAE):
@@ -28,14 +28,14 @@ class DenseSAE(SAE):
 
     def product(self, z: Tensor, bias: Tensor, mesh: Mesh) -> Tensor:
         """`W_enc (z - b_pre) + bias` [N, n], with its graph."""
-        return torch.addmm(bias, z - shared_by(mesh.latent, self.b_pre), self.W_enc.T)
+        return torch.addmm(bias, z - copy_to_group(mesh.latent, self.b_pre), self.W_enc.T)
 
     def weighed(self, z: Tensor, f: Tensor, penalty: Tensor, recipe: Recipe, mesh: Mesh) -> Losses:
         """Sums for activations `f` [N, n]: `sum (z - z_hat)^2 + sparsity * d * penalty`.
 
         With means over d entries, as in our loss, `sparsity * d` is the weight that papers name.
         """
-        main = (z - sum_over(mesh.latent, f @ self.W_dec) - self.b_pre).square().sum()
+        main = (z - reduce_from_group(mesh.latent, f @ self.W_dec) - self.b_pre).square().sum()
         objective = main + recipe.sparsity * self.cfg.d_model * penalty
         active = f.detach() > 0
         fired = active.sum(0, dtype=torch.int32)

@@ -13,7 +13,7 @@ from sae.hyperparameters import Hyperparameters
 from sae.loss import ALONE, Losses, Recipe, aux_weight, default_k_aux
 from sae.memory import Share, choosing_bytes, entry_bytes, parameter_bytes
 from sae.model import SAE
-from sae.parallel import best, shared_by, sum_over
+from sae.parallel import copy_to_group, reduce_from_group, sharded_top_k
 from sae.sparse import decode, encode_at
 
 
@@ -32,7 +32,7 @@ class SparseSAE(SAE):
 
     def choose(self, h: Tensor, k: int, mesh: Mesh) -> Choice:
         """This rank's share of the latents that training keeps: the k largest of each row of `h` [N, n]."""
-        return Choice(*best(h, k, mesh.latent), h.new_zeros(()))
+        return Choice(*sharded_top_k(h, k, mesh.latent), h.new_zeros(()))
 
     def decoded(self, values: Tensor, indices: Tensor, first: int) -> Tensor:
         """This rank's part of what each group of latents adds to the reconstruction: [G, N, d] from [N, K] each."""
@@ -54,17 +54,17 @@ class SparseSAE(SAE):
             K = indices.shape[1]
             if with_aux:
                 candidates = h.index_select(1, dead)
-                chosen, kept_aux = best(candidates, min(recipe.k_aux, n_dead), mesh.latent)
+                chosen, kept_aux = sharded_top_k(candidates, min(recipe.k_aux, n_dead), mesh.latent)
                 indices = torch.cat((indices, dead[chosen] if len(dead) else chosen), 1)
-        values = encode_at((shared_by(mesh.latent, self.b_pre), self.W_enc, self.b_enc), z, indices, h).relu()
+        values = encode_at((copy_to_group(mesh.latent, self.b_pre), self.W_enc, self.b_enc), z, indices, h).relu()
         main_values, main_indices = _masked(values[:, :K], kept), indices[:, :K]
-        z_hat = sum_over(mesh.latent, self.decoded(main_values, main_indices, first)).cumsum(0) + self.b_pre
+        z_hat = reduce_from_group(mesh.latent, self.decoded(main_values, main_indices, first)).cumsum(0) + self.b_pre
         errors = (z - z_hat).square().sum((1, 2))  # (G,)
         aux, objective = z.new_zeros(()), errors.mean()
         if with_aux:
             error = (z - z_hat[-1]).detach()
             aux_values = _masked(values[:, K:], kept_aux)
-            aux = (error - sum_over(mesh.latent, decode(aux_values, indices[:, K:], self.W_dec))).square().sum()
+            aux = (error - reduce_from_group(mesh.latent, decode(aux_values, indices[:, K:], self.W_dec))).square().sum()
             objective = objective + aux_weight(n_dead, recipe.k_aux, recipe.aux_coefficient) * aux
         active = main_values.detach() > 0
         fired = torch.zeros(len(self.W_enc), dtype=torch.int32, device=z.device)

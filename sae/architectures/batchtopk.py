@@ -11,7 +11,7 @@ from sae.config import SAEConfig
 from sae.hyperparameters import Hyperparameters
 from sae.loss import Losses
 from sae.memory import Share
-from sae.parallel import best_of_batch
+from sae.parallel import global_batch_top_k
 
 THRESHOLD_DECAY = 0.9  # of the running mean of the smallest value kept
 CANDIDATES = 8  # times k, of a row: they double until no row holds more
@@ -35,7 +35,7 @@ class BatchTopK(SparseSAE):
         return self.threshold.clamp_min(0)
 
     def choose(self, h: Tensor, k: int, mesh: Mesh) -> Choice:
-        return Choice(*best_of_batch(h, k, *mesh))
+        return Choice(*global_batch_top_k(h, k, *mesh))
 
     def note_(self, part: Losses, step: int) -> None:
         self.threshold.lerp_(part.threshold, 1 - THRESHOLD_DECAY if step else 1.0)

@@ -15,7 +15,7 @@ from core.runtime import Mesh
 from sae.architectures._dense import DenseSAE
 from sae.config import SAEConfig
 from sae.loss import ALONE, Losses, Recipe
-from sae.parallel import sum_over
+from sae.parallel import reduce_from_group
 from sae.sparse import encode_at
 
 
@@ -41,7 +41,7 @@ class Gated(DenseSAE):
         f = (self.r_mag.exp() * (gate - self.b_gate) + self.b_mag).relu() * (gate > 0)
         opening = gate.relu()
         part = self.weighed(z, f, opening.sum(), recipe, mesh)
-        z_hat = sum_over(mesh.latent, opening @ self.W_dec.detach()) + self.b_pre.detach()
+        z_hat = reduce_from_group(mesh.latent, opening @ self.W_dec.detach()) + self.b_pre.detach()
         aux = (z - z_hat).square().sum()
         return part._replace(objective=part.objective + aux, aux=aux)
 

@@ -20,7 +20,7 @@ from sae.hyperparameters import Hyperparameters
 from sae.loss import ALONE, Losses, Recipe, aux_weight
 from sae.memory import Share, choosing_bytes, entry_bytes
 from sae.model import CPU_ELEMENTS, GPU_ELEMENTS
-from sae.parallel import best
+from sae.parallel import sharded_top_k
 from sae.sparse import bag, sampled_product, sums_by_latent, transpose
 from sae.topk import top_k
 from sae.update import CPU_ELEMENTS as CPU_GRADIENTS
@@ -109,7 +109,7 @@ def _largest(h: Tensor, k: int, latent: Comm) -> tuple[Tensor, Tensor]:
     if latent.size == 1:
         values, indices = top_k(h, k)
         return values.relu_(), indices
-    indices, kept = best(h, k, latent)
+    indices, kept = sharded_top_k(h, k, latent)
     if h.shape[1] == 0:
         return h, indices[:, :0]
     return h.gather(1, indices).relu_().masked_fill_(~kept, 0), indices  # type: ignore[operator]
