@@ -16,7 +16,7 @@ os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "0" if torch.cuda.is_available(
 
 from sae.descent import descent
 from sae.hyperparameters import Hyperparameters
-from sae.loss import ALONE, Recipe, aux_weight, default_k_aux
+from sae.loss import ALONE, LossConfig, aux_weight, default_k_aux
 from sae.model import SAE, SAEConfig
 
 NEVER = 10**9  # since when a latent that is to count as dead has not fired
@@ -79,7 +79,7 @@ class Ours:
             self.sae.parameters(), lr=setup.lr, eps=6.25e-10, decoupled_weight_decay=True, fused=True
         )
         config = Hyperparameters(n_latents=setup.n, k=setup.k)
-        self.recipe = Recipe.at(config, 0, setup.d, torch.device(setup.device))
+        self.loss_config = LossConfig.at(config, 0, setup.d, torch.device(setup.device))
         self.descent = descent(config, self.sae, self.optimizer, ALONE, 0)
         self.since = torch.zeros(setup.n, dtype=torch.long, device=setup.device)
         self.count = 0
@@ -89,7 +89,7 @@ class Ours:
         if self.count == 0:
             self.sae.b_pre.copy_(z.mean(0))
         dead = (self.since >= self.setup.dead_after).nonzero()[:, 0]
-        part = self.descent.add(z, self.recipe, 1 / z.numel(), dead, len(dead))
+        part = self.descent.add(z, self.loss_config, 1 / z.numel(), dead, len(dead))
         assert self.descent.finite()
         self.descent.update(self.setup.lr * decayed(self.count, self.setup.steps))
         self.since += len(z)

@@ -11,7 +11,7 @@ from torch import Tensor
 from core.runtime import Mesh
 from sae.gradients import RowGradients
 from sae.hyperparameters import Hyperparameters
-from sae.loss import Losses, Recipe
+from sae.loss import LossConfig, Losses
 from sae.model import SAE
 from sae.update import update_
 
@@ -21,7 +21,7 @@ class HasRowGradients(Protocol):
     """An SAE whose architecture has its training step written out."""
 
     def row_gradients(
-        self, z: Tensor, recipe: Recipe, scale: float, dead: Tensor | None, n_dead: int, mesh: Mesh
+        self, z: Tensor, loss_config: LossConfig, scale: float, dead: Tensor | None, n_dead: int, mesh: Mesh
     ) -> tuple[Losses, RowGradients]:
         """The sums of `losses`, and the gradients of `scale` times the objective, for normalised rows `z` [N, d]."""
 
@@ -29,7 +29,7 @@ class HasRowGradients(Protocol):
 class Descent(Protocol):
     """One step: `add` once or several times, then `finite`, then `update`."""
 
-    def add(self, z: Tensor, recipe: Recipe, scale: float, dead: Tensor, n_dead: int) -> Losses:
+    def add(self, z: Tensor, loss_config: LossConfig, scale: float, dead: Tensor, n_dead: int) -> Losses:
         """Add the gradients of `scale` times the objective of normalised rows `z` [N, d]; returns the sums of `losses`."""
 
     def finite(self) -> Tensor:
@@ -53,9 +53,9 @@ class ByHand:
         self.config, self.sae, self.optimizer, self.mesh = config, sae, optimizer, mesh
         self.gradients: RowGradients | None = None
 
-    def add(self, z: Tensor, recipe: Recipe, scale: float, dead: Tensor, n_dead: int) -> Losses:
+    def add(self, z: Tensor, loss_config: LossConfig, scale: float, dead: Tensor, n_dead: int) -> Losses:
         assert isinstance(self.sae, HasRowGradients)
-        part, gradients = self.sae.row_gradients(z, recipe, scale, dead, n_dead, self.mesh)
+        part, gradients = self.sae.row_gradients(z, loss_config, scale, dead, n_dead, self.mesh)
         self.gradients = gradients if self.gradients is None else self.gradients.plus(gradients)
         return part
 
@@ -76,8 +76,8 @@ class ByAutograd:
     def __init__(self, config: Hyperparameters, sae: SAE, optimizer: torch.optim.Adam, mesh: Mesh, first: int) -> None:
         self.config, self.sae, self.optimizer, self.mesh, self.first = config, sae, optimizer, mesh, first
 
-    def add(self, z: Tensor, recipe: Recipe, scale: float, dead: Tensor, n_dead: int) -> Losses:
-        part = self.sae.losses(z, recipe, dead, n_dead, self.mesh, self.first)
+    def add(self, z: Tensor, loss_config: LossConfig, scale: float, dead: Tensor, n_dead: int) -> Losses:
+        part = self.sae.losses(z, loss_config, dead, n_dead, self.mesh, self.first)
         (part.objective * scale).backward()  # type: ignore[no-untyped-call]
         return Losses(*(value.detach() for value in part))
 

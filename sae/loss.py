@@ -16,7 +16,7 @@ from sae.hyperparameters import Hyperparameters
 ALONE = Mesh(Solo(), Solo())
 
 
-class Recipe(NamedTuple):
+class LossConfig(NamedTuple):
     """What the loss depends on besides weights and rows; numbers of latents count those of all ranks."""
 
     k: int
@@ -30,7 +30,7 @@ class Recipe(NamedTuple):
     """Type of what a hand-written step multiplies; None: that of the weights."""
 
     @classmethod
-    def at(cls, config: Hyperparameters, step: int, d_model: int, device: torch.device) -> "Recipe":
+    def at(cls, config: Hyperparameters, step: int, d_model: int, device: torch.device) -> "LossConfig":
         """The loss of step `step` (from 0)."""
         in_bfloat16 = config.products == "bfloat16" or (config.products == "auto" and config.dtype == "float32")
         return cls(

@@ -22,7 +22,7 @@ from core.runtime import Mesh, Runtime, Solo
 from sae.architectures import architecture
 from sae.config import SAEConfig as SAEConfig
 from sae.hyperparameters import Hyperparameters
-from sae.loss import ALONE, Losses, Recipe
+from sae.loss import ALONE, LossConfig, Losses
 from sae.memory import Share
 from sae.sparse import decode, encode_at
 from sae.topk import top_k
@@ -120,7 +120,7 @@ class SAE(nn.Module):
     def losses(
         self,
         z: Tensor,
-        recipe: Recipe,
+        config: LossConfig,
         dead: Tensor | None = None,
         n_dead: int = 0,
         mesh: Mesh = ALONE,

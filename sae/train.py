@@ -29,7 +29,7 @@ from core.runtime import Runtime
 from sae.batches import Batches
 from sae.checkpoint import Checkpoints, StopWish, stop_signals
 from sae.hyperparameters import Hyperparameters
-from sae.loss import Recipe
+from sae.loss import LossConfig
 from sae.metrics import Metrics, NoMetrics, NoWandb, Wandb, WandbMode
 from sae.model import load
 from sae.trainer import NotFinite, StepResult, Trainer
@@ -213,7 +213,7 @@ def floor_seconds(trainer: Trainer) -> float:
     config, data, device = trainer.config, trainer.mesh.data, trainer.runtime.device
     n_rows = -(-config.batch_size // data.size // config.accumulate)
     d = trainer.sae.cfg.d_model
-    W_enc = trainer.sae.W_enc.to(Recipe.at(config, 0, d, device).products or trainer.sae.W_enc.dtype)
+    W_enc = trainer.sae.W_enc.to(LossConfig.at(config, 0, d, device).products or trainer.sae.W_enc.dtype)
     z = torch.ones(n_rows, d, dtype=W_enc.dtype, device=device)
     times = []
     for _ in range(3):

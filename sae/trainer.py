@@ -17,7 +17,7 @@ from sae.batches import Batches, Rows, Schedule
 from sae.descent import descent
 from sae.hyperparameters import Hyperparameters as Hyperparameters
 from sae.loader import Loader, Segments
-from sae.loss import Losses, Recipe
+from sae.loss import LossConfig, Losses
 from sae.model import SAE, SAEConfig
 
 VALIDATION_ROWS = 4096  # at a time
@@ -172,9 +172,13 @@ class Trainer:
         """Gradients of this rank's part of the loss, and its sums; zeros where no row falls to it."""
         config, sae = self.config, self.sae
         x = self.loader.take(*(self._segments(step) for step in (self.step, self.step + 1)))
-        recipe, scale = Recipe.at(config, self.step, sae.cfg.d_model, self.runtime.device), 1 / (n_rows * sae.cfg.d_model)
+        loss_config, scale = (
+            LossConfig.at(config, self.step, sae.cfg.d_model, self.runtime.device),
+            1 / (n_rows * sae.cfg.d_model),
+        )
         parts = [
-            self.descent.add(sae.normalise(rows).z, recipe, scale, dead, n_dead) for rows in x.tensor_split(config.accumulate)
+            self.descent.add(sae.normalise(rows).z, loss_config, scale, dead, n_dead)
+            for rows in x.tensor_split(config.accumulate)
         ]
         return Losses(*(torch.stack(values).sum(0, dtype=values[0].dtype) for values in zip(*parts, strict=True)))
 
@@ -215,12 +219,12 @@ class Trainer:
         if n_rows == 0:
             return {}
         (data, latent), d = self.mesh, self.sae.cfg.d_model
-        recipe, dead = Recipe.at(self.config, self.step, d, self.runtime.device), self.dead()
+        loss_config, dead = LossConfig.at(self.config, self.step, d, self.runtime.device), self.dead()
         n_dead = self._over_latents(len(dead))
         sums = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
         for start in range(data.rank * VALIDATION_ROWS, n_rows, data.size * VALIDATION_ROWS):
             x = self._read(rows, [(start, min(n_rows, start + VALIDATION_ROWS))]).to(self.runtime.device)
-            part = self.sae.losses(self.sae.normalise(x).z, recipe, dead, n_dead, Mesh(Solo(), latent), self.first)
+            part = self.sae.losses(self.sae.normalise(x).z, loss_config, dead, n_dead, Mesh(Solo(), latent), self.first)
             sums += torch.stack((part.main, part.aux)).double()
         main, aux = (data.sum_(sums) / n_rows).tolist()
         fvu = main / self.total_variance if self.total_variance else math.nan

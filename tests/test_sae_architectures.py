@@ -13,7 +13,7 @@ from core.cli import parse
 from sae.architectures import names
 from sae.batches import Batches
 from sae.hyperparameters import Hyperparameters
-from sae.loss import Losses, Recipe
+from sae.loss import LossConfig, Losses
 from sae.model import SAE, SAEConfig, load
 from sae.parallel import global_batch_top_k
 from sae.train import TrainConfig, run
@@ -66,7 +66,7 @@ def same_gradients(sae: SAE, part: Losses, reference: Tensor) -> None:
 
 def test_batchtopk_keeps_the_largest_of_the_whole_batch(z: Tensor) -> None:
     sae = make_sae("batchtopk")
-    part, h = sae.losses(z, Recipe(k=5)), dense_h(sae, z)
+    part, h = sae.losses(z, LossConfig(k=5)), dense_h(sae, z)
     smallest = h.detach().flatten().topk(5 * len(z)).values[-1]
     f = h * (h >= smallest)
     reference = (z - f @ sae.W_dec - sae.b_pre).square().sum()
@@ -91,7 +91,7 @@ def test_batchtopk_finds_rows_that_hold_far_more_than_k() -> None:
 
 def test_relu_penalises_with_the_norms_of_the_decoder(z: Tensor) -> None:
     sae = make_sae("relu")
-    part, f = sae.losses(z, Recipe(k=5, sparsity=0.3)), dense_h(sae, z).relu()
+    part, f = sae.losses(z, LossConfig(k=5, sparsity=0.3)), dense_h(sae, z).relu()
     penalty = sum(f[:, i].sum() * sae.W_dec[i].norm() for i in range(40))
     reference = (z - f @ sae.W_dec - sae.b_pre).square().sum() + 0.3 * 12 * penalty
     torch.testing.assert_close(part.objective, reference)
@@ -100,7 +100,7 @@ def test_relu_penalises_with_the_norms_of_the_decoder(z: Tensor) -> None:
 
 def test_jumprelu_moves_its_thresholds_by_the_kernel_estimate(z: Tensor) -> None:
     sae, width, weight = make_sae("jumprelu"), 0.3, 0.2
-    part, h = sae.losses(z, Recipe(k=5, sparsity=weight, bandwidth=width)), dense_h(sae, z)
+    part, h = sae.losses(z, LossConfig(k=5, sparsity=weight, bandwidth=width)), dense_h(sae, z)
     threshold = sae.threshold
     assert threshold is not None
     f = (h * (h > threshold)).detach().requires_grad_()
@@ -124,7 +124,7 @@ def test_jumprelu_moves_its_thresholds_by_the_kernel_estimate(z: Tensor) -> None
 def test_matryoshka_reconstructs_from_each_prefix(z: Tensor) -> None:
     ends = (8, 20, 40)
     sae = make_sae("matryoshka", prefixes=ends)
-    part, h = sae.losses(z, Recipe(k=5)), dense_h(sae, z)
+    part, h = sae.losses(z, LossConfig(k=5)), dense_h(sae, z)
     f = torch.zeros_like(h).scatter(1, h.topk(5).indices, 1.0) * h.relu()
     errors = [(z - f[:, :end] @ sae.W_dec[:end] - sae.b_pre).square().sum() for end in ends]
     reference = torch.stack(errors).mean()
@@ -141,7 +141,7 @@ def gates(sae: SAE, z: Tensor) -> tuple[Tensor, Tensor]:
 
 def test_gated_trains_gates_by_their_own_reconstruction(z: Tensor) -> None:
     sae, weight = make_sae("gated"), 0.3
-    part, (gate, magnitude) = sae.losses(z, Recipe(k=5, sparsity=weight)), gates(sae, z)
+    part, (gate, magnitude) = sae.losses(z, LossConfig(k=5, sparsity=weight)), gates(sae, z)
     f = (gate > 0) * magnitude.relu()
     assert 0 < int((f > 0).sum()) < int((gate > 0).sum())
     main = (z - f @ sae.W_dec - sae.b_pre).square().sum()

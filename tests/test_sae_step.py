@@ -9,7 +9,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from sae.architectures import topk
 from sae.gradients import RowGradients
-from sae.loss import Losses, Recipe
+from sae.loss import LossConfig, Losses
 from sae.model import SAE, SAEConfig
 from sae.update import update_
 
@@ -39,12 +39,12 @@ def some_dead(n_dead: int, n: int = 40) -> Tensor:
 
 def by_hand(sae: SAE, z: Tensor, dead: Tensor = NO_AUX) -> tuple[Losses, RowGradients]:
     """Of the mean loss."""
-    return sae.row_gradients(z, Recipe(sae.cfg.k, K_AUX, 1 / 32), 1 / z.numel(), dead, len(dead))
+    return sae.row_gradients(z, LossConfig(sae.cfg.k, K_AUX, 1 / 32), 1 / z.numel(), dead, len(dead))
 
 
 def by_autograd(sae: SAE, z: Tensor, dead: Tensor) -> Losses:
     """The same, with gradients in `.grad`."""
-    part = sae.losses(z, Recipe(sae.cfg.k, K_AUX, 1 / 32), dead, len(dead))
+    part = sae.losses(z, LossConfig(sae.cfg.k, K_AUX, 1 / 32), dead, len(dead))
     (part.objective / z.numel()).backward()
     return part
 
@@ -139,7 +139,7 @@ def test_memory_beyond_weights_and_state(n_dead: int) -> None:
     dead = torch.arange(0, n_dead * 2, 2)
 
     def run() -> None:
-        part, gradients = sae.row_gradients(z, Recipe(32, 256, 1 / 32), 1 / z.numel(), dead, n_dead)
+        part, gradients = sae.row_gradients(z, LossConfig(32, 256, 1 / 32), 1 / z.numel(), dead, n_dead)
         assert int(part.l0) > 0
         update_(sae, optimizer, gradients)
 

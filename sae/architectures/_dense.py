@@ -10,7 +10,7 @@ from torch import Tensor
 
 from core.runtime import Mesh
 from sae.hyperparameters import Hyperparameters
-from sae.loss import Losses, Recipe
+from sae.loss import LossConfig, Losses
 from sae.memory import Share
 from sae.model import SAE
 from sae.parallel import copy_to_group, reduce_from_group
@@ -30,13 +30,13 @@ class DenseSAE(SAE):
         """`W_enc (z - b_pre) + bias` [N, n], with its graph."""
         return torch.addmm(bias, z - copy_to_group(mesh.latent, self.b_pre), self.W_enc.T)
 
-    def weighed(self, z: Tensor, f: Tensor, penalty: Tensor, recipe: Recipe, mesh: Mesh) -> Losses:
+    def weighed(self, z: Tensor, f: Tensor, penalty: Tensor, config: LossConfig, mesh: Mesh) -> Losses:
         """Sums for activations `f` [N, n]: `sum (z - z_hat)^2 + sparsity * d * penalty`.
 
         With means over d entries, as in our loss, `sparsity * d` is the weight that papers name.
         """
         main = (z - reduce_from_group(mesh.latent, f @ self.W_dec) - self.b_pre).square().sum()
-        objective = main + recipe.sparsity * self.cfg.d_model * penalty
+        objective = main + config.sparsity * self.cfg.d_model * penalty
         active = f.detach() > 0
         fired = active.sum(0, dtype=torch.int32)
         return Losses(objective, main, z.new_zeros(()), penalty, fired.sum(), fired, z.new_zeros(()))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from core.runtime import Mesh
 from sae.hyperparameters import Hyperparameters
-from sae.loss import ALONE, Losses, Recipe, aux_weight, default_k_aux
+from sae.loss import ALONE, LossConfig, Losses, aux_weight, default_k_aux
 from sae.memory import Share, choosing_bytes, entry_bytes, parameter_bytes
 from sae.model import SAE
 from sae.parallel import copy_to_group, reduce_from_group, sharded_top_k
@@ -39,7 +39,7 @@ class SparseSAE(SAE):
         return decode(values, indices, self.W_dec)[None]
 
     def losses(
-        self, z: Tensor, recipe: Recipe, dead: Tensor | None = None, n_dead: int = 0, mesh: Mesh = ALONE, first: int = 0
+        self, z: Tensor, config: LossConfig, dead: Tensor | None = None, n_dead: int = 0, mesh: Mesh = ALONE, first: int = 0
     ) -> Losses:
         """`sum (z - z_hat)^2`, the mean over what the groups reconstruct one after the other, plus AuxK.
 
@@ -47,14 +47,14 @@ class SparseSAE(SAE):
         which is held fixed, without `b_pre`; off where nothing is dead.
         """
         dead = z.new_zeros(0, dtype=torch.long) if dead is None else dead
-        with_aux = n_dead > 0 and recipe.aux_coefficient > 0
+        with_aux = n_dead > 0 and config.aux_coefficient > 0
         with torch.no_grad():
             h = self.pre_activations(z)
-            indices, kept, threshold = self.choose(h, recipe.k, mesh)
+            indices, kept, threshold = self.choose(h, config.k, mesh)
             K = indices.shape[1]
             if with_aux:
                 candidates = h.index_select(1, dead)
-                chosen, kept_aux = sharded_top_k(candidates, min(recipe.k_aux, n_dead), mesh.latent)
+                chosen, kept_aux = sharded_top_k(candidates, min(config.k_aux, n_dead), mesh.latent)
                 indices = torch.cat((indices, dead[chosen] if len(dead) else chosen), 1)
         values = encode_at((copy_to_group(mesh.latent, self.b_pre), self.W_enc, self.b_enc), z, indices, h).relu()
         main_values, main_indices = _masked(values[:, :K], kept), indices[:, :K]
@@ -65,7 +65,7 @@ class SparseSAE(SAE):
             error = (z - z_hat[-1]).detach()
             aux_values = _masked(values[:, K:], kept_aux)
             aux = (error - reduce_from_group(mesh.latent, decode(aux_values, indices[:, K:], self.W_dec))).square().sum()
-            objective = objective + aux_weight(n_dead, recipe.k_aux, recipe.aux_coefficient) * aux
+            objective = objective + aux_weight(n_dead, config.k_aux, config.aux_coefficient) * aux
         active = main_values.detach() > 0
         fired = torch.zeros(len(self.W_enc), dtype=torch.int32, device=z.device)
         fired.scatter_add_(0, main_indices.flatten(), active.flatten().int())

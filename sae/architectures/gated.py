@@ -14,7 +14,7 @@ from core.product import linear
 from core.runtime import Mesh
 from sae.architectures._dense import DenseSAE
 from sae.config import SAEConfig
-from sae.loss import ALONE, Losses, Recipe
+from sae.loss import ALONE, LossConfig, Losses
 from sae.parallel import reduce_from_group
 from sae.sparse import encode_at
 
@@ -32,7 +32,7 @@ class Gated(DenseSAE):
         self.b_gate, self.r_mag, self.b_mag = (nn.Parameter(torch.zeros(cfg.n_latents)) for _ in range(3))
 
     def losses(
-        self, z: Tensor, recipe: Recipe, dead: Tensor | None = None, n_dead: int = 0, mesh: Mesh = ALONE, first: int = 0
+        self, z: Tensor, config: LossConfig, dead: Tensor | None = None, n_dead: int = 0, mesh: Mesh = ALONE, first: int = 0
     ) -> Losses:
         """Equation 8 there: the gates' positive pre-activations are penalised, and reconstruct by themselves (`aux`), through a
         decoder that is held fixed, since neither the penalty nor a step at 0 would tell them when to open.
@@ -40,7 +40,7 @@ class Gated(DenseSAE):
         gate = self.product(z, self.b_gate, mesh)
         f = (self.r_mag.exp() * (gate - self.b_gate) + self.b_mag).relu() * (gate > 0)
         opening = gate.relu()
-        part = self.weighed(z, f, opening.sum(), recipe, mesh)
+        part = self.weighed(z, f, opening.sum(), config, mesh)
         z_hat = reduce_from_group(mesh.latent, opening @ self.W_dec.detach()) + self.b_pre.detach()
         aux = (z - z_hat).square().sum()
         return part._replace(objective=part.objective + aux, aux=aux)

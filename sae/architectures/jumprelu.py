@@ -10,7 +10,7 @@ from core.runtime import Mesh
 from sae.architectures._dense import DenseSAE
 from sae.config import SAEConfig
 from sae.hyperparameters import Hyperparameters
-from sae.loss import ALONE, Losses, Recipe
+from sae.loss import ALONE, LossConfig, Losses
 
 
 class JumpReLU(DenseSAE):
@@ -39,12 +39,12 @@ class JumpReLU(DenseSAE):
         self.threshold.clamp_(min=0)
 
     def losses(
-        self, z: Tensor, recipe: Recipe, dead: Tensor | None = None, n_dead: int = 0, mesh: Mesh = ALONE, first: int = 0
+        self, z: Tensor, config: LossConfig, dead: Tensor | None = None, n_dead: int = 0, mesh: Mesh = ALONE, first: int = 0
     ) -> Losses:
         h = self.product(z, self.b_enc, mesh)
-        f = _JumpReLU.apply(h, self.threshold, recipe.bandwidth)  # type: ignore[no-untyped-call]
-        penalty = _Step.apply(h, self.threshold, recipe.bandwidth).sum()  # type: ignore[no-untyped-call]
-        return self.weighed(z, f, penalty, recipe, mesh)
+        f = _JumpReLU.apply(h, self.threshold, config.bandwidth)  # type: ignore[no-untyped-call]
+        penalty = _Step.apply(h, self.threshold, config.bandwidth).sum()  # type: ignore[no-untyped-call]
+        return self.weighed(z, f, penalty, config, mesh)
 
 
 def _window(h: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:

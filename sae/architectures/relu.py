@@ -7,7 +7,7 @@ from torch import Tensor
 
 from core.runtime import Mesh
 from sae.architectures._dense import DenseSAE
-from sae.loss import ALONE, Losses, Recipe
+from sae.loss import ALONE, LossConfig, Losses
 
 
 class ReLU(DenseSAE):
@@ -24,11 +24,11 @@ class ReLU(DenseSAE):
         return torch.zeros_like(self.b_enc)
 
     def losses(
-        self, z: Tensor, recipe: Recipe, dead: Tensor | None = None, n_dead: int = 0, mesh: Mesh = ALONE, first: int = 0
+        self, z: Tensor, config: LossConfig, dead: Tensor | None = None, n_dead: int = 0, mesh: Mesh = ALONE, first: int = 0
     ) -> Losses:
         f = self.product(z, self.b_enc, mesh).relu()
         penalty = (f * torch.linalg.vector_norm(self.W_dec, dim=1)).sum()
-        return self.weighed(z, f, penalty, recipe, mesh)
+        return self.weighed(z, f, penalty, config, mesh)
 
 
 ARCHITECTURE = ReLU

@@ -17,7 +17,7 @@ from core.runtime import Comm, Mesh
 from sae.architectures._sparse import SparseSAE, aux_latents
 from sae.gradients import DenseRows, Entries, RowGradients
 from sae.hyperparameters import Hyperparameters
-from sae.loss import ALONE, Losses, Recipe, aux_weight
+from sae.loss import ALONE, LossConfig, Losses, aux_weight
 from sae.memory import Share, choosing_bytes, entry_bytes
 from sae.model import CPU_ELEMENTS, GPU_ELEMENTS
 from sae.parallel import sharded_top_k
@@ -38,25 +38,25 @@ class TopK(SparseSAE):
 
     @torch.no_grad()
     def row_gradients(
-        self, z: Tensor, recipe: Recipe, scale: float, dead: Tensor | None = None, n_dead: int = 0, mesh: Mesh = ALONE
+        self, z: Tensor, config: LossConfig, scale: float, dead: Tensor | None = None, n_dead: int = 0, mesh: Mesh = ALONE
     ) -> tuple[Losses, RowGradients]:
         """Loss sums of normalised rows `z` [N, d], and the gradients of `scale` times the objective.
 
         Arguments and sums are those of `losses`; `dead` is sorted.
         """
         latent, n, on_cpu = mesh.latent, len(self.W_enc), z.device.type == "cpu"
-        of_products = recipe.products or z.dtype
+        of_products = config.products or z.dtype
         weights = Weights(*(weight.to(of_products) for weight in (self.W_enc, self.b_enc, self.W_dec)))
         auxiliary = None
-        if dead is not None and n_dead and recipe.aux_coefficient:
-            is_sparse = on_cpu and len(dead) > DENSE_FACTOR * recipe.k_aux
-            auxiliary = (_SparseAuxiliary if is_sparse else _DenseAuxiliary)(weights.W_dec, dead, n_dead, recipe, scale, latent)
+        if dead is not None and n_dead and config.aux_coefficient:
+            is_sparse = on_cpu and len(dead) > DENSE_FACTOR * config.k_aux
+            auxiliary = (_SparseAuxiliary if is_sparse else _DenseAuxiliary)(weights.W_dec, dead, n_dead, config, scale, latent)
         exact = z - self.b_pre
         centred = exact.to(of_products)
         blocks, step = [], max(1, (CPU_ELEMENTS if on_cpu else GPU_ELEMENTS) // n)
         for block, rounded in zip(torch.split(exact, step), torch.split(centred, step), strict=True):
             h = linear(rounded, weights.W_enc, weights.b_enc)
-            values, indices = _largest(h, recipe.k, latent)
+            values, indices = _largest(h, config.k, latent)
             values = values.to(z.dtype)
             error = block - latent.sum_(bag(values, indices, weights.W_dec))  # z - z_hat: b_pre cancels
             if auxiliary is not None:
@@ -76,14 +76,14 @@ class TopK(SparseSAE):
         b_enc = torch.stack([part.b_enc for part in parts]).sum(0)
         b_pre = g_z_hat.sum(0) - latent.sum_(b_enc @ self.W_enc)
         gradients = RowGradients(mesh.data.sum_(b_pre), mesh.data.sum_(b_enc), parts, mesh.data)
-        objective = main + aux_weight(n_dead, recipe.k_aux, recipe.aux_coefficient) * aux
+        objective = main + aux_weight(n_dead, config.k_aux, config.aux_coefficient) * aux
         return Losses(objective, main, aux, z.new_zeros(()), active.sum(), fired, z.new_zeros(())), gradients
 
     @classmethod
     def step_bytes(cls, config: Hyperparameters, share: Share) -> int:
         """Pre-activations in blocks, then gradients in blocks; on a GPU, copies in the products' type."""
         n, d, rows, data, device = share
-        on_gpu, size, products = device.type != "cpu", config.number_bytes, Recipe.at(config, 0, d, device).products
+        on_gpu, size, products = device.type != "cpu", config.number_bytes, LossConfig.at(config, 0, d, device).products
         k, k_aux = min(n, config.k), aux_latents(config, share)
         product = products.itemsize if products else size
         copies = (2 * n * d + n) * product if products else 0
@@ -143,10 +143,10 @@ def _entries(W_dec: Tensor, values: Tensor, indices: Tensor, centred: Tensor, g_
 class _Auxiliary:
     """AuxK, added up block by block: `add` takes rows z - b_pre [B, d], their `h` [B, n] and `error` [B, d], held fixed."""
 
-    def __init__(self, W_dec: Tensor, dead: Tensor, n_dead: int, recipe: Recipe, scale: float, latent: Comm) -> None:
+    def __init__(self, W_dec: Tensor, dead: Tensor, n_dead: int, config: LossConfig, scale: float, latent: Comm) -> None:
         self.W_dec, self.dead, self.latent = W_dec, dead, latent
-        self.k, self.all_chosen = min(recipe.k_aux, n_dead), n_dead <= recipe.k_aux
-        self.weight = scale * aux_weight(n_dead, recipe.k_aux, recipe.aux_coefficient)
+        self.k, self.all_chosen = min(config.k_aux, n_dead), n_dead <= config.k_aux
+        self.weight = scale * aux_weight(n_dead, config.k_aux, config.aux_coefficient)
         self.total = torch.zeros((), dtype=torch.promote_types(W_dec.dtype, torch.float32), device=W_dec.device)
 
     def _missed(self, error: Tensor, part_of_e_hat: Tensor) -> Tensor:
@@ -159,8 +159,8 @@ class _Auxiliary:
 class _DenseAuxiliary(_Auxiliary):
     """By dense products over the dead latents: for few of them, or where a processor is made for dense products."""
 
-    def __init__(self, W_dec: Tensor, dead: Tensor, n_dead: int, recipe: Recipe, scale: float, latent: Comm) -> None:
-        super().__init__(W_dec, dead, n_dead, recipe, scale, latent)
+    def __init__(self, W_dec: Tensor, dead: Tensor, n_dead: int, config: LossConfig, scale: float, latent: Comm) -> None:
+        super().__init__(W_dec, dead, n_dead, config, scale, latent)
         self.rows = W_dec[dead]  # (D, d)
         self.g_enc, self.g_dec = torch.zeros_like(self.rows), torch.zeros_like(self.rows)
         self.b_enc = self.total.new_zeros(len(dead))
@@ -184,8 +184,8 @@ class _DenseAuxiliary(_Auxiliary):
 class _SparseAuxiliary(_Auxiliary):
     """By the same sparse products as the reconstruction itself: for many dead latents on a CPU."""
 
-    def __init__(self, W_dec: Tensor, dead: Tensor, n_dead: int, recipe: Recipe, scale: float, latent: Comm) -> None:
-        super().__init__(W_dec, dead, n_dead, recipe, scale, latent)
+    def __init__(self, W_dec: Tensor, dead: Tensor, n_dead: int, config: LossConfig, scale: float, latent: Comm) -> None:
+        super().__init__(W_dec, dead, n_dead, config, scale, latent)
         self.blocks: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def add(self, centred: Tensor, h: Tensor, error: Tensor) -> None:
