@@ -14,10 +14,10 @@ from torch import Tensor
 
 os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "0" if torch.cuda.is_available() else "1")
 
-from sae.descent import descent
 from sae.hyperparameters import Hyperparameters
 from sae.loss import ALONE, LossConfig, aux_weight, default_k_aux
 from sae.model import SAE, SAEConfig
+from sae.optimizer_step import optimizer_step
 
 NEVER = 10**9  # since when a latent that is to count as dead has not fired
 
@@ -80,7 +80,7 @@ class Ours:
         )
         config = Hyperparameters(n_latents=setup.n, k=setup.k)
         self.loss_config = LossConfig.at(config, 0, setup.d, torch.device(setup.device))
-        self.descent = descent(config, self.sae, self.optimizer, ALONE, 0)
+        self.optimizer_step = optimizer_step(config, self.sae, self.optimizer, ALONE, 0)
         self.since = torch.zeros(setup.n, dtype=torch.long, device=setup.device)
         self.count = 0
 
@@ -89,9 +89,9 @@ class Ours:
         if self.count == 0:
             self.sae.b_pre.copy_(z.mean(0))
         dead = (self.since >= self.setup.dead_after).nonzero()[:, 0]
-        part = self.descent.add(z, self.loss_config, 1 / z.numel(), dead, len(dead))
-        assert self.descent.finite()
-        self.descent.update(self.setup.lr * decayed(self.count, self.setup.steps))
+        part = self.optimizer_step.add(z, self.loss_config, 1 / z.numel(), dead, len(dead))
+        assert self.optimizer_step.finite()
+        self.optimizer_step.update(self.setup.lr * decayed(self.count, self.setup.steps))
         self.since += len(z)
         self.since[part.fired > 0] = 0
         self.count += 1

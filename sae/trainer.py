@@ -14,11 +14,11 @@ from torch import Tensor
 from core.runtime import Mesh, Runtime, Solo
 from sae.architectures import architecture
 from sae.batches import Batches, Rows, Schedule
-from sae.descent import descent
 from sae.hyperparameters import Hyperparameters as Hyperparameters
 from sae.loader import Loader, Segments
 from sae.loss import LossConfig, Losses
 from sae.model import SAE, SAEConfig
+from sae.optimizer_step import optimizer_step
 
 VALIDATION_ROWS = 4096  # at a time
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam remembers of each entry
@@ -90,7 +90,7 @@ class Trainer:
             decoupled_weight_decay=True,
             fused=True,
         )
-        self.descent = descent(config, self.sae, self.optimizer, self.mesh, self.first)
+        self.optimizer_step = optimizer_step(config, self.sae, self.optimizer, self.mesh, self.first)
         device = runtime.device
         self.loader = Loader(partial(self._read, batches.train), device)
         self.step = 0
@@ -149,7 +149,7 @@ class Trainer:
         main, aux, penalty, l0 = self._refuse_non_finite(part)
         wishes = self.runtime.comm.max_(torch.tensor([stop_signal, int(busy)], device=self.runtime.device)).tolist()
         lr = config.lr_at(self.step, self.total_steps)
-        gradient_norm = self.descent.update(lr)
+        gradient_norm = self.optimizer_step.update(lr)
         self.sae.note_(part._replace(threshold=part.threshold / config.accumulate), self.step)
         self.step += 1
         self.tokens += n_rows
@@ -177,7 +177,7 @@ class Trainer:
             1 / (n_rows * sae.cfg.d_model),
         )
         parts = [
-            self.descent.add(sae.normalise(rows).z, loss_config, scale, dead, n_dead)
+            self.optimizer_step.add(sae.normalise(rows).z, loss_config, scale, dead, n_dead)
             for rows in x.tensor_split(config.accumulate)
         ]
         return Losses(*(torch.stack(values).sum(0, dtype=values[0].dtype) for values in zip(*parts, strict=True)))
@@ -191,7 +191,7 @@ class Trainer:
         finite.
         """
         counted = self.mesh.latent.rank == 0  # ranks that share rows have the same reconstruction
-        values = [part.main * counted, part.aux * counted, part.penalty, part.l0, ~self.descent.finite()]
+        values = [part.main * counted, part.aux * counted, part.penalty, part.l0, ~self.optimizer_step.finite()]
         *sums, n_bad = self.runtime.comm.sum_(torch.stack([value.double() for value in values])).tolist()
         if n_bad or not all(map(math.isfinite, sums)):
             gradients = f"gradients that are not finite on {n_bad:g} ranks" if n_bad else "finite gradients"

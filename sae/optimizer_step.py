@@ -26,7 +26,7 @@ class HasRowGradients(Protocol):
         """The sums of `losses`, and the gradients of `scale` times the objective, for normalised rows `z` [N, d]."""
 
 
-class Descent(Protocol):
+class OptimizerStep(Protocol):
     """One step: `add` once or several times, then `finite`, then `update`."""
 
     def add(self, z: Tensor, loss_config: LossConfig, scale: float, dead: Tensor, n_dead: int) -> Losses:
@@ -39,7 +39,7 @@ class Descent(Protocol):
         """Let the gradients act, and forget them; returns their norm [], over all latents, before clipping."""
 
 
-def descent(config: Hyperparameters, sae: SAE, optimizer: torch.optim.Adam, mesh: Mesh, first: int) -> Descent:
+def optimizer_step(config: Hyperparameters, sae: SAE, optimizer: torch.optim.Adam, mesh: Mesh, first: int) -> OptimizerStep:
     """The fastest way for the architecture; `first` is the first latent of this rank."""
     if isinstance(sae, HasRowGradients):
         return ByHand(config, sae, optimizer, mesh)
