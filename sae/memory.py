@@ -45,7 +45,7 @@ def memory_of_rank(config: Hyperparameters, share: Share) -> Memory:
 
 def parameter_bytes(config: Hyperparameters, share: Share) -> int:
     """Of what is trained on a rank, or of its gradients."""
-    per_latent = 2 * share.d + architecture(config.architecture).scalars
+    per_latent: int = 2 * share.d + architecture(config.architecture).scalars
     return (share.latents * per_latent + share.d) * config.number_bytes
 
 

@@ -172,10 +172,8 @@ class Trainer:
         """Gradients of this rank's part of the loss, and its sums; zeros where no row falls to it."""
         config, sae = self.config, self.sae
         x = self.loader.take(*(self._segments(step) for step in (self.step, self.step + 1)))
-        loss_config, scale = (
-            LossConfig.at(config, self.step, sae.cfg.d_model, self.runtime.device),
-            1 / (n_rows * sae.cfg.d_model),
-        )
+        loss_config = LossConfig.at(config, self.step, sae.cfg.d_model, self.runtime.device)
+        scale = 1 / (n_rows * sae.cfg.d_model)
         parts = [
             self.optimizer_step.add(sae.normalise(rows).z, loss_config, scale, dead, n_dead)
             for rows in x.tensor_split(config.accumulate)

@@ -22,10 +22,10 @@ from core.cli import parse
 from sae.batches import Batches, Schedule
 from sae.checkpoint import Checkpoints, complete, latents_name, read_state, remove_old_checkpoints
 from sae.model import SAEConfig, load
-from sae.moments import geometric_median
 from sae.optimizer_step import ByAutograd, ByHand
 from sae.preprocess import PreprocessConfig
 from sae.preprocess import run as preprocess
+from sae.running_statistics import geometric_median
 from sae.train import TrainConfig, run
 from sae.trainer import Hyperparameters, State, Trainer
 from tests.conftest import Launch
