@@ -10,24 +10,34 @@ NORMS = ("dataset", "layer", "none")
 
 @dataclass(frozen=True, kw_only=True)
 class SAEConfig:
-    """What decides, besides the weights, what an SAE computes, and where it came from; lies beside them as `cfg.json`."""
+    """What decides, besides the weights, what an SAE computes, and where it came from; lies beside
+    them as `cfg.json`.
+    """
 
     d_model: int
     n_latents: int
     k: int
-    """Active latents per row: at most or on average, as its architecture says; as measured in training where that sets none."""
+    """Active latents per row: at most or on average, as its architecture says; as measured in
+    training where that sets none.
+    """
     architecture: str = "topk"
     """A module of sae.architectures."""
     prefixes: tuple[int, ...] = ()
-    """matryoshka: the numbers of latents that were trained to reconstruct on their own, the last of them all."""
+    """matryoshka: the numbers of latents that were trained to reconstruct on their own, the last of
+    them all.
+    """
     norm: str = "dataset"
-    """dataset: z = x * scale; layer: z = (x - mean(x)) / (std(x) + norm_eps) per row, unbiased std; none: z = x."""
+    """dataset: z = x * scale; layer: z = (x - mean(x)) / (std(x) + norm_eps) per row, unbiased std;
+    none: z = x.
+    """
     scale: float = 1.0
     """sqrt(d) / E||x|| over the training rows for `dataset`; 1 otherwise."""
     norm_eps: float = 1e-6
     """Added to the standard deviation by `layer`, in units of x."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """Model, tokenizer, site, corpus, BOS policy and dtype of the activations, statistics, and the training's length."""
+    """Model, tokenizer, site, corpus, BOS policy and dtype of the activations, statistics, and the
+    training's length.
+    """
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prefixes", tuple(self.prefixes))  # a list where it comes from JSON

@@ -1,7 +1,9 @@
-"""Gradients of an SAE in the form that is cheapest to apply: a leaf, for those who form them and those who let them act.
+"""Gradients of an SAE in the form that is cheapest to apply: a leaf, for those who form them and
+those who let them act.
 
-Gradients of `W_enc` and `W_dec` are never stored. They are kept as what they are sums of, and `RowGradients.rows` gives those
-of any run of latents. Shapes: N rows of this rank, n latents of this rank, K entries per row, d model width, D dead latents.
+Gradients of `W_enc` and `W_dec` are never stored. They are kept as what they are sums of, and
+`RowGradients.rows` gives those of any run of latents. Shapes: N rows of this rank, n latents of
+this rank, K entries per row, d model width, D dead latents.
 """
 
 from typing import NamedTuple
@@ -40,7 +42,9 @@ class Entries(NamedTuple):
 
 
 class DenseRows(NamedTuple):
-    """Gradients of some latents only, sorted: `latents` [D], `W_enc` and `W_dec` [D, d], `b_enc` [n]."""
+    """Gradients of some latents only, sorted: `latents` [D], `W_enc` and `W_dec` [D, d], `b_enc`
+    [n].
+    """
 
     latents: Tensor
     W_enc: Tensor
@@ -56,7 +60,9 @@ class DenseRows(NamedTuple):
 
 
 class RowGradients(NamedTuple):
-    """Gradients of all parameters, of the rows of all ranks; those of `W_enc` and `W_dec` are sums over `parts` and ranks."""
+    """Gradients of all parameters, of the rows of all ranks; those of `W_enc` and `W_dec` are sums
+    over `parts` and ranks.
+    """
 
     b_pre: Tensor
     b_enc: Tensor
@@ -75,5 +81,7 @@ class RowGradients(NamedTuple):
         return RowGradients(self.b_pre + other.b_pre, self.b_enc + other.b_enc, self.parts + other.parts, self.data)
 
     def finite(self) -> Tensor:
-        """Whether the gradients of the biases, in which every entry of the others takes part, are finite: bool []."""
+        """Whether the gradients of the biases, in which every entry of the others takes part, are
+        finite: bool [].
+        """
         return (self.b_pre.sum() + self.b_enc.sum()).isfinite()

@@ -1,7 +1,7 @@
 """Bytes that a rank of a training run holds at the peak of a step, before it starts.
 
-What a step holds is counted by its architecture, tensor by tensor; tests/test_plan.py compares the sums with what PyTorch's CPU
-allocator gives out.
+What a step holds is counted by its architecture, tensor by tensor; tests/test_plan.py compares the
+sums with what PyTorch's CPU allocator gives out.
 """
 
 import math
@@ -55,6 +55,8 @@ def entry_bytes(k: int, config: Hyperparameters, share: Share) -> int:
 
 
 def choosing_bytes(rows: int, n: int, k: int, size: int) -> int:
-    """sae.topk: the maxima of the groups, and the members of the best k; `size` is that of a number."""
+    """sae.topk: the maxima of the groups, and the members of the best k; `size` is that of a
+    number.
+    """
     group = group_size(n, k)
     return 0 if group == 1 else rows * (n // group + k * group) * size

@@ -1,4 +1,6 @@
-"""docs/extending.md: its example is an architecture, with nothing but the file and the test that the page shows."""
+"""docs/extending.md: its example is an architecture, with nothing but the file and the test that
+the page shows.
+"""
 
 import re
 from pathlib import Path
@@ -19,7 +21,9 @@ runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
 
 @pytest.fixture
 def example(tmp_path: Path) -> Path:
-    """The blocks of the page, each under the name in its first line; and `start.py`, which runs a module with them."""
+    """The blocks of the page, each under the name in its first line; and `start.py`, which runs a
+    module with them.
+    """
     text = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     blocks = dict(re.findall(r"```python\n# (\S+)\n(.*?)```", text, re.DOTALL))
     assert set(blocks) == {"sae/architectures/tanh.py", "tests/test_tanh.py"}
@@ -32,7 +36,9 @@ def example(tmp_path: Path) -> Path:
 
 
 def test_the_example_is_an_architecture(example: Path, launch: Launch) -> None:
-    """Its own test passes; it is trained, resumed to a finished run, and exported as what it computes."""
+    """Its own test passes; it is trained, resumed to a finished run, and exported as what it
+    computes.
+    """
     batches = make_batches(example, sparse_rows(900, 10, 30, active=3)[0], batch_rows=32)
     start, run = example / "start.py", example / "run"
     flags = (

@@ -134,7 +134,7 @@ def test_matryoshka_reconstructs_from_each_prefix(z: Tensor) -> None:
 
 
 def gates(sae: SAE, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Pre-activations of the gates and of the magnitudes [N, n], equations 5 to 7 of arXiv:2404.16014, path by path."""
+    """Pre-activations of the gates and of the magnitudes [N, n], section 3.2 of arXiv:2404.16014, path by path."""
     centred, W_mag = z - sae.b_pre, sae.W_enc * sae.r_mag.exp()[:, None]
     return centred @ sae.W_enc.T + sae.b_gate, centred @ W_mag.T + sae.b_mag
 

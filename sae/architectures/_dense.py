@@ -1,4 +1,5 @@
-"""What architectures share whose sparsity is penalised: thousands of latents are active early on, so products are dense.
+"""What architectures share whose sparsity is penalised: thousands of latents are active early on,
+so products are dense.
 
 Shapes: N rows of this rank, n latents of this rank, d model width.
 """
@@ -17,7 +18,9 @@ from sae.parallel import copy_to_group, reduce_from_group
 
 
 class DenseSAE(SAE):
-    """Latents above a floor of their own are active; a penalty on them is weighed against the reconstruction. No AuxK."""
+    """Latents above a floor of their own are active; a penalty on them is weighed against the
+    reconstruction. No AuxK.
+    """
 
     sets_k = False
     dense_tensors: ClassVar[float]

@@ -1,6 +1,8 @@
-"""What architectures share that keep K of n latents per row: losses by sparse products, and AuxK, which revives dead latents.
+"""What architectures share that keep K of n latents per row: losses by sparse products, and AuxK,
+which revives dead latents.
 
-Shapes: N rows of this rank, n latents of this rank, d model width, K entries per row, G groups of latents that reconstruct.
+Shapes: N rows of this rank, n latents of this rank, d model width, K entries per row, G groups of
+latents that reconstruct.
 """
 
 from typing import NamedTuple
@@ -18,7 +20,9 @@ from sae.sparse import decode, encode_at
 
 
 class Choice(NamedTuple):
-    """The latents that stay: indices [N, K], which of those do, bool [N, K] (None: all), and the smallest value kept []."""
+    """The latents that stay: indices [N, K], which of those do, bool [N, K] (None: all), and the
+    smallest value kept [].
+    """
 
     indices: Tensor
     kept: Tensor | None
@@ -31,20 +35,25 @@ class SparseSAE(SAE):
     sets_k = True
 
     def choose(self, h: Tensor, k: int, mesh: Mesh) -> Choice:
-        """This rank's share of the latents that training keeps: the k largest of each row of `h` [N, n]."""
+        """This rank's share of the latents that training keeps: the k largest of each row of `h`
+        [N, n].
+        """
         return Choice(*sharded_top_k(h, k, mesh.latent), h.new_zeros(()))
 
     def decoded(self, values: Tensor, indices: Tensor, first: int) -> Tensor:
-        """This rank's part of what each group of latents adds to the reconstruction: [G, N, d] from [N, K] each."""
+        """This rank's part of what each group of latents adds to the reconstruction: [G, N, d] from
+        [N, K] each.
+        """
         return decode(values, indices, self.W_dec)[None]
 
     def losses(
         self, z: Tensor, config: LossConfig, dead: Tensor | None = None, n_dead: int = 0, mesh: Mesh = ALONE, first: int = 0
     ) -> Losses:
-        """`sum (z - z_hat)^2`, the mean over what the groups reconstruct one after the other, plus AuxK.
+        """`sum (z - z_hat)^2`, the mean over what the groups reconstruct one after the other, plus
+        AuxK.
 
-        AuxK (Gao et al. 2024, A.2): the top `min(k_aux, n_dead)` dead latents of a row reconstruct its error `e = z - z_hat`,
-        which is held fixed, without `b_pre`; off where nothing is dead.
+        AuxK (Gao et al. 2024, A.2): the top `min(k_aux, n_dead)` dead latents of a row reconstruct
+        its error `e = z - z_hat`, which is held fixed, without `b_pre`; off where nothing is dead.
         """
         dead = z.new_zeros(0, dtype=torch.long) if dead is None else dead
         with_aux = n_dead > 0 and config.aux_coefficient > 0
@@ -73,12 +82,16 @@ class SparseSAE(SAE):
 
     @classmethod
     def step_bytes(cls, config: Hyperparameters, share: Share) -> int:
-        """By autograd: pre-activations and the choice among them, or gradients, and a handful of [N, d]."""
+        """By autograd: pre-activations and the choice among them, or gradients, and a handful of
+        [N, d].
+        """
         return cls.autograd_bytes(config, share, config.k)
 
     @staticmethod
     def autograd_bytes(config: Hyperparameters, share: Share, k: int, pooled: bool = False, vectors: int = 4) -> int:
-        """`k` candidates per row, `pooled` where those of all rows are compared, and so many tensors [N, d]."""
+        """`k` candidates per row, `pooled` where those of all rows are compared, and so many
+        tensors [N, d].
+        """
         n, d, rows, size = share.latents, share.d, share.rows, config.number_bytes
         k, k_aux = min(n, k), aux_latents(config, share)
         entries = entry_bytes(k + k_aux, config, share)

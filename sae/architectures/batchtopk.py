@@ -1,4 +1,6 @@
-"""BatchTopK (Bussmann et al. 2024, arXiv:2412.06410): the `k * rows` largest values of a batch, so k per row on average."""
+"""BatchTopK (Bussmann et al. 2024, arXiv:2412.06410): the `k * rows` largest values of a batch, so
+k per row on average.
+"""
 
 from typing import ClassVar
 
@@ -18,8 +20,9 @@ CANDIDATES = 8  # times k, of a row: they double until no row holds more
 
 
 class BatchTopK(SparseSAE):
-    """At inference a latent must exceed `threshold` [n_latents], which stands for the budget of the batches that it was trained
-    on, so that no row depends on its neighbours. L0 is k on average in training, and about that at inference.
+    """At inference a latent must exceed `threshold` [n_latents], which stands for the budget of the
+    batches that it was trained on, so that no row depends on its neighbours. L0 is k on average in
+    training, and about that at inference.
     """
 
     exports: ClassVar = {"dictionary_learning": "BatchTopKSAE"}

@@ -1,8 +1,10 @@
-"""Gated SAEs (Rajamanoharan et al. 2024, arXiv:2404.16014): one path decides which latents are active, another how much.
+"""Gated SAEs (Rajamanoharan et al. 2024, arXiv:2404.16014): one path decides which latents are
+active, another how much.
 
-With `u = W_enc (z - b_pre)`, the gate is open where `u + b_gate > 0`, and the value is `exp(r_mag) u + b_mag` where positive.
-Both paths have the same rows, but for a factor per latent, so the value tells whether the gate is open: `u + b_gate > 0` where
-`exp(r_mag) u + b_mag > b_mag - exp(r_mag) b_gate`. At inference it is a JumpReLU with this threshold (appendix E there).
+With `u = W_enc (z - b_pre)`, the gate is open where `u + b_gate > 0`, and the value is `exp(r_mag)
+u + b_mag` where positive. Both paths have the same rows, but for a factor per latent, so the value
+tells whether the gate is open: `u + b_gate > 0` where `exp(r_mag) u + b_mag > b_mag - exp(r_mag)
+b_gate`. At inference it is a JumpReLU with this threshold (appendix E there).
 """
 
 from typing import ClassVar
@@ -20,7 +22,9 @@ from sae.sparse import encode_at
 
 
 class Gated(DenseSAE):
-    """`b_gate`, `r_mag` and `b_mag` [n_latents] stand in place of `b_enc`; `h` are the values, before they are cut."""
+    """`b_gate`, `r_mag` and `b_mag` [n_latents] stand in place of `b_enc`; `h` are the values,
+    before they are cut.
+    """
 
     exports: ClassVar = {"saelens": "gated", "dictionary_learning": "GatedAutoEncoder"}
     dense_tensors = 6.5
@@ -34,8 +38,9 @@ class Gated(DenseSAE):
     def losses(
         self, z: Tensor, config: LossConfig, dead: Tensor | None = None, n_dead: int = 0, mesh: Mesh = ALONE, first: int = 0
     ) -> Losses:
-        """Equation 8 there: the gates' positive pre-activations are penalised, and reconstruct by themselves (`aux`), through a
-        decoder that is held fixed, since neither the penalty nor a step at 0 would tell them when to open.
+        """Section 3.2 there: the gates' positive pre-activations are penalised, and also reconstruct by
+        themselves (`aux`), through a decoder held fixed, so that gates learn when to open: the step
+        at 0 has no gradient.
         """
         gate = self.product(z, self.b_gate, mesh)
         f = (self.r_mag.exp() * (gate - self.b_gate) + self.b_mag).relu() * (gate > 0)
@@ -67,7 +72,9 @@ class Gated(DenseSAE):
         return u * factor[indices] + self.b_mag[indices]
 
     def plain(self) -> dict[str, Tensor]:
-        """`r_mag` comes along, with which the gate's own rows and bias can be told from those of the values."""
+        """`r_mag` comes along, with which the gate's own rows and bias can be told from those of
+        the values.
+        """
         tensors = self.state_dict()
         W_enc, b_enc = self.encoder_rows(torch.arange(self.cfg.n_latents, device=self.W_enc.device))
         kept = {name: tensors[name] for name in ("W_dec", "b_pre", "r_mag")}

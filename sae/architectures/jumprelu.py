@@ -1,4 +1,6 @@
-"""JumpReLU (Rajamanoharan et al. 2024, arXiv:2407.14435): each latent learns a threshold; how many are active is penalised."""
+"""JumpReLU (Rajamanoharan et al. 2024, arXiv:2407.14435): each latent learns a threshold; how many
+are active is penalised.
+"""
 
 from typing import Any, ClassVar
 
@@ -14,7 +16,9 @@ from sae.loss import ALONE, LossConfig, Losses
 
 
 class JumpReLU(DenseSAE):
-    """Latents above their `threshold` [n_latents] are active. Its gradient is estimated in a window around it."""
+    """Latents above their `threshold` [n_latents] are active. Its gradient is estimated in a window
+    around it.
+    """
 
     exports: ClassVar = {"saelens": "jumprelu", "dictionary_learning": "JumpReluAutoEncoder"}
     dense_tensors = 6
@@ -53,7 +57,9 @@ def _window(h: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
 
 
 class _JumpReLU(torch.autograd.Function):
-    """`h` where above its threshold, else 0; the threshold's gradient is a kernel estimate (arXiv:2407.14435, eq. 11)."""
+    """`h` where above its threshold, else 0; the threshold's gradient is a kernel estimate
+    (arXiv:2407.14435, eq. 11).
+    """
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
@@ -69,7 +75,9 @@ class _JumpReLU(torch.autograd.Function):
 
 
 class _Step(torch.autograd.Function):
-    """1 where `h` is above its threshold; no gradient for `h`, a kernel estimate for the threshold (eq. 12 there)."""
+    """1 where `h` is above its threshold; no gradient for `h`, a kernel estimate for the threshold
+    (eq. 12 there).
+    """
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:

@@ -1,4 +1,6 @@
-"""Matryoshka (Bussmann et al. 2025, arXiv:2503.17547): TopK whose first latents must reconstruct on their own too."""
+"""Matryoshka (Bussmann et al. 2025, arXiv:2503.17547): TopK whose first latents must reconstruct on
+their own too.
+"""
 
 from typing import ClassVar
 

@@ -11,8 +11,8 @@ from sae.loss import ALONE, LossConfig, Losses
 
 
 class ReLU(DenseSAE):
-    """All positive latents are active. Norms of decoder rows are free in training, since they stand in the penalty, and are
-    folded into the encoder at the end.
+    """All positive latents are active. Norms of decoder rows are free in training, since they stand
+    in the penalty, and are folded into the encoder at the end.
     """
 
     unit_decoder = False

@@ -1,9 +1,11 @@
-"""TopK (Gao et al. 2024, arXiv:2406.04093), with a training step written out by hand: the loss, and its gradients in the form
-that is cheapest to apply.
+"""TopK (Gao et al. 2024, arXiv:2406.04093), with a training step written out by hand: the loss, and
+its gradients in the form that is cheapest to apply.
 
-The gradients of `W_enc` and `W_dec` are never stored: a few entries per row, sorted by latent, stand for them (sae.gradients),
-and sae.update forms a block at a time. `losses` is the same by autograd, and the twin in the tests.
-Shapes: N rows of this rank, n latents of this rank, K entries per row, d model width, D dead latents, B rows of a block.
+The gradients of `W_enc` and `W_dec` are never stored: a few entries per row, sorted by latent,
+stand for them (sae.gradients), and sae.update forms a block at a time. `losses` is the same by
+autograd, and the twin in the tests.
+Shapes: N rows of this rank, n latents of this rank, K entries per row, d model width, D dead
+latents, B rows of a block.
 """
 
 from typing import ClassVar, NamedTuple
@@ -40,7 +42,8 @@ class TopK(SparseSAE):
     def row_gradients(
         self, z: Tensor, config: LossConfig, scale: float, dead: Tensor | None = None, n_dead: int = 0, mesh: Mesh = ALONE
     ) -> tuple[Losses, RowGradients]:
-        """Loss sums of normalised rows `z` [N, d], and the gradients of `scale` times the objective.
+        """Loss sums of normalised rows `z` [N, d], and the gradients of `scale` times the
+        objective.
 
         Arguments and sums are those of `losses`; `dead` is sorted.
         """
@@ -81,7 +84,9 @@ class TopK(SparseSAE):
 
     @classmethod
     def step_bytes(cls, config: Hyperparameters, share: Share) -> int:
-        """Pre-activations in blocks, then gradients in blocks; on a GPU, copies in the products' type."""
+        """Pre-activations in blocks, then gradients in blocks; on a GPU, copies in the products'
+        type.
+        """
         n, d, rows, data, device = share
         on_gpu, size, products = device.type != "cpu", config.number_bytes, LossConfig.at(config, 0, d, device).products
         k, k_aux = min(n, config.k), aux_latents(config, share)
@@ -105,7 +110,9 @@ class Weights(NamedTuple):
 
 
 def _largest(h: Tensor, k: int, latent: Comm) -> tuple[Tensor, Tensor]:
-    """This rank's share of the k largest of each row of `h`, 0 where negative: values [N, K] and indices."""
+    """This rank's share of the k largest of each row of `h`, 0 where negative: values [N, K] and
+    indices.
+    """
     if latent.size == 1:
         values, indices = top_k(h, k)
         return values.relu_(), indices
@@ -116,7 +123,9 @@ def _largest(h: Tensor, k: int, latent: Comm) -> tuple[Tensor, Tensor]:
 
 
 def _joined(blocks: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, indices and vectors of all blocks; in latent parallel a rank's share differs in width from block to block."""
+    """Values, indices and vectors of all blocks; in latent parallel a rank's share differs in width
+    from block to block.
+    """
     if len(blocks) == 1:
         return blocks[0]
     K = max(values.shape[1] for values, _, _ in blocks)
@@ -126,7 +135,9 @@ def _joined(blocks: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor
 
 
 def _entries(W_dec: Tensor, values: Tensor, indices: Tensor, centred: Tensor, g_decoded: Tensor) -> Entries:
-    """Gradients of `bag(values, indices, W_dec)`, given its own, `g_decoded` [N, d]; values of 0 did not pass the ReLU."""
+    """Gradients of `bag(values, indices, W_dec)`, given its own, `g_decoded` [N, d]; values of 0
+    did not pass the ReLU.
+    """
     g_values = sampled_product(g_decoded, W_dec, indices).mul_(values > 0)
     by_latent = transpose(indices, len(W_dec))
     return Entries(
@@ -141,7 +152,9 @@ def _entries(W_dec: Tensor, values: Tensor, indices: Tensor, centred: Tensor, g_
 
 
 class _Auxiliary:
-    """AuxK, added up block by block: `add` takes rows z - b_pre [B, d], their `h` [B, n] and `error` [B, d], held fixed."""
+    """AuxK, added up block by block: `add` takes rows z - b_pre [B, d], their `h` [B, n] and
+    `error` [B, d], held fixed.
+    """
 
     def __init__(self, W_dec: Tensor, dead: Tensor, n_dead: int, config: LossConfig, scale: float, latent: Comm) -> None:
         self.W_dec, self.dead, self.latent = W_dec, dead, latent
@@ -157,7 +170,9 @@ class _Auxiliary:
 
 
 class _DenseAuxiliary(_Auxiliary):
-    """By dense products over the dead latents: for few of them, or where a processor is made for dense products."""
+    """By dense products over the dead latents: for few of them, or where a processor is made for
+    dense products.
+    """
 
     def __init__(self, W_dec: Tensor, dead: Tensor, n_dead: int, config: LossConfig, scale: float, latent: Comm) -> None:
         super().__init__(W_dec, dead, n_dead, config, scale, latent)
