@@ -84,13 +84,14 @@ def unfolded(sae: SAE) -> Plain:
 def name_of(form: str, cfg: SAEConfig) -> str:
     """What the format `form` calls an SAE's architecture. ValueError where it has no name for it."""
     kind = architecture(cfg.architecture)
-    while form not in kind.exports and kind.exported_as:
+    found = dict(kind.exports)
+    while kind.exported_as:  # what stands in for it
         kind = architecture(kind.exported_as)
-    if form not in kind.exports:
-        raise ValueError(
-            f"{form} holds {', '.join(kinds(form))} alone; this SAE is {cfg.architecture}; export with --to saelens"
-        )
-    return str(kind.exports[form])
+        found = kind.exports | found
+    if form not in found:
+        others = f"export with --to {' or '.join(found)}" if found else "keep it in our own format"
+        raise ValueError(f"{form} holds only {', '.join(kinds(form))}; this SAE is {cfg.architecture}; {others}")
+    return str(found[form])
 
 
 def kinds(form: str) -> dict[str, str]:
