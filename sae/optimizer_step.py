@@ -21,7 +21,7 @@ class HasRowGradients(Protocol):
     """An SAE whose architecture has its training step written out."""
 
     def row_gradients(
-        self, z: Tensor, loss_config: LossConfig, scale: float, dead: Tensor | None, n_dead: int, mesh: Mesh
+        self, z: Tensor, config: LossConfig, scale: float, dead: Tensor | None, n_dead: int, mesh: Mesh
     ) -> tuple[Losses, RowGradients]:
         """The sums of `losses`, and the gradients of `scale` times the objective, for normalised rows `z` [N, d]."""
 
@@ -47,15 +47,16 @@ def optimizer_step(config: Hyperparameters, sae: SAE, optimizer: torch.optim.Ada
 
 
 class ByHand:
-    """sae.step and sae.update: no gradient of a weight matrix is ever whole in memory."""
+    """`row_gradients` and sae.update: no gradient of a weight matrix is ever whole in memory."""
 
     def __init__(self, config: Hyperparameters, sae: SAE, optimizer: torch.optim.Adam, mesh: Mesh) -> None:
+        assert isinstance(sae, HasRowGradients)
         self.config, self.sae, self.optimizer, self.mesh = config, sae, optimizer, mesh
+        self.row_gradients = sae.row_gradients  # such a check takes microseconds: once, not in each step
         self.gradients: RowGradients | None = None
 
     def add(self, z: Tensor, loss_config: LossConfig, scale: float, dead: Tensor, n_dead: int) -> Losses:
-        assert isinstance(self.sae, HasRowGradients)
-        part, gradients = self.sae.row_gradients(z, loss_config, scale, dead, n_dead, self.mesh)
+        part, gradients = self.row_gradients(z, loss_config, scale, dead, n_dead, self.mesh)
         self.gradients = gradients if self.gradients is None else self.gradients.plus(gradients)
         return part
 
