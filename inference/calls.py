@@ -13,16 +13,19 @@ from inference.asgi import Asgi, Message, Receive, RefusalLog, Scope, Send, refu
 log = logging.getLogger("inference.calls")
 
 CALLS = ("/gradio_api/queue/join", "/gradio_api/run/predict")
-TYPES: Mapping[str, tuple[type, ...]] = {"string": (str,), "number": (int, float)}
-"""JSON types of what a component sends, or null. What is sent for others (state) is not read."""
+OTHERS = ("/gradio_api/cancel", "/gradio_api/reset")
+"""What else takes JSON. Its fields are checked by Gradio, which fails to answer where they hold NaN."""
+TYPES: Mapping[str, tuple[type, ...]] = {"string": (str,), "number": (int, float), "integer": (int, float)}
+"""What a component of each JSON type sends, or null. What is sent for others (state) is not read."""
 MAX_SESSION_CHARACTERS = 64
 UNPROCESSABLE = 422
 
 
-def problem(body: bytes, events: Mapping[int, Sequence[str]]) -> str | None:
+def problem(body: bytes, events: Mapping[int, Sequence[str]] | None) -> str | None:
     """What is wrong with the body of a call, in one line; None where the page could have sent it.
 
-    `events` holds, for each event that the server answers, the JSON types of its inputs.
+    `events` holds, for each event that the server answers, the JSON types of its inputs; None where
+    the body is not that of a call.
     """
     try:
         call = json.loads(body)
@@ -31,14 +34,19 @@ def problem(body: bytes, events: Mapping[int, Sequence[str]]) -> str | None:
         return "expected a body in JSON"
     if not isinstance(call, dict):
         return f"expected an object; found {_short(call)}"
+    return _problem_of_call(call, events) if events is not None else None
+
+
+def _problem_of_call(call: Mapping[str, Any], events: Mapping[int, Sequence[str]]) -> str | None:
     event, session = call.get("fn_index"), call.get("session_hash")
     if type(event) is not int or event not in events:
         return f"fn_index: expected the number of an event of the page; found {_short(event)}"
     if not isinstance(session, str) or not 0 < len(session) <= MAX_SESSION_CHARACTERS:
         return f"session_hash: expected up to {MAX_SESSION_CHARACTERS} characters; found {_short(session)}"
-    told = call.get("event_data") or {}
-    if not isinstance(told, dict) or any(isinstance(value, dict | list) for value in told.values()):
-        return f"event_data: expected an object of texts and numbers; found {_short(told)}"
+    told = call.get("event_data")
+    parts = told.values() if isinstance(told, dict) else told if isinstance(told, list) else ()
+    if any(isinstance(part, dict | list) for part in parts):
+        return f"event_data: expected no more than one level; found {_short(told)}"
     if call.get("batched") or call.get("simple_format"):
         return "batched, simple_format: expected false"
     return _problem_of_data(call.get("data"), events[event])
@@ -72,11 +80,12 @@ class CallCheck:
         self._log = RefusalLog(log)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in CALLS:
+        if scope["type"] != "http" or scope["method"] != "POST" or scope["path"] not in (*CALLS, *OTHERS):
             await self._app(scope, receive, send)
             return
         body = await _whole(receive)
-        wrong = "expected a body that ends" if body is None else problem(body, self._events)
+        events = self._events if scope["path"] in CALLS else None
+        wrong = "expected a body that ends" if body is None else problem(body, events)
         if wrong is None:
             await self._app(scope, _replayed(body or b"", receive), send)
         else:
