@@ -234,6 +234,7 @@ def test_the_attack_works_where_it_is_let_in(page: Page, handlers: Counted) -> N
         assert LABELS[0] in got["run"][1]
         assert len(handlers.searched) > before
         use(page, f"http://{EVIL}:{httpx.URL(address).port}")
+        page.close()  # before its server, which waits for open connections
 
 
 PAGE = """<!doctype html><title>another page</title><a href="APP/?latent=5">the app</a>
@@ -314,3 +315,4 @@ def test_the_login_page_is_no_other_origin(page: Page, handlers: Counted) -> Non
         page.locator("input:not([type=password]), textarea").first.fill("workbench")
         page.get_by_role("button", name="Login").click()
         expect(page.locator("#results .hits li").first).to_be_visible()
+        page.close()
