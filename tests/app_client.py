@@ -16,14 +16,14 @@ from inference.handlers import Handlers
 
 
 @contextlib.contextmanager
-def served(handlers: Handlers, password: str | None = None) -> Iterator[str]:
-    """The app in this process, on a free port; yields its address.
+def served(handlers: Handlers, password: str | None = None, **flags: Any) -> Iterator[str]:
+    """The app in this process, on a free port, with further `flags` of AppConfig; yields its address.
 
     What its server leaves unclosed is collected at the end, where warnings are ignored: in a later test each would be an error,
     raised wherever Python happens to collect it.
     """
     with without_warnings():  # Gradio uses what pandas and others have deprecated
-        blocks, address = serve(handlers, AppConfig(port=0), password)
+        blocks, address = serve(handlers, AppConfig(port=0, **flags), password)
     try:
         yield address.rstrip("/")
     finally:
