@@ -147,9 +147,7 @@ def _nonfinite_sentences(captured: CapturedChunk) -> dict[int, str]:
     tokens = captured.tokens
     found: dict[int, str] = {}
     for site, norms in captured.norms.items():
-        suspects = (~norms.isfinite()).nonzero().squeeze(1)
-        # The norm of finite values may overflow, so the values decide.
-        rows = suspects[~captured.rows[site].finite(suspects)]
+        rows = (~norms.isfinite()).nonzero().squeeze(1)
         sentences = torch.searchsorted(tokens.offsets, rows, right=True) - 1
         for row, sentence in zip(rows.tolist(), sentences.tolist(), strict=True):
             place = f"sentence {int(tokens.sentence_ids[sentence])}, token {row - int(tokens.offsets[sentence])}"

@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
+from core.norms import row_norms
+
 Storage = Literal["bf16", "fp32", "int8"]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
 INT8_MAX = 127
@@ -18,10 +20,16 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     """`x` (N, D) as int8, and the scales (N,) float32 that give it back: the greatest absolute value of a row becomes 127.
 
     The error of a value is at most half a scale. A row of zeros has scale 0; one with NaN or Inf a scale that is not finite.
+    No scale is subnormal, since many processors take such numbers for 0: rows below 127 times the smallest normal number get
+    that as their scale. None is so large that 127 times it overflows.
     """
     x = x.float()
-    scales = x.abs().amax(dim=1) / INT8_MAX
-    return (x / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round_().to(torch.int8), scales
+    largest = x.abs().amax(dim=1)
+    scales = (largest / INT8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
+    overflows = largest.isfinite() & (scales * INT8_MAX).isinf()
+    scales = torch.where(overflows, torch.nextafter(scales, torch.zeros_like(scales)), scales)
+    values = (x / scales[:, None]).round_().to(torch.int8)
+    return values, torch.where(largest == 0, 0, scales)
 
 
 def dequantise(values: Tensor, scales: Tensor) -> Tensor:
@@ -52,14 +60,8 @@ class StoredRows(NamedTuple):
             self.scales.index_copy_(0, places, scales)
 
     def norms(self) -> Tensor:
-        """(N,) float32; not finite where a value is not, or where squares overflow."""
-        rows = self.activations if self.scales is None else dequantise(self.activations, self.scales)
-        norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
-        return norms
-
-    def finite(self, rows: Tensor) -> Tensor:
-        """Whether each of `rows` holds finite values alone; bool, like `rows`."""
-        return self.activations[rows].isfinite().all(dim=1) if self.scales is None else self.scales[rows].isfinite()
+        """(N,) float64; not finite exactly where a value is not."""
+        return row_norms(self.activations if self.scales is None else dequantise(self.activations, self.scales))
 
     def kept(self, mask: Tensor) -> "StoredRows":
         """The rows where `mask` (N,) is True."""

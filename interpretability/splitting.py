@@ -27,6 +27,7 @@ from torch import Tensor
 from capture.store import Activations, Chunk, open_activations
 from core.artifact import Artifact, building, check_provenance, open_artifact
 from core.cli import Progress, StageConfig, run_stage
+from core.norms import unit_rows
 from core.runtime import Runtime
 from interpretability.firing import firing
 from interpretability.records import Explanation, parquet_bytes
@@ -109,10 +110,10 @@ class Counts(NamedTuple):
 @torch.no_grad()
 def parents_of(large: Tensor, small: Tensor) -> Parents:
     """Nearest row of `small` (S, D) for each row of `large` (L, D), by cosine; of equals the first."""
-    unit = torch.nn.functional.normalize(small.float(), dim=1)
+    unit = unit_rows(small.float())
     found = []
     for rows in torch.split(large, BLOCK_LATENTS):
-        cosines = torch.nn.functional.normalize(rows.float(), dim=1) @ unit.T
+        cosines = unit_rows(rows.float()) @ unit.T
         best = cosines.max(1).values
         # argmax promises nothing about ties.
         found.append(((cosines == best[:, None]).int().argmax(1), best))

@@ -26,6 +26,7 @@ from tyro.conf import arg
 from capture.store import Activations, Chunk, Corpus, open_activations, open_corpus
 from core.artifact import Builder, building, check_provenance, open_artifact
 from core.cli import Progress, StageConfig, machine, run_stage
+from core.norms import row_norms
 from core.runtime import Runtime
 from interpretability.background import Background, Sampler, cofiring
 from interpretability.firing import firing
@@ -230,7 +231,7 @@ def usable_tokens(chunk: Chunk, max_norm: float) -> Tensor:
 
     Raises ValueError naming the first sentence with an activation that is not finite: top-k would rank NaN first.
     """
-    norms = torch.linalg.vector_norm(chunk.activations, dim=1, dtype=torch.float32)
+    norms = row_norms(chunk.activations)
     if len(bad := (~norms.isfinite()).nonzero()):
         row = int(torch.searchsorted(chunk.offsets, bad[0, 0], right=True)) - 1
         raise ValueError(

@@ -18,6 +18,7 @@ import torch
 
 from core.artifact import MANIFEST, Manifest, building, open_artifact
 from core.cli import StageConfig, run_stage
+from core.norms import row_norms
 from core.runtime import Runtime
 from sae.formats import FORMATS
 from sae.model import SAE, load
@@ -101,7 +102,7 @@ def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
     """The difference of two rows [N, m] as a share of their norm, which 9 of 10 rows do not exceed: in few, rounding moves a
     latent across its threshold or out of the best k.
     """
-    shares = torch.linalg.vector_norm(a - b, dim=1) / torch.linalg.vector_norm(a, dim=1).clamp_min(1e-30)
+    shares = row_norms(a - b) / row_norms(a).clamp_min(torch.finfo(torch.float64).tiny)
     return float(shares.quantile(0.9, interpolation="higher"))
 
 

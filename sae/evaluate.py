@@ -22,6 +22,7 @@ from torch import Tensor
 from capture.store import Corpus, open_corpus
 from core.artifact import building, check_provenance, open_artifact
 from core.cli import Progress, StageConfig, run_stage
+from core.norms import row_norms
 from core.runtime import Runtime
 from llama3 import Tokenizer, Transformer, load_model, load_tokenizer
 from llama3.sites import check_sites
@@ -85,7 +86,7 @@ class Subject:
 
     def kept(self, x: Tensor, real: Tensor) -> Tensor:
         """Tokens of `x` (B, T, D) that count, bool (B, T): real, no BOS, of normal norm. `real` (B, T) is False at padding."""
-        kept: Tensor = real & (torch.linalg.vector_norm(x.float(), dim=-1) <= self.max_norm)
+        kept = real & (row_norms(x) <= self.max_norm)
         kept[:, : len(self.bos)] = False
         return kept
 

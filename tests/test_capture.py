@@ -245,7 +245,7 @@ def test_large_finite_values_are_no_infinity(tiny: Path, monkeypatch: pytest.Mon
     table = pa.table({"text": ["Two words"], "sentence_id": [0], "document_id": [0]})
     captured = start_chunk(how(tiny), tokenise(table, load_tokenizer(tiny / "model"), 90), lambda: None).result
     assert bool(captured.rows[SITES[0]].activations.isfinite().all())
-    assert not bool(captured.norms[SITES[0]].isfinite().all())
+    assert float(captured.norms[SITES[0]].min()) > 1e30
 
 
 # --- the same bytes --------------------------------------------------------------------------------------------------------

@@ -286,10 +286,31 @@ def test_encode_refuses_what_cannot_be_ranked(bad: float) -> None:
         make_sae().encode(x[:, 1:])
 
 
+def test_encode_says_that_a_finite_value_is_too_large() -> None:
+    x = rows(4, 12)
+    x[2, 3] = -3e38
+    with pytest.raises(ValueError, match=r"3e\+38") as caught:
+        make_sae().encode(x)
+    assert "NaN" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [1e-40, 1e-30, 1e-12, 1.0, 1e30])
+def test_decoder_rows_of_any_size_get_unit_norm(size: float) -> None:
+    sae = make_sae()
+    plain = sae.W_dec.detach().clone()
+    with torch.no_grad():
+        sae.W_dec.mul_(size)
+        sae.W_dec[3] = 0
+    sae.normalise_decoder_()
+    plain[3] = 0
+    torch.testing.assert_close(sae.W_dec.detach(), plain, rtol=1e-3, atol=1e-3 if size < 1e-38 else 1e-6)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"k": 41}, "k must be between 1 and the number of latents, 40; found 41"), ({"norm": "batch"}, "norm 'batch'"),
-     ({"architecture": "gated"}, "'gated'"), ({"scale": 0.0}, "scale must be positive")],
+     ({"architecture": "gated"}, "'gated'"), ({"scale": 0.0}, "scale must lie between"),
+     ({"scale": float("inf")}, "found inf"), ({"scale": 1e-38}, "1e-38"), ({"norm_eps": 0.0}, "norm_eps must")],
 )  # fmt: skip
 def test_config_refuses_what_makes_no_sense(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):

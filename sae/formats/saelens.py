@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 
+from core.norms import row_norms, unit_rows
 from sae.formats.plain import Plain, as_json, fold, read_json, sae_of, taken
 from sae.model import SAE
 
@@ -87,10 +87,8 @@ def read(folder: Path) -> SAE:
     W_enc, *others = taken(safetensors.torch.load_file(weights), weights, *names)
     plain = Plain(W_enc.T.float(), *(tensor.float() for tensor in others))
     if cfg.get("rescale_acts_by_decoder_norm"):  # h times the rows' norms, and rows of unit norm
-        norms = torch.linalg.vector_norm(plain.W_dec, dim=1)
-        plain = plain._replace(
-            W_enc=plain.W_enc * norms[:, None], b_enc=plain.b_enc * norms, W_dec=plain.W_dec / norms[:, None]
-        )
+        norms = row_norms(plain.W_dec).float()
+        plain = plain._replace(W_enc=plain.W_enc * norms[:, None], b_enc=plain.b_enc * norms, W_dec=unit_rows(plain.W_dec))
     if not cfg.get("apply_b_dec_to_input", True):
         plain = plain.absorbed(sign=1)
     metadata = cfg.get("metadata") or {}
