@@ -16,11 +16,13 @@ import xxhash
 
 from core import files
 from core.files import locked as locked
+from core.lines import LineWriter, read_lines
 from core.runtime import Runtime
 from core.version import VERSION
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+JOURNAL_ADVICE = "remove it and give the same command again: the files that it lists are then made again"
 
 
 class FileRecord(NamedTuple):
@@ -199,8 +201,13 @@ class Builder:
     def __init__(self, path: Path, begun: Manifest, runtime: Runtime) -> None:
         self.path, self.complete = path, begun.complete
         self._begun, self._runtime = begun, runtime
-        self._journal = path / f".journal-{runtime.rank}.jsonl"
+        self._journal = LineWriter(path / f".journal-{runtime.rank}.jsonl", JOURNAL_ADVICE)
         self._done = {record.name: record for record in begun.files}
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """What a complete artifact counted."""
+        return self._begun.counts
 
     def has(self, name: str) -> FileRecord | None:
         """The record of a file that an earlier run finished, if it did."""
@@ -216,12 +223,24 @@ class Builder:
         """A finished file, for reading."""
         return (self.path / name).open("rb")
 
+    def read(self, name: str) -> bytes:
+        """What a finished file holds. ValueError where that is not what was written."""
+        with self.open(name) as file:
+            content = file.read()
+        record = self._done[name]
+        if (len(content), xxhash.xxh3_128_hexdigest(content)) != (record.bytes, record.checksum):
+            raise ValueError(
+                f"{self.path / name}: damaged: its checksum does not fit; remove it, and give the same command again: it is "
+                "then made or fetched again"
+            )
+        return content
+
     def publish(self, name: str, content: files.Content, rows: int = 0) -> FileRecord:
         """Write one file of the artifact, whole or not at all, and remember it in the journal."""
         self._disown(name)
         written = self._write(name, content)
         record = FileRecord(name, written.bytes, written.checksum, rows)
-        files.append_line(self._journal, json.dumps(record._asdict()))
+        self._journal.write(record._asdict())
         self._done[name] = record
         return record
 
@@ -237,7 +256,7 @@ class Builder:
     def _disown(self, name: str) -> None:
         """Journal that the record of `name` may no longer fit, before the file changes and the process is perhaps killed."""
         if self._done.pop(name, None):
-            files.append_line(self._journal, json.dumps(FileRecord(name, -1, "", 0)._asdict()))
+            self._journal.write(FileRecord(name, -1, "", 0)._asdict())
 
     def finish(self, names: Iterable[str], counts: Mapping[str, Any], provenance: Mapping[str, Any] | None = None) -> None:
         """Write the final manifest. `names` are this rank's files; those of all ranks together, in order of name, make up the
@@ -254,7 +273,7 @@ class Builder:
             complete=True,
         )
         self._runtime.on_main(lambda: self._close(manifest))
-        self.complete = True
+        self._begun, self.complete = manifest, True
 
     def _close(self, manifest: Manifest) -> None:
         files.publish(self.path / MANIFEST, manifest.to_json().encode())
@@ -350,17 +369,35 @@ def _remove_journals(path: Path) -> None:
 
 
 def _read_journals(path: Path) -> list[FileRecord]:
-    """What earlier runs finished, whatever their number of ranks; where records differ, the one that fits the file, if any."""
+    """What earlier runs finished, whatever their number of ranks; where records differ, the one that fits the file, if any.
+
+    Raises ValueError where a journal is damaged. Records of one without checksums count where they fit their file.
+    """
     records: dict[str, set[FileRecord]] = {}
+    doubtful: set[str] = set()
     for journal in sorted(path.glob(".journal-*.jsonl")):
-        for line in journal.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = FileRecord(**json.loads(line))
-                records.setdefault(record.name, set()).add(record)
-            except (ValueError, TypeError):
-                continue  # the line being written when the process died
-    settled = [one for rivals in records.values() for one in rivals if len(rivals) == 1 or _fits(path, one)]
+        lines = read_lines(journal, JOURNAL_ADVICE)
+        for number, line in enumerate(lines.records, 1):
+            record = _record(line)
+            if record is None:
+                raise ValueError(f"{journal}: line {number} is no record of a file; {JOURNAL_ADVICE}")
+            records.setdefault(record.name, set()).add(record)
+            if lines.unchecked:
+                doubtful.add(record.name)
+    settled = [
+        one
+        for name, rivals in records.items()
+        for one in rivals
+        if (len(rivals) == 1 and name not in doubtful) or _fits(path, one)
+    ]
     return [record for record in settled if record.bytes >= 0]
+
+
+def _record(line: Mapping[str, Any]) -> FileRecord | None:
+    kinds = {"name": str, "bytes": int, "checksum": str, "rows": int}
+    if line.keys() != kinds.keys() or not all(isinstance(line[name], kind) for name, kind in kinds.items()):
+        return None
+    return FileRecord(**line)
 
 
 def _fits(folder: Path, record: FileRecord) -> bool:
@@ -375,6 +412,6 @@ def _check_file(folder: Path, record: FileRecord) -> None:
 def _check(path: Path, record: FileRecord, found: files.Written) -> None:
     if found != (record.bytes, record.checksum):
         raise ValueError(
-            f"{path}: damaged: expected {record.bytes:,} bytes with checksum {record.checksum[:12]}, "
-            f"found {found.bytes:,} with {found.checksum[:12]}; run its stage again into a fresh folder"
+            f"{path}: damaged: expected {record.bytes:,} bytes with checksum {record.checksum}, "
+            f"found {found.bytes:,} with {found.checksum}; run its stage again into a fresh folder"
         )

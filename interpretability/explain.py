@@ -11,7 +11,7 @@ has ended and writes the explanations once all is there; the same command sends 
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, cast
@@ -24,10 +24,18 @@ from core.artifact import building, check_provenance
 from core.cli import Progress, machine, run_stage
 from core.runtime import Runtime
 from interpretability.askers import KeptAsker, LLMBackend, asker_of
-from interpretability.asking import AskConfig
+from interpretability.asking import AskConfig, check_failures
 from interpretability.llm_explainer import LLMExplainer
 from interpretability.prompts import Style
-from interpretability.records import EXPLANATIONS_FILE, Explanation, PoolSentence, TopSentences, explanation_lines, open_top
+from interpretability.records import (
+    EXPLANATIONS_FILE,
+    NEVER_FIRED,
+    Explanation,
+    PoolSentence,
+    TopSentences,
+    explanation_lines,
+    open_top,
+)
 from interpretability.token_statistics import TokenStatistics
 
 if TYPE_CHECKING:
@@ -129,6 +137,7 @@ def run(config: ExplainConfig, runtime: Runtime) -> None:
     with building(config.out, "explanations", config, runtime, inputs, top.provenance) as builder:
         if builder.complete:
             log.info("%s: already complete", config.out)
+            _check_failures(config, builder.counts)
             return
         states: Counter[str] = Counter()
         names = [EXPLANATIONS_FILE]
@@ -149,6 +158,13 @@ def run(config: ExplainConfig, runtime: Runtime) -> None:
         "%s: %s latents explained by %s, %s failed",
         config.out, f"{states['valid']:,}", config.backend, f"{states['failed']:,}",
     )  # fmt: skip
+    _check_failures(config, builder.counts)
+
+
+def _check_failures(config: ExplainConfig, counts: Mapping[str, int]) -> None:
+    """ValueError where too many latents have no explanation, of those that fire; folders of earlier releases do not say."""
+    failed = counts.get("failed", 0) - counts.get("never_fired", counts.get("failed", 0))
+    check_failures(config, failed, failed + counts.get("valid", 0))
 
 
 def _asked(config: ExplainConfig, asker: KeptAsker, top: TopSentences, latents: Sequence[int]) -> list[Explanation] | None:
@@ -175,6 +191,7 @@ def _counted(explanations: Iterable[Explanation], states: Counter[str], progress
     with progress as bar:
         for explanation in explanations:
             states[explanation.state] += 1
+            states["never_fired"] += explanation.reason == NEVER_FIRED
             bar.update(1)
             yield explanation
 

@@ -1,13 +1,15 @@
 """Where training tells how it goes: `metrics.jsonl` always, Weights & Biases if asked for."""
 
 import importlib
-import json
 import math
 import os
 from pathlib import Path
 from typing import Any, Literal
 
 from core import files
+from core.lines import LineWriter, read_lines, sealed
+
+ADVICE = "rename it, and the same command goes on with a new one; weights and checkpoints do not depend on it"
 
 WandbMode = Literal["auto", "off", "offline", "online"]
 
@@ -39,17 +41,21 @@ class NoWandb:
 
 
 class Metrics:
-    """`metrics.jsonl`, a line per `write`; lines behind the step that training continues from are removed first."""
+    """`metrics.jsonl`, a line per `write`; lines behind the step that training continues from are removed first.
+
+    Each line ends with its checksum, `xxh3` (core/lines.py).
+    """
 
     def __init__(self, path: Path, resumed_step: int, wandb: Wandb | NoWandb) -> None:
-        self._path, self._wandb = path, wandb
-        kept = [line for line in _read_lines(path) if line["step"] <= resumed_step]
-        files.publish(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        """ValueError where a line of an earlier run is damaged."""
+        kept = [line for line in read_lines(path, ADVICE).records if line.get("step", math.inf) <= resumed_step]
+        files.publish(path, b"".join(map(sealed, kept)))
+        self._lines, self._wandb = LineWriter(path, ADVICE), wandb
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line. Numbers that do not exist (0 / 0) become null."""
         line = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in line.items()}
-        files.append_line(self._path, json.dumps(line))
+        self._lines.write(line)
         self._wandb.log(line)
 
     def close(self) -> None:
@@ -64,16 +70,3 @@ class NoMetrics:
 
     def close(self) -> None:
         pass
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of an earlier run; what a crash cut short is left out."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and "step" in line:
-            lines.append(line)
-    return lines
