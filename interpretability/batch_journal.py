@@ -81,11 +81,15 @@ class Journal:
             self.settle_here()
 
     def _take(self, event: dict[str, Any]) -> bool:
-        """Whether an event fits what is known; what it says is known then."""
+        """Whether an event fits what is known; what it says is known then.
+
+        A second process that no lock kept out may have left a line of its own: it saw the others before it did what the
+        line says, and ended (core/lines.py).
+        """
         match event:
-            case {"event": "job", "job": str(job), "content": str(content)} if not self._job:
+            case {"event": "job", "job": str(job), "content": str(content)}:
                 self._check_content(content)
-                self._job = job
+                self._job = self._job or job
             case {"event": "place", "file": int(file), "folder": str(folder)} if self._job:
                 self._places.append(Place(file, folder))
             case {"event": "intent", "number": int(number), "keys": list(keys)} if self._job:
@@ -97,23 +101,22 @@ class Journal:
         return True
 
     def _take_intent(self, number: int, keys: list[str], before: list[str] | None) -> bool:
-        if number == len(self.sent) - 1 and self.sent[-1].is_open:
-            return True  # of a second process: it saw the first one's line before its own, and ended without a create
-        if number != len(self.sent) or not keys or not set(keys) <= set(self._keys):
+        if number > len(self.sent) or not keys or not set(keys) <= set(self._keys):
             return False
-        self.sent.append(Sent(number, keys, before))
+        if number == len(self.sent):
+            self.sent.append(Sent(number, keys, before))
         return True
 
     def _take_outcome(self, kind: str, number: int, batch: object) -> bool:
-        if number not in range(len(self.sent)) or not self.sent[number].is_open:
+        if number not in range(len(self.sent)):
             return False
         sent = self.sent[number]
         if kind == "refused":
-            sent.refused = True
-        elif not isinstance(batch, str) or not batch:
+            sent.refused = not sent.batch
+        elif not isinstance(batch, str) or not batch or (kind == "created" and sent.batch not in ("", batch)):
             return False
         elif kind == "created":
-            sent.batch = batch
+            sent.batch, sent.refused = batch, False
         else:
             sent.not_ours.add(batch)
         return True

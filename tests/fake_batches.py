@@ -51,7 +51,7 @@ class BatchServer:
         self.ahead_s = 0.0
         """How far the server's clock, in `created_at` and in the header Date, is ahead of the client's."""
         self.creates: list[str] = []
-        """What befalls the next creates, such as "accepted, cut"; behind its end, what `faults` draws."""
+        """What befalls the next creates: "ok", a status, "accepted, cut" and the like; behind its end, what `faults` draws."""
         self.invalid: set[str] = set()
         """Ends of custom ids whose requests are answered with invalid_request_error."""
         self.keys: set[str] = set()
@@ -177,6 +177,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         else:
             kind = state.choose(["429", "500", "529", "hang", "accepted, cut", "accepted, 500", "accepted, hang", "cut"])
+        if kind == "ok":
+            self._json(state.create(requests))
+            return
         state.injected[kind] += 1
         if kind.startswith("accepted"):
             state.create(requests)
