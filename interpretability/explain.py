@@ -11,7 +11,7 @@ has ended and writes the explanations once all is there; the same command sends 
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, cast
@@ -35,6 +35,7 @@ from interpretability.records import (
     TopSentences,
     explanation_lines,
     open_top,
+    read_explanations,
 )
 from interpretability.token_statistics import TokenStatistics
 
@@ -137,7 +138,7 @@ def run(config: ExplainConfig, runtime: Runtime) -> None:
     with building(config.out, "explanations", config, runtime, inputs, top.provenance) as builder:
         if builder.complete:
             log.info("%s: already complete", config.out)
-            _check_failures(config, builder.counts)
+            _check_failures(config, runtime)
             return
         states: Counter[str] = Counter()
         names = [EXPLANATIONS_FILE]
@@ -158,13 +159,14 @@ def run(config: ExplainConfig, runtime: Runtime) -> None:
         "%s: %s latents explained by %s, %s failed",
         config.out, f"{states['valid']:,}", config.backend, f"{states['failed']:,}",
     )  # fmt: skip
-    _check_failures(config, builder.counts)
+    _check_failures(config, runtime)
 
 
-def _check_failures(config: ExplainConfig, counts: Mapping[str, int]) -> None:
-    """ValueError where too many latents have no explanation, of those that fire; folders of earlier releases do not say."""
-    failed = counts.get("failed", 0) - counts.get("never_fired", counts.get("failed", 0))
-    check_failures(config, failed, failed + counts.get("valid", 0))
+def _check_failures(config: ExplainConfig, runtime: Runtime) -> None:
+    """ValueError where too many of the latents that fire have no explanation in the finished folder."""
+    if runtime.is_main:
+        asked = [found for found in read_explanations(config.out).values() if found.reason != NEVER_FIRED]
+        check_failures(config, sum(found.state == "failed" for found in asked), len(asked))
 
 
 def _asked(config: ExplainConfig, asker: KeptAsker, top: TopSentences, latents: Sequence[int]) -> list[Explanation] | None:
@@ -191,7 +193,6 @@ def _counted(explanations: Iterable[Explanation], states: Counter[str], progress
     with progress as bar:
         for explanation in explanations:
             states[explanation.state] += 1
-            states["never_fired"] += explanation.reason == NEVER_FIRED
             bar.update(1)
             yield explanation
 

@@ -2,9 +2,11 @@
 
 import io
 import json
+import random
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 
 from core.artifact import verify
 from core.cli import parse
+from interpretability.asking import SAVED
 from interpretability.explain import ExplainConfig, chosen, run
 from interpretability.records import read_explanations
 from tests import written_latents as written
@@ -84,7 +87,8 @@ def openai(top: Path, out: Path, url: str, *flags: str) -> ExplainConfig:
 def test_a_server_is_asked_again_where_it_is_busy(top: Path, tmp_path: Path, server: tuple[str, type[ChatHandler]]) -> None:
     url, handler = server
     handler.script[:] = [429, 503, GOOD, "length", "no chat", "It is about {ships."]
-    run(openai(top, tmp_path / "out", url), solo())
+    with pytest.raises(ValueError, match=r"3 of 4 answers failed \(75%\), more than --max-failed-share 0.1"):
+        run(openai(top, tmp_path / "out", url), solo())
     found = read_explanations(tmp_path / "out")
     states = Counter(explanation.state for explanation in found.values())
     assert states == {"valid": 1, "failed": 4}
@@ -96,6 +100,41 @@ def test_a_server_is_asked_again_where_it_is_busy(top: Path, tmp_path: Path, ser
         ("/v1/chat/completions", "m", f"Bearer {KEY}")
     }
     verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("share", "ends_well"), [("0.24", False), ("0.25", True), ("1", True), ("0", False)])
+def test_more_failures_than_allowed_end_with_an_error_and_all_results(
+    top: Path, tmp_path: Path, server: tuple[str, type[ChatHandler]], share: str, ends_well: bool
+) -> None:
+    """One of four answers fails; the latent that never fires was not asked about. Given again, the command says the same."""
+    url, handler = server
+    handler.script[:] = ["no answer"]
+    for _ in range(2):
+        with nullcontext() if ends_well else pytest.raises(ValueError, match=f"1 of 4 .*--max-failed-share {share}"):
+            run(openai(top, tmp_path / "out", url, "--max-failed-share", share), solo())
+        assert Counter(found.state for found in read_explanations(tmp_path / "out").values()) == {"valid": 3, "failed": 2}
+        verify(tmp_path / "out")
+    assert len(handler.seen) == 4
+    run(openai(top, tmp_path / "out", url, "--max-failed-share", "0.5"), solo())
+
+
+def test_saved_replies_are_damaged_by_no_bit_unnoticed(
+    top: Path, memory_path: Path, server: tuple[str, type[ChatHandler]]
+) -> None:
+    url, handler = server
+    handler.script[:] = [GOOD, 401]
+    with pytest.raises(ValueError, match="HTTP 401"):
+        run(openai(top, memory_path / "out", url), solo())
+    path, asked = memory_path / "out" / SAVED, len(handler.seen)
+    whole = path.read_bytes()
+    for place in random.Random(1).sample(range(8 * len(whole)), 100):
+        path.write_bytes(whole[: place // 8] + bytes([whole[place // 8] ^ 1 << place % 8]) + whole[place // 8 + 1 :])
+        with pytest.raises(ValueError, match=rf"{SAVED}: line 1 does not fit its checksum.*nothing was asked"):
+            run(openai(top, memory_path / "out", url), solo())
+    path.write_bytes(whole)
+    assert len(handler.seen) == asked
+    run(openai(top, memory_path / "out", url), solo())
+    assert len(handler.seen) == asked + 3
 
 
 def test_refusals_end_at_once_and_do_not_tell_the_key(top: Path, tmp_path: Path, server: tuple[str, type[ChatHandler]]) -> None:
@@ -138,7 +177,7 @@ def test_cost_of_a_server(
 def test_a_llama_in_this_process(top: Path, tmp_path: Path) -> None:
     """A random model rambles: nothing it says is stored as an explanation, and what does not fit its context is told."""
     roomy = tiny_llama(tmp_path / "roomy", max_seq_len=16_384)
-    flags = ("--backend", "llama", "--max-tokens", "5", "--examples", "2", "--latents", "0-2")
+    flags = ("--backend", "llama", "--max-tokens", "5", "--examples", "2", "--latents", "0-2", "--max-failed-share", "1")
     run(config(top, tmp_path / "out", "--model", str(roomy), *flags), solo())
     found = read_explanations(tmp_path / "out")
     assert list(found) == [0, 1, 2]
@@ -156,6 +195,8 @@ def test_a_llama_in_this_process(top: Path, tmp_path: Path) -> None:
     (["--backend", "llama"], "--model is missing"),
     (["--latents", "3-9", "--backend", "token_statistics"], "'3-9' is no latent or range of latents from 0 to 4"),
     (["--max-tokens", "0"], "--max-tokens must be at least 1"),
+    (["--max-failed-share", "1.1"], "--max-failed-share must be from 0 to 1"),
+    (["--max-failed-share", "nan"], "--max-failed-share"),
 ])  # fmt: skip
 def test_bad_flags(top: Path, tmp_path: Path, flags: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
