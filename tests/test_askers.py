@@ -39,12 +39,17 @@ class ChatHandler(BaseHTTPRequestHandler):
             said = self.script.pop(0) if self.script else GOOD
             self.seen.append(body | {"path": self.path, "key": self.headers.get("authorization", "")})
         status, text = (said, "") if isinstance(said, int) else (200, said)
+        if isinstance(said, tuple):
+            status, text = said
         reply: Any = {"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
         if text == "length":
             reply["choices"][0]["finish_reason"] = "length"
         elif text == "no chat":
             reply = {"error": KEY}
-        content = json.dumps(reply).encode() if status == 200 else f"no: {self.headers.get('authorization')}".encode()
+        elif isinstance(text, dict):
+            reply = {"choices": [text]}
+        refusal = text or f"no: {self.headers.get('authorization')}"
+        content = json.dumps(reply).encode() if status == 200 else refusal.encode()
         self.send_response(status)
         self.send_header("content-length", str(len(content)))
         self.end_headers()
@@ -135,6 +140,52 @@ def test_saved_replies_are_damaged_by_no_bit_unnoticed(
     assert len(handler.seen) == asked
     run(openai(top, memory_path / "out", url), solo())
     assert len(handler.seen) == asked + 3
+
+
+def test_parameters_that_a_server_refuses_are_spared_once(
+    top: Path, tmp_path: Path, server: tuple[str, type[ChatHandler]], caplog: pytest.LogCaptureFixture
+) -> None:
+    url, handler = server
+    handler.script[:] = [
+        (400, "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."),
+        (422, '{"detail":[{"type":"extra_forbidden","loc":["body","seed"],"msg":"Extra inputs are not permitted"}]}'),
+    ]
+    run(openai(top, tmp_path / "out", url, "--attempts", "1"), solo())
+    assert len(handler.seen) == 2 + 4
+    assert [{"max_tokens", "max_completion_tokens", "seed", "temperature"} & set(call) for call in handler.seen] == [
+        {"max_tokens", "seed", "temperature"}, {"max_completion_tokens", "seed", "temperature"},
+        *[{"max_completion_tokens", "temperature"}] * 4,
+    ]  # fmt: skip
+    assert handler.seen[-1]["max_completion_tokens"] == 2048
+    assert caplog.text.count("refuses the parameter") == 2
+
+
+@pytest.mark.parametrize("refusal", ["max_tokens is too large: 2048", "Extra inputs are not permitted: model"])
+def test_other_refusals_end_at_once(top: Path, tmp_path: Path, server: tuple[str, type[ChatHandler]], refusal: str) -> None:
+    url, handler = server
+    handler.script[:] = [(400, refusal)]
+    with pytest.raises(ValueError, match="HTTP 400: "):
+        run(openai(top, tmp_path / "out", url), solo())
+    assert all({"max_tokens", "seed", "temperature"} <= set(call) for call in handler.seen)
+
+
+def test_content_in_parts_and_reasoning_without_an_answer(
+    top: Path, tmp_path: Path, server: tuple[str, type[ChatHandler]]
+) -> None:
+    url, handler = server
+    parts = [{"type": "thinking", "text": "{"}, {"type": "text", "text": GOOD[:20]}, {"type": "text", "text": GOOD[20:]}]
+    handler.script[:] = [
+        {"message": {"content": parts}, "finish_reason": "stop"},
+        {"message": {"content": None, "reasoning_content": f"Perhaps {GOOD}"}, "finish_reason": "stop"},
+        {"message": {"content": "", "reasoning": "Let me"}, "finish_reason": "length"},
+        {"message": {"content": [5]}, "finish_reason": "stop"},
+    ]
+    run(openai(top, tmp_path / "out", url, "--max-failed-share", "1"), solo())
+    found = [e for e in read_explanations(tmp_path / "out").values() if e.reason != "never fired"]
+    assert [(e.state, e.reason, e.reply) for e in found] == [
+        ("valid", "", ""), ("failed", "the model gave its reasoning and no answer", f"Perhaps {GOOD}"),
+        ("failed", "cut off at --max-tokens", "Let me"), ("failed", "the server's reply is no chat completion", found[3].reply),
+    ]  # fmt: skip
 
 
 def test_refusals_end_at_once_and_do_not_tell_the_key(top: Path, tmp_path: Path, server: tuple[str, type[ChatHandler]]) -> None:
