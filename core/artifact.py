@@ -10,28 +10,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, get_args, get_type_hints
+from typing import Any, BinaryIO, get_args, get_type_hints
 
 import xxhash
 
 from core import files
+from core.file_records import JOURNAL_ADVICE, read_journals, remove_journals
+from core.file_records import FileRecord as FileRecord
 from core.files import locked as locked
-from core.lines import LineWriter, read_lines
+from core.lines import LineWriter
 from core.runtime import Runtime
 from core.version import VERSION
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-JOURNAL_ADVICE = "remove it and give the same command again: the files that it lists are then made again"
-
-
-class FileRecord(NamedTuple):
-    """One file of an artifact: path inside the folder, size, xxh3-128, and rows where it holds rows."""
-
-    name: str
-    bytes: int
-    checksum: str
-    rows: int
 
 
 @dataclass(frozen=True)
@@ -277,7 +269,7 @@ class Builder:
 
     def _close(self, manifest: Manifest) -> None:
         files.publish(self.path / MANIFEST, manifest.to_json().encode())
-        _remove_journals(self.path)
+        remove_journals(self.path)
 
 
 @contextmanager
@@ -330,9 +322,9 @@ def _begin(path: Path, wanted: Manifest) -> Manifest:
         files.publish(path / MANIFEST, wanted.to_json().encode())
     files.sweep(path)
     if begun.complete:
-        _remove_journals(path)
+        remove_journals(path)
         return begun
-    return replace(begun, files=_read_journals(path))
+    return replace(begun, files=read_journals(path))
 
 
 def _check_same_command(path: Path, begun: Manifest, wanted: Manifest) -> None:
@@ -361,48 +353,6 @@ def _check_same_command(path: Path, begun: Manifest, wanted: Manifest) -> None:
 
 def _shown(value: Any) -> str:
     return " ".join(map(str, value)) or "(none)" if isinstance(value, list) else str(value)
-
-
-def _remove_journals(path: Path) -> None:
-    for journal in path.glob(".journal-*.jsonl"):
-        files.remove(journal)
-
-
-def _read_journals(path: Path) -> list[FileRecord]:
-    """What earlier runs finished, whatever their number of ranks; where records differ, the one that fits the file, if any.
-
-    Raises ValueError where a journal is damaged. Records of one without checksums count where they fit their file.
-    """
-    records: dict[str, set[FileRecord]] = {}
-    doubtful: set[str] = set()
-    for journal in sorted(path.glob(".journal-*.jsonl")):
-        lines = read_lines(journal, JOURNAL_ADVICE)
-        for number, line in enumerate(lines.records, 1):
-            record = _record(line)
-            if record is None:
-                raise ValueError(f"{journal}: line {number} is no record of a file; {JOURNAL_ADVICE}")
-            records.setdefault(record.name, set()).add(record)
-            if lines.unchecked:
-                doubtful.add(record.name)
-    settled = [
-        one
-        for name, rivals in records.items()
-        for one in rivals
-        if (len(rivals) == 1 and name not in doubtful) or _fits(path, one)
-    ]
-    return [record for record in settled if record.bytes >= 0]
-
-
-def _record(line: Mapping[str, Any]) -> FileRecord | None:
-    kinds = {"name": str, "bytes": int, "checksum": str, "rows": int}
-    if line.keys() != kinds.keys() or not all(isinstance(line[name], kind) for name, kind in kinds.items()):
-        return None
-    return FileRecord(**line)
-
-
-def _fits(folder: Path, record: FileRecord) -> bool:
-    path = folder / record.name
-    return path.is_file() and files.checksum(path) == (record.bytes, record.checksum)
 
 
 def _check_file(folder: Path, record: FileRecord) -> None:
