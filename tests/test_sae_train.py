@@ -1,6 +1,5 @@
 """Training: it learns, it is the same on any number of ranks, and it continues to the bit after a kill at any moment."""
 
-import json
 import math
 import os
 import random
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from core.artifact import verify
 from core.cli import parse
+from core.lines import read_lines
 from sae.batches import Batches, Schedule
 from sae.checkpoint import Checkpoints, complete, latents_name, read_state, remove_old_checkpoints
 from sae.descent import ByAutograd, ByHand
@@ -46,7 +46,7 @@ def config(batches: Path, out: Path, **overrides: Any) -> TrainConfig:
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return read_lines(out / "metrics.jsonl", "").records
 
 
 def untimed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
