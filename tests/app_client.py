@@ -28,8 +28,12 @@ def served(handlers: Handlers, password: str | None = None, **flags: Any) -> Ite
         yield address.rstrip("/")
     finally:
         with without_warnings():
+            server = blocks.server
+            server.force_exit = True  # it would wait for clients that hold their connection, such as a page's heartbeat
             blocks.close(verbose=False)
-            del blocks
+            server.thread.join(timeout=60)
+            assert not server.thread.is_alive(), "the app's server did not end"
+            del blocks, server
             gc.collect()
 
 

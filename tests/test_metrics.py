@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from interpretability.report import read_curves
-from sae.metrics import Metrics, NoWandb
+from sae.metrics import Metrics
 
 LINES = [{"step": step, "tokens": 10 * step, "loss": 1 / step, "fvu": 0.5, "dead_fraction": 0.0} for step in (1, 2, 3)]
 
 
 def written(path: Path) -> bytes:
-    metrics = Metrics(path, 0, NoWandb())
+    metrics = Metrics(path, 0)
     for line in LINES:
         metrics.write(line)
     return path.read_bytes()
@@ -32,11 +32,11 @@ def test_no_single_bit_is_carried_on_or_shown(memory_path: Path) -> None:
     for place in range(0, 8 * len(whole), 3):
         path.write_bytes(whole[: place // 8] + bytes([whole[place // 8] ^ 1 << place % 8]) + whole[place // 8 + 1 :])
         with pytest.raises(ValueError, match=r"metrics\.jsonl: line \d does not fit its checksum.*rename it"):
-            Metrics(path, 3, NoWandb())
+            Metrics(path, 3)
         with pytest.raises(ValueError, match=r"metrics\.jsonl: line \d does not fit its checksum"):
             read_curves(path)
     path.rename(memory_path / "old")
-    Metrics(path, 3, NoWandb()).write(LINES[2])
+    Metrics(path, 3).write(LINES[2])
     assert len(path.read_bytes().splitlines()) == 1
 
 
@@ -45,5 +45,5 @@ def test_a_run_of_an_earlier_release_goes_on(tmp_path: Path) -> None:
     new = written(path)
     path.write_text("".join(json.dumps(line) + "\n" for line in LINES) + '{"step": 4, "lo')
     assert len(read_curves(path)["loss"]) == 3
-    Metrics(path, 2, NoWandb()).write(LINES[2])
+    Metrics(path, 2).write(LINES[2])
     assert path.read_bytes() == new
