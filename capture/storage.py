@@ -1,6 +1,6 @@
 """The types in which activations are stored: bf16, fp32, or int8 with one scale per row.
 
-Shapes: N rows, D d_model.
+Shapes: N rows, D width of a site.
 """
 
 from collections.abc import Callable
@@ -38,9 +38,9 @@ class StoredRows(NamedTuple):
     """(N,) float32 for int8, else None."""
 
     @classmethod
-    def empty(cls, n_rows: int, d_model: int, storage: Storage, device: torch.device) -> Self:
+    def empty(cls, n_rows: int, width: int, storage: Storage, device: torch.device) -> Self:
         scales = torch.empty(n_rows, device=device) if storage == "int8" else None
-        return cls(torch.empty(n_rows, d_model, dtype=DTYPES[storage], device=device), scales)
+        return cls(torch.empty(n_rows, width, dtype=DTYPES[storage], device=device), scales)
 
     def put_(self, places: Tensor, x: Tensor) -> None:
         """Store the rows `x` at `places`."""
@@ -51,10 +51,13 @@ class StoredRows(NamedTuple):
             self.activations.index_copy_(0, places, values)
             self.scales.index_copy_(0, places, scales)
 
+    def floats(self) -> Tensor:
+        """(N, D) as readers get them: float32 where stored in int8, else the very tensor."""
+        return self.activations if self.scales is None else dequantise(self.activations, self.scales)
+
     def norms(self) -> Tensor:
         """(N,) float32; not finite where a value is not, or where squares overflow."""
-        rows = self.activations if self.scales is None else dequantise(self.activations, self.scales)
-        norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
+        norms: Tensor = torch.linalg.vector_norm(self.floats(), dim=1, dtype=torch.float32)
         return norms
 
     def finite(self, rows: Tensor) -> Tensor:
