@@ -72,7 +72,7 @@ def _read_by(sae: SAE, path: Path) -> Activations:
     site = sites[0] if len(sites) == 1 else sae.cfg.provenance.get("site")
     if site not in sites:
         raise ValueError(
-            f"--activations {path}: holds {', '.join(sites)}, and the SAE's site is {site!r}; give a folder of the site it reads"
+            f"--activations {path}: holds {', '.join(sites)}; the SAE's site is {site!r}; give a folder of the site it reads"
         )
     activations = open_activations(path, site)
     if activations.d_model != sae.cfg.d_model:
