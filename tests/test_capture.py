@@ -148,8 +148,9 @@ def test_abnormal_norms_are_counted_by_chunk(tiny: Path, tmp_path: Path, monkeyp
     assert manifest.counts["abnormal_norm_share"][SITES[0]] == round(expected / manifest.counts["tokens"], 6)
 
 
-def test_a_string_counts_as_one_site() -> None:
+def test_a_string_counts_as_one_site(tiny: Path) -> None:
     assert ActivationsConfig(model="demo", corpus=Path("c"), out=Path("o"), sites=SITES[0]).sites == SITES[:1]  # type: ignore[arg-type]
+    assert how(tiny, sites=SITES[0]).sites == SITES[:1]
 
 
 def test_default_site_is_at_five_sixths() -> None:
