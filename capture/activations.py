@@ -45,8 +45,9 @@ class ActivationsConfig(StageConfig):
     out: Path
     """The activations folder to write."""
     sites: tuple[str, ...] = ()
-    """Sites to capture in one pass, each into a folder of its own. Empty: resid_post at 5/6 of the depth. Those of a layer, in
-    order: resid_pre, attn_norm, attn_heads, attn_out, resid_mid, ffn_norm, ffn_hidden, ffn_out, resid_post."""
+    """Sites to capture in one pass, each into a folder of its own. Empty: resid_post at 5/6 of the depth. There are
+    embed, final_norm, and layers.{i}. followed by resid_pre, attn_norm, attn_heads, attn_out, resid_mid, ffn_norm, ffn_hidden,
+    ffn_out or resid_post."""
     storage: Storage = "bf16"
     """Type of the stored activations. int8, with one scale per row, takes half the bytes of bf16; SAEs of the embedded model
     trained on either had the same FVU, 0.404. Its error is 1e-4 of the variance, that of bf16 3e-6."""

@@ -6,17 +6,18 @@ a positive factor, so it changes no order; what later layers make of the directi
 Shapes: L latents, D model width, V vocabulary.
 """
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from core.artifact import check_provenance
 from llama3 import Tokenizer, Transformer, load_model
-from llama3.model import TransformerBlock
 from sae.model import SAE
 
 LATENTS_AT_ONCE = 256
+READ_BY = {"attn_heads": "attention.wo.weight", "ffn_hidden": "feed_forward.w2.weight"}
+"""Sites inside a layer, and the matrix that takes them to the residual stream."""
 
 
 class PromotedTokens(NamedTuple):
@@ -62,13 +63,8 @@ def promoted_by(model: Transformer, site: str, directions: Tensor, tokenizer: To
 
 
 def _in_residual_stream(model: Transformer, site: str, directions: Tensor) -> Tensor:
-    """What `directions` (L, width of `site`) add to the residual stream, (L, D): `ffn_hidden` through w2, `attn_heads` through
-    wo, the other sites as they are.
-    """
-    _, _, rest = site.partition("layers.")
-    layer, _, name = rest.partition(".")
-    if name not in ("attn_heads", "ffn_hidden"):
+    """What `directions` (L, width of `site`) add to the residual stream, (L, D)."""
+    layer, _, name = site.rpartition(".")
+    if name not in READ_BY:
         return directions
-    block = cast(TransformerBlock, model.layers[int(layer)])
-    reader = block.attention.wo if name == "attn_heads" else block.feed_forward.w2
-    return directions @ reader.weight.float().T
+    return directions @ model.get_parameter(f"{layer}.{READ_BY[name]}").float().T
