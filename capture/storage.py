@@ -1,6 +1,6 @@
 """The types in which activations are stored: bf16, fp32, or int8 with one scale per row.
 
-Shapes: N rows, D d_model.
+Shapes: N rows, D width of a site.
 """
 
 from collections.abc import Callable
@@ -46,9 +46,9 @@ class StoredRows(NamedTuple):
     """(N,) float32 for int8, else None."""
 
     @classmethod
-    def empty(cls, n_rows: int, d_model: int, storage: Storage, device: torch.device) -> Self:
+    def empty(cls, n_rows: int, width: int, storage: Storage, device: torch.device) -> Self:
         scales = torch.empty(n_rows, device=device) if storage == "int8" else None
-        return cls(torch.empty(n_rows, d_model, dtype=DTYPES[storage], device=device), scales)
+        return cls(torch.empty(n_rows, width, dtype=DTYPES[storage], device=device), scales)
 
     def put_(self, places: Tensor, x: Tensor) -> None:
         """Store the rows `x` at `places`."""
@@ -59,9 +59,13 @@ class StoredRows(NamedTuple):
             self.activations.index_copy_(0, places, values)
             self.scales.index_copy_(0, places, scales)
 
+    def floats(self) -> Tensor:
+        """(N, D) as readers get them: float32 where stored in int8, else the very tensor."""
+        return self.activations if self.scales is None else dequantise(self.activations, self.scales)
+
     def norms(self) -> Tensor:
         """(N,) float64; not finite exactly where a value is not."""
-        return row_norms(self.activations if self.scales is None else dequantise(self.activations, self.scales))
+        return row_norms(self.floats())
 
     def kept(self, mask: Tensor) -> "StoredRows":
         """The rows where `mask` (N,) is True."""

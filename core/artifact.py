@@ -343,8 +343,10 @@ def _check_same_command(path: Path, begun: Manifest, wanted: Manifest) -> None:
             f"{path}: was made from other inputs ({begun.inputs}) than those given ({wanted.inputs}); choose another --out"
         )
     for name, new in json.loads(json.dumps(wanted.provenance)).items():
-        # A finished artifact stays good when the package moves on; half of one is not continued by other code.
-        if begun.provenance.get(name) != new and not (begun.complete and name == "package_version"):
+        # A finished artifact stays good when the package moves on, and records more than it did; half of one is not continued
+        # by other code.
+        moved_on = name == "package_version" or name not in begun.provenance
+        if begun.provenance.get(name) != new and not (begun.complete and moved_on):
             raise ValueError(
                 f"{path}: was begun with {name} {begun.provenance.get(name)!r}, now it is {new!r}; choose another --out, "
                 "or remove the folder"

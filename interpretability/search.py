@@ -30,7 +30,6 @@ from core.runtime import Runtime
 from interpretability.records import Explanation, TopSentences, open_top, read_explanations
 from interpretability.together import Together, together
 from llama3 import Tokenizer, Transformer, load_model, load_tokenizer
-from llama3.sites import check_sites
 from sae.model import SAE, load
 
 BLOCK_ELEMENTS = 1 << 24
@@ -81,14 +80,13 @@ def check_sae(sae: SAE, path: Path | str, model: Transformer, tokenizer: Tokeniz
     """The site that the SAE reads. ValueError, with both values, where it is not one of this model and tokenizer."""
     origin = {"model_hash": model.weights_hash, "tokenizer_hash": tokenizer.hash}
     check_provenance(f"SAE {path}", origin, sae.cfg.provenance, origin)
-    site = str(sae.cfg.provenance.get("site"))
     try:
-        check_sites([site], model.params.n_layers)
+        width = model.width(sae.site)
     except ValueError as error:
         raise ValueError(f"SAE {path}: {error}") from None
-    if sae.cfg.d_model != model.params.dim:
-        raise ValueError(f"SAE {path}: d_model is {sae.cfg.d_model}, but the model's is {model.params.dim}")
-    return site
+    if sae.cfg.d_model != width:
+        raise ValueError(f"SAE {path}: d_model is {sae.cfg.d_model}, but {sae.site} of the model has width {width}")
+    return sae.site
 
 
 def open_top_of(sae: SAE, path: Path) -> TopSentences:

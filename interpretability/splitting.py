@@ -157,7 +157,7 @@ def run(config: SplittingConfig, runtime: Runtime) -> None:
     """Write the folder `config.out` of kind `splitting`."""
     small, large = load(config.small, runtime.device), load(config.large, runtime.device)
     _check_pair(config, small, large)
-    activations = open_activations(config.activations, large.cfg.provenance.get("site")) if config.activations else None
+    activations = open_activations(config.activations, large.site) if config.activations else None
     inputs = [open_artifact(config.small, "sae"), open_artifact(config.large, "sae")]
     if activations:
         keys = ("model_hash", "tokenizer_hash", "site", "bos")

@@ -137,18 +137,16 @@ def run(config: TopSentencesConfig, runtime: Runtime) -> None:
 def _open(
     config: TopSentencesConfig, runtime: Runtime, sae: SAE, corpus: Corpus, tokenizer: Tokenizer
 ) -> Activations | LiveActivations:
-    site = config.site or sae.cfg.provenance.get("site")
+    site = config.site or sae.site
     if config.activations:
         return open_activations(config.activations, site)
-    if not site:
-        raise ValueError(f"SAE {config.sae}: does not say which site it reads; give --site")
-    return LiveActivations(config.model, tokenizer, corpus, sae, site, runtime.device)
+    return LiveActivations(config.model, tokenizer, corpus, sae, site, runtime)
 
 
 def _check_inputs(sae: SAE, activations: Activations | LiveActivations, corpus: Corpus, tokenizer: Tokenizer) -> None:
     """ValueError naming both values where SAE, activations, corpus and tokenizer do not belong together."""
     where = f"activations {activations.artifact.path}" if isinstance(activations, Activations) else "the model of --model"
-    wanted, found = sae.cfg.provenance | {"d_model": sae.cfg.d_model}, activations.provenance | {"d_model": activations.d_model}
+    wanted, found = sae.cfg.provenance | {"d_model": sae.cfg.d_model}, activations.provenance
     check_provenance(where, wanted, found, ("model_hash", "tokenizer_hash", "site", "bos", "d_model"))
     check_provenance(f"corpus {corpus.artifact.path}", found, {"corpus_hash": corpus.manifest_hash}, ("corpus_hash",))
     check_provenance("the tokenizer of --model", found, {"tokenizer_hash": tokenizer.hash}, ("tokenizer_hash",))

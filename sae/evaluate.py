@@ -25,7 +25,6 @@ from core.cli import Progress, StageConfig, run_stage
 from core.norms import row_norms
 from core.runtime import Runtime
 from llama3 import Tokenizer, Transformer, load_model, load_tokenizer
-from llama3.sites import check_sites
 from sae.evaluation import Baselines, baselines, figures, markdown, plot_densities
 from sae.model import SAE, load
 from sae.split import held_out
@@ -69,10 +68,6 @@ class Subject:
     model: Transformer
     tokenizer: Tokenizer
     batch_tokens: int
-
-    @property
-    def site(self) -> str:
-        return str(self.sae.cfg.provenance["site"])
 
     @property
     def bos(self) -> list[int]:
@@ -145,9 +140,8 @@ def open_subject(config: EvaluateConfig, device: torch.device) -> Subject:
     wanted = sae.cfg.provenance | {"d_model": sae.cfg.d_model}
     check_provenance(f"--model {config.model}", wanted, {"tokenizer_hash": tokenizer.hash}, ["tokenizer_hash"])
     model = load_model(config.model, device)
-    found = {"model_hash": model.weights_hash, "d_model": model.params.dim}
-    check_provenance(f"--model {config.model}", wanted, found, ["d_model", "model_hash"])
-    check_sites([str(wanted.get("site"))], model.params.n_layers)
+    check_provenance(f"--model {config.model}", wanted, {"model_hash": model.weights_hash}, ["model_hash"])
+    check_provenance(f"--model {config.model}", wanted, {"d_model": model.width(sae.site)}, ["d_model"])
     return Subject(sae, model, tokenizer, config.batch_tokens)
 
 
@@ -227,7 +221,7 @@ def _fit(subject: Subject, corpus: Corpus, ids: Tensor, runtime: Runtime) -> Cov
     for lane, lane_batches in _lanes(subject, corpus, ids, runtime, "mean and covariance"):
         parts[lane] = Covariance.none(subject.sae.cfg.d_model)
         for batch in lane_batches:
-            x = subject.model.capture(batch.tokens, [subject.site])[subject.site]
+            x = subject.model.capture(batch.tokens, [subject.sae.site])[subject.sae.site]
             parts[lane].add(x[subject.kept(x, batch.real)].float())
     whole: Covariance = _merged(parts, runtime)
     return whole
@@ -275,7 +269,7 @@ def evaluate_batch(subject: Subject, batch: Batch, rivals: Baselines, tally: Tal
 
 def _logits(subject: Subject, batch: Batch, hook: Callable[[Tensor], Tensor | None]) -> Tensor:
     """No mask is needed: padding stands on the right, where a causal model does not look from a real token."""
-    with subject.model.hooks({subject.site: hook}):
+    with subject.model.hooks({subject.sae.site: hook}):
         logits: Tensor = subject.model(batch.tokens)
     return logits
 
@@ -296,7 +290,7 @@ def _conditions(config: EvaluateConfig, subject: Subject, corpus: Corpus, sample
         "model": provenance.get("model"),
         "model_dtype": str(subject.model.dtype).removeprefix("torch."),
         "sae_dtype": str(subject.sae.W_enc.dtype).removeprefix("torch."),
-        "site": subject.site,
+        "site": subject.sae.site,
         "bos": "fed, not counted" if subject.bos else "none",
         "max_length": provenance.get("max_length"),
         "max_norm": provenance.get("max_norm"),

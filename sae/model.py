@@ -274,6 +274,13 @@ class SAE(nn.Module):
         """Identity of the SAE: xxh3-128 of its tensors' bytes in order of name; of the file it was read from, where it was."""
         return self._stored_hash or _hash_tensors(self._tensors(None))
 
+    @property
+    def site(self) -> str:
+        """The hook site that it reads. ValueError where its provenance names none."""
+        if site := self.cfg.provenance.get("site"):
+            return str(site)
+        raise ValueError("the SAE's provenance names no site; sae.convert --activations adds that of the folder it is given")
+
     def _tensors(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
         return {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
 

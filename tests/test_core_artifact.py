@@ -91,6 +91,27 @@ def operations(folder: Path) -> list[str]:
     return seen
 
 
+def test_a_finished_folder_that_records_less_is_left_alone(tmp_path: Path) -> None:
+    """As an earlier version leaves it; a half-finished one is not continued, and another value is refused in any case."""
+    for name in ("done", "half"):
+        with building(tmp_path / name, "things", Config(), ALONE, provenance={"model_hash": "m1"}) as builder:
+            if name == "done":
+                builder.finish([], {})
+    now = {"model_hash": "m1", "batch_tokens": 64}
+    with building(tmp_path / "done", "things", Config(), ALONE, provenance=now) as builder:
+        assert builder.complete
+    with (
+        pytest.raises(ValueError, match="batch_tokens None"),
+        building(tmp_path / "half", "things", Config(), ALONE, provenance=now),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match="model_hash 'm1'"),
+        building(tmp_path / "done", "things", Config(), ALONE, provenance=now | {"model_hash": "m2"}),
+    ):
+        pass
+
+
 def test_what_a_build_leaves(tmp_path: Path, clean: dict[str, bytes]) -> None:
     assert set(clean) == {*CONTENT, MANIFEST}
     manifest = json.loads(clean[MANIFEST])

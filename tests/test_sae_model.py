@@ -1,5 +1,6 @@
 """The SAE's equations, kernels, losses and folder, each against something slow and obvious."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -337,6 +338,14 @@ def test_save_and_load_are_exact(tmp_path: Path) -> None:
     with safe_open(tmp_path / "sae" / "sae.safetensors", "pt") as file:
         assert set(file.keys()) == {"W_enc", "W_dec", "b_enc", "b_pre"}
         assert file.get_slice("W_dec").get_shape() == file.get_slice("W_enc").get_shape() == [40, 12]
+
+
+def test_the_site_is_that_of_the_provenance() -> None:
+    cfg = SAEConfig(d_model=4, n_latents=8, k=2, provenance={"site": "layers.1.ffn_hidden"})
+    assert SAE(cfg).site == "layers.1.ffn_hidden"
+    for provenance in ({}, {"site": None}):
+        with pytest.raises(ValueError, match=r"site.* sae\.convert --activations"):
+            _ = SAE(replace(cfg, provenance=provenance)).site
 
 
 def test_save_in_half_precision_keeps_its_own_identity(tmp_path: Path) -> None:
