@@ -6,6 +6,7 @@ from typing import Any
 from sae import architectures
 
 NORMS = ("dataset", "layer", "none")
+SMALLEST_FACTOR = 1e-30  # of a scale: what is multiplied with it or divided by it stays within float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,5 +49,6 @@ class SAEConfig:
             raise ValueError(f"norm {self.norm!r} is not known; expected dataset, layer or none")
         if not 1 <= self.k <= self.n_latents:
             raise ValueError(f"k must be between 1 and the number of latents, {self.n_latents}; found {self.k}; lower --k")
-        if not self.scale > 0:
-            raise ValueError(f"scale must be positive; found {self.scale}")
+        for name in ("scale", "norm_eps"):
+            if not SMALLEST_FACTOR <= (found := getattr(self, name)) <= 1 / SMALLEST_FACTOR:
+                raise ValueError(f"{name} must lie between {SMALLEST_FACTOR:g} and {1 / SMALLEST_FACTOR:g}; found {found}")

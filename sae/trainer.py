@@ -75,6 +75,7 @@ class Trainer:
         self.config, self.runtime, self.batches = config, runtime, batches
         self.mesh = runtime.mesh(latent_parallel)
         statistics = batches.statistics
+        statistics.refuse_constant(config.norm)
         self.schedule = Schedule(len(batches.train), batches.batch_rows, config.batch_size, seed)
         all_steps = self.schedule.steps_per_epoch * config.epochs
         self.total_steps = min(config.max_steps or all_steps, all_steps)
@@ -159,7 +160,7 @@ class Trainer:
             loss=main / (n_rows * d),
             aux_loss=aux / (n_rows * d),
             penalty=penalty / n_rows,
-            fvu=main / n_rows / self.total_variance if self.total_variance else math.nan,
+            fvu=main / n_rows / self.total_variance,
             l0=l0 / n_rows,
             dead_fraction=n_dead / config.n_latents,
             lr=lr,
@@ -225,7 +226,7 @@ class Trainer:
             part = self.sae.losses(self.sae.normalise(x).z, loss_config, dead, n_dead, Mesh(Solo(), latent), self.first)
             sums += torch.stack((part.main, part.aux)).double()
         main, aux = (data.sum_(sums) / n_rows).tolist()
-        fvu = main / self.total_variance if self.total_variance else math.nan
+        fvu = main / self.total_variance
         return {"val_loss": main / d, "val_aux_loss": aux / d, "val_fvu": fvu}
 
     def out_of_patience(self, val_loss: float) -> bool:

@@ -13,9 +13,12 @@ from sae.model import SAE
 
 FILES = ("cfg.json", "sae_weights.safetensors")
 LAYER_EPS = 1e-5  # of its `layer_norm`, which puts the std back without it
-HOOKS = {"attn_out": "hook_attn_out", "ffn_out": "hook_mlp_out"} | {
-    name: f"hook_{name}" for name in ("resid_pre", "resid_mid", "resid_post")
-}
+HOOKS = {
+    "attn_heads": "attn.hook_z",  # [B, T, heads, head_dim] there
+    "attn_out": "hook_attn_out",
+    "ffn_hidden": "mlp.hook_post",
+    "ffn_out": "hook_mlp_out",
+} | {name: f"hook_{name}" for name in ("resid_pre", "resid_mid", "resid_post")}
 
 
 def hook_name(site: str) -> str | None:
@@ -53,7 +56,7 @@ def write(sae: SAE) -> dict[str, bytes]:
         "device": "cpu",
         "apply_b_dec_to_input": True,
         "normalize_activations": "layer_norm" if layer else "none",
-        "reshape_activations": "none",
+        "reshape_activations": "hook_z" if site.endswith(".attn_heads") else "none",
         "metadata": {
             "sae_lens_version": "6.0.0",  # the format's; without it the nested names are dropped
             "sae_lens_training_version": None,
