@@ -54,7 +54,7 @@ def _encode_plain(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int
         message.content.strip() if message.role == "system" else f"{SPEAKERS[message.role]}: {message.content.strip()}"
         for message in messages
     ]
-    return tokenizer.encode("\n".join([*lines, f"{SPEAKERS['assistant']}:"]), bos=True)
+    return tokenizer.encode_prompt("\n".join([*lines, f"{SPEAKERS['assistant']}:"]))
 
 
 def style_of(asked: str, model: str) -> Style:

@@ -112,6 +112,11 @@ class Session:
         """Longest sequence in tokens, prompt and answer together."""
         return self.model.params.max_seq_len
 
+    @property
+    def lead(self) -> int:
+        """Tokens before the text of a prompt: 1 where the model has BOS there, else 0."""
+        return len(self.tokenizer.start())
+
     def needs_features(self) -> Features:
         """The features of the first SAE; ValueError where none was loaded."""
         if not self.features:

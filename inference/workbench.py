@@ -23,7 +23,7 @@ class Row:
 
     prompt: str
     ids: tuple[int, ...]
-    """Token ids of prompt (BOS first) and continuation, end token left out."""
+    """Token ids of prompt (as `Tokenizer.encode_prompt` has it) and continuation, end token left out."""
     prompt_length: int
     text: str = ""
     """The continuation."""
@@ -69,8 +69,8 @@ def checked_request(session: Session, text: Any, recipe: Recipe, knobs: Knobs) -
 
 
 def new_row(session: Session, prompt: str, ids: Sequence[int] | None = None) -> Row:
-    """A row about to be continued; `ids` where the prompt is more than BOS and its text."""
-    ids = session.tokenizer.encode(prompt, bos=True) if ids is None else ids
+    """A row about to be continued; `ids` where the prompt is another than its text's."""
+    ids = session.tokenizer.encode_prompt(prompt) if ids is None else ids
     if len(ids) >= session.context:
         raise ValueError(
             f"a prompt has {len(ids):,} tokens, but the context holds {session.context:,} with the answer; shorten it: "
@@ -152,5 +152,7 @@ def confidence(features: Features, latent: int) -> float:
 
 
 def heat(session: Session, rows: Sequence[Row], feature: Feature) -> list[list[float]]:
-    """For each row, the feature's value at each token after BOS, read on the unsteered model."""
-    return [session.read(row.ids, feature.site).of(feature.latent)[1:] for row in rows]
+    """For each row, the feature's value at each token of its text, BOS left out, read on the unsteered model; 0 at position
+    0, the attention sink."""
+    values = [[0.0, *session.read(row.ids, feature.site).of(feature.latent)[1:]] for row in rows]
+    return [row[session.lead :] for row in values]

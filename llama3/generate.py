@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llama3.model import Transformer
 from llama3.sites import Hook
-from llama3.tokenizer import Tokenizer
+from llama3.tokenizer import Bos, Tokenizer
 
 HooksFor = Callable[[Tensor], Mapping[str, Hook]]
 Finished = Literal["", "stop", "length", "stop_string"]
@@ -100,10 +100,10 @@ def complete(
     prompts: Sequence[str],
     sampling: Sampling,
     hooks_for: HooksFor | None = None,
-    bos: bool = True,
+    bos: Bos = "auto",
 ) -> list[str]:
     """The text that follows each prompt, end tokens and stop strings left out."""
-    ids = [tokenizer.encode(prompt, bos=bos) for prompt in prompts]
+    ids = [tokenizer.encode_prompt(prompt, bos) for prompt in prompts]
     texts = [""] * len(ids)
     for piece in generate(model, tokenizer, ids, sampling, hooks_for):
         texts[piece.row] += piece.text
@@ -121,7 +121,7 @@ def check_prompts(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Se
         raise ValueError("no prompt was given; expected at least one")
     for row, prompt in enumerate(prompts):
         if not prompt:
-            raise ValueError(f"prompt {row} is empty; expected at least one token, such as <|begin_of_text|>")
+            raise ValueError(f"prompt {row} is empty; expected at least one token")
         if len(prompt) >= args.max_seq_len:
             raise ValueError(
                 f"prompt {row} has {len(prompt):,} tokens and the context holds {args.max_seq_len:,}, the answer included; "

@@ -374,7 +374,7 @@ def test_damaged_tokenizer_model(tmp_path: Path, content: str, message: str) -> 
         ({"model": {"byte_fallback": True}}, "SentencePiece"),
         ({"model": {"dropout": 0.1}}, "dropout = 0.1 is not supported"),
         ({"model": {"vocab": {"▁a": 0}}}, "a token holds '▁'"),
-        ({"model": {"vocab": {"a": 0}}}, "no token for some single bytes"),
+        ({"model": {"vocab": {"a": 0}}}, "which is not in the vocabulary"),
         ({"model": {"merges": ["a b"]}}, "a merge makes 'ab', which is not in the vocabulary|come from no merge"),
         ({"model": {"merges": []}}, r"token\(s\) come from no merge"),
         ({"added_tokens": []}, r"token\(s\) come from no merge"),
