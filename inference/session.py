@@ -5,7 +5,7 @@ A session is read by all requests and changed by none.
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import zip_longest
@@ -160,9 +160,14 @@ class Reading:
         return [float(v) for v in (self.values * (self.indices == latent)).sum(1)]
 
 
-def open_session(config: InferenceConfig, device: torch.device) -> Session:
-    """Load what `config` names; ValueError where a part is missing or does not belong to the others, with both values."""
-    tokenizer = llama3.load_tokenizer(config.model)  # first: it takes a moment, and says so where it does not fit the model
+def open_session(
+    config: InferenceConfig, device: torch.device, check: Callable[[Tokenizer], object] = lambda tokenizer: None
+) -> Session:
+    """Load what `config` names; ValueError where a part is missing or does not belong to the others, with both values.
+
+    `check` may refuse the tokenizer, which takes a moment to read, before the weights are."""
+    tokenizer = llama3.load_tokenizer(config.model)
+    check(tokenizer)
     model = llama3.load_model(config.model, device=device)
     model.eval()
     name = "embedded model" if config.model == "demo" else Path(config.model).name or config.model

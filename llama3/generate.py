@@ -45,6 +45,8 @@ class Sampling:
     """Number of the first row, where a caller cuts a long list of prompts into batches."""
     stop: tuple[str, ...] = ()
     """A row ends before the first of these strings in its text."""
+    stop_ids: frozenset[int] = frozenset()
+    """Tokens that end a row beside the tokenizer's own, such as the one that ends a turn of a chat."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -136,7 +138,7 @@ class _Row:
 
     def __init__(self, tokenizer: Tokenizer, sampling: Sampling, prompt_length: int, context: int) -> None:
         self._decoder = tokenizer.stream_decoder()
-        self._stop_ids = tokenizer.stop_ids
+        self._stop_ids = tokenizer.stop_ids | sampling.stop_ids
         self._stop = sampling.stop
         self._held = ""  # text that may be the beginning of a stop string
         self.position = prompt_length

@@ -11,6 +11,7 @@ TOKENIZER_FILES = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "chat_template.jinja",
     "tokenizer.model",
     "original/tokenizer.model",
 )

@@ -141,6 +141,10 @@ class Tokenizer:
                 ids += self._encode_plain(piece)
         return [*ids, self.eos_id] if eos else ids
 
+    def split_special(self, text: str) -> list[str]:
+        """`text` cut at the special tokens that it spells, added ones included, which stand at the odd places."""
+        return self._find_special.split(text) if self._find_special else [text]
+
     def start(self, bos: Bos = "auto") -> list[int]:
         """The ids that stand before a text: BOS or none."""
         return [self.bos_id] if (self.bos_policy if bos == "auto" else bos) == "feed" else []

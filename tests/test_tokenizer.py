@@ -129,7 +129,7 @@ def test_tokenizer_json_keeps_its_own_special_tokens(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": [0]}))
     assert (load_tokenizer(tmp_path).bos_id, load_tokenizer(tmp_path).eos_id) == (1, 0)
-    with pytest.raises(ValueError, match=r"has no <\|start_header_id\|>: it knows no Llama 3 chat format"):
+    with pytest.raises(ValueError, match="no chat format"):
         encode_dialog(tokenizer, [Message("user", "hi")])
 
 
