@@ -5,6 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gguf
+import torch
+
+from llama3 import ModelArgs, Transformer
+
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY, UINT64 = 4, 5, 6, 7, 8, 9, 10
 CODES = {0: "B", 1: "b", 2: "H", 3: "h", UINT32: "I", INT32: "i", FLOAT32: "f", BOOL: "B", UINT64: "Q", 11: "q", 12: "d"}
 
@@ -72,3 +77,53 @@ def gguf_bytes(
 def write(path: Path, *args: Any, **options: Any) -> Path:
     path.write_bytes(gguf_bytes(*args, **options))
     return path
+
+
+GGML_NAMES = {
+    "tok_embeddings": "token_embd", "norm": "output_norm", "attention_norm": "attn_norm", "attention.wq": "attn_q",
+    "attention.wk": "attn_k", "attention.wv": "attn_v", "attention.wo": "attn_output", "feed_forward.w1": "ffn_gate",
+    "feed_forward.w2": "ffn_down", "feed_forward.w3": "ffn_up",
+}  # fmt: skip
+
+
+def ggml_name(name: str) -> str:
+    """What ggml calls a tensor of Meta's layout."""
+    stem = name.removesuffix(".weight")
+    prefix, _, rest = stem.partition("layers.")
+    layer, _, rest = rest.partition(".") if not prefix else ("", "", stem)
+    return (f"blk.{layer}." if layer else "") + GGML_NAMES.get(rest, rest) + ".weight"
+
+
+def llama_metadata(args: ModelArgs) -> dict[str, Any]:
+    """As llama.cpp's converter writes it."""
+    return {
+        "general.architecture": "llama",
+        "general.type": "model",
+        "llama.block_count": args.n_layers,
+        "llama.context_length": args.max_seq_len,
+        "llama.embedding_length": args.dim,
+        "llama.feed_forward_length": args.hidden_dim,
+        "llama.attention.head_count": args.n_heads,
+        "llama.attention.head_count_kv": args.n_kv_heads,
+        "llama.rope.freq_base": args.rope_theta,
+        "llama.attention.layer_norm_rms_epsilon": args.norm_eps,
+        "llama.vocab_size": args.vocab_size,
+        "llama.rope.dimension_count": args.head_dim,
+    }
+
+
+def stored(name: str, weight: torch.Tensor, kind: str = "F32") -> Stored:
+    """A tensor as ggml's quantiser stores it; what has one dimension stays float32."""
+    kind = kind if weight.ndim > 1 else "F32"
+    number = gguf.GGMLQuantizationType[kind]
+    data = gguf.quants.quantize(weight.float().numpy(), number)
+    return Stored(name, tuple(weight.shape), int(number), data.tobytes())
+
+
+def llama_gguf(path: Path, model: Transformer, kind: str = "F32", extra: Sequence[Stored] = (), **changes: Any) -> Path:
+    """`model` as a GGUF file of matrices of type `kind`. `changes` to its metadata are written `llama__block_count=3`; None
+    leaves a key out."""
+    keys = {key.replace("__", "."): value for key, value in changes.items()}
+    metadata = {key: value for key, value in (llama_metadata(model.params) | keys).items() if value is not None}
+    tensors = [stored(ggml_name(name), weight, kind) for name, weight in model.named_parameters()]
+    return write(path, list(metadata.items()), [*tensors, *extra])
