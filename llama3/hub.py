@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from llama3.gguf import is_gguf
+
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "model"
 
 WEIGHT_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
@@ -25,11 +27,11 @@ def locate(path: str | Path, files: tuple[str, ...] = WEIGHT_FILES + TOKENIZER_F
     """
     if str(path) == "demo":
         return DEMO
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    if folder.is_file():
-        raise ValueError(f"{path}: is a file; expected the folder of a checkpoint, {folder.parent}")
+    found = Path(path)
+    if found.is_dir() or (found.is_file() and (found.suffix == ".gguf" or is_gguf(found))):
+        return found
+    if found.is_file():
+        raise ValueError(f"{path}: is a file; expected a GGUF file or the folder of a checkpoint, {found.parent}")
     if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", str(path)):
         raise ValueError(f"{path}: no such folder; expected a folder with a checkpoint, a Hub id such as owner/name, or demo")
     return _fetch(str(path), files)
