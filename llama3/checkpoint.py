@@ -10,6 +10,8 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from llama3.gguf import read_header
+from llama3.gguf_tokenizer import tokenizer_from_gguf
 from llama3.hub import TOKENIZER_FILES, locate
 from llama3.layouts import Layout, find_layout, interleave_, read_json
 from llama3.model import Transformer
@@ -43,9 +45,11 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a folder, a Hub id or `demo`. ValueError where there is none that can be read, or one with more tokens
-    than the model described beside it."""
+    """The tokenizer of a folder, a GGUF file, a Hub id or `demo`. ValueError where there is none that can be read, or one with
+    more tokens than the model described beside it."""
     folder = locate(path, TOKENIZER_FILES)
+    if folder.is_file():
+        return _gguf_tokenizer(folder)
     names = ["tokenizer.json", "original/tokenizer.model", "tokenizer.model"]
     if (folder / "params.json").is_file():
         names.reverse()
@@ -56,6 +60,17 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             _check_vocabulary(file, found.n_vocab)
             return found
     raise ValueError(f"{folder}: holds no tokenizer: expected tokenizer.model (Meta) or tokenizer.json (Hugging Face)")
+
+
+def _gguf_tokenizer(file: Path) -> Tokenizer:
+    header = read_header(file)
+    found = tokenizer_from_gguf(header.metadata, str(file))
+    embedding = header.tensors.get("token_embd.weight")
+    if embedding is not None and found.n_vocab > embedding.shape[0]:
+        raise ValueError(
+            f"{file}: its tokenizer has {found.n_vocab:,} tokens, its embedding {embedding.shape[0]:,} rows; it is damaged"
+        )
+    return found
 
 
 def _own_dtype(files: list[WeightFile]) -> torch.dtype:
