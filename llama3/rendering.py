@@ -4,6 +4,7 @@ import atexit
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -69,7 +70,8 @@ class Renderer:
             return self._worker
         self.close()
         pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        self._worker = subprocess.Popen([sys.executable, "-P", str(WORKER)], **pipes)
+        # A session of its own: Ctrl-C, which ends an answer, is not for it. It ends when its standard input does.
+        self._worker = subprocess.Popen([sys.executable, "-P", str(WORKER)], start_new_session=True, **pipes)
         self._owner = os.getpid()
         if self._line(self._worker, START_S) != b"ready":
             raise Lost("its process did not start")
@@ -94,8 +96,6 @@ class Renderer:
 
 def _end(worker: "subprocess.Popen[bytes]") -> str:
     """Why a worker ended."""
-    import signal
-
     _, said = worker.communicate()
     if worker.returncode == -signal.SIGPROF:
         return "it takes more than 2 s"

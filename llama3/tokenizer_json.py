@@ -13,6 +13,7 @@ GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s
 """What a ByteLevel step with `use_regex` cuts by; from OpenAI's gpt-2, `encoder.py`."""
 COMPLETE = (SPLIT_PATTERN, GPT2_PATTERN)
 """Patterns known to match every character."""
+MAX_TEMPLATE = 1_000_000  # bytes
 TEMPLATE_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 """Names of special tokens in chat templates, as in transformers."""
 
@@ -42,7 +43,7 @@ def read_tokenizer_json(path: Path) -> tuple[dict[bytes, int], dict[str, int], T
         bos,
         eos,
         TextRules().stops | _stops(path.parent, specials),
-        _adds_bos(settings, data, bos),
+        _adds_bos(path, settings, data, bos),
         _chat_template(path, settings),
         {name: token for name in TEMPLATE_TOKENS if (token := _content(settings.get(name)))}
         | {"bos_token": bos, "eos_token": eos},
@@ -144,14 +145,16 @@ def _content(token: Any) -> str:
     return found if isinstance(found, str) else ""
 
 
-def _adds_bos(settings: dict[str, Any], data: dict[str, Any], bos: str) -> bool:
+def _adds_bos(path: Path, settings: dict[str, Any], data: dict[str, Any], bos: str) -> bool:
     """By the post-processor's template, which transformers 5 follows alone, else by `add_bos_token`, else as Llama 3 has it,
     whose first files had neither."""
     step = data.get("post_processor") or {}
-    for template in [step, *step.get("processors", [])]:
-        if template.get("type") == "TemplateProcessing":
-            first = (template.get("single") or [{}])[0]
-            return bool(first.get("SpecialToken", {}).get("id") == bos)
+    try:
+        for template in [step, *step.get("processors", [])]:
+            if template.get("type") == "TemplateProcessing":
+                return bool(template["single"][0].get("SpecialToken", {}).get("id") == bos)
+    except (AttributeError, IndexError, KeyError, TypeError):
+        raise ValueError(f"{path}: its post_processor is not one of Hugging Face's") from None
     said = settings.get("add_bos_token")
     return said if isinstance(said, bool) else bos == TextRules().bos
 
@@ -160,7 +163,12 @@ def _chat_template(path: Path, settings: dict[str, Any]) -> str:
     """That of `chat_template.jinja`, else of `tokenizer_config.json`, where a list has one called default."""
     file = path.with_name("chat_template.jinja")
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        if file.stat().st_size > MAX_TEMPLATE:
+            raise ValueError(f"{file}: has {file.stat().st_size:,} bytes; a chat template has {MAX_TEMPLATE:,} at most")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file}: is not UTF-8 text: {error}") from None
     found = settings.get("chat_template")
     if isinstance(found, list):
         found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}.get("default")

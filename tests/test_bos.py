@@ -1,5 +1,6 @@
 """BOS as the model was trained: one decision, read from the checkpoint, followed by every stage and recorded."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,14 @@ def test_llama_3_has_bos_by_convention(tmp_path: Path) -> None:
     (tmp_path / "hf").mkdir()
     save(tmp_path / "hf", made, bos_token="<|begin_of_text|>")
     assert load_tokenizer(tmp_path / "hf").start() != []
+
+
+@pytest.mark.parametrize("broken", ["x", {"processors": 3}, {"type": "TemplateProcessing"}, {"processors": [1]}])
+def test_a_broken_post_processor_is_named(tmp_path: Path, broken: Any) -> None:
+    file = save(tmp_path, trained("smollm"))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"post_processor": broken}))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: its post_processor"):
+        load_tokenizer(tmp_path)
 
 
 def test_it_is_no_part_of_the_hash(tmp_path: Path) -> None:

@@ -166,6 +166,14 @@ def test_where_the_template_is_read(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path).rules.chat_template == "file"
 
 
+def test_a_template_file_that_is_none(tmp_path: Path) -> None:
+    save(tmp_path, trained("smollm"))
+    for content, message in ((b"\xff\xfe", "is not UTF-8"), (b"x" * 1_000_001, "1,000,001 bytes")):
+        (tmp_path / "chat_template.jinja").write_bytes(content)
+        with pytest.raises(ValueError, match=f"chat_template.jinja: .*{message}"):
+            load_tokenizer(tmp_path)
+
+
 def test_a_model_without_any_format_is_refused(tmp_path: Path) -> None:
     save(tmp_path, trained("smollm"))
     with pytest.raises(ValueError, match="no chat format"):

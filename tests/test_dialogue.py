@@ -7,9 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import inference.chat
 import inference.dialogue
+from core.runtime import Runtime, Solo
+from inference.app import AppConfig, open_handlers
+from inference.chat import ChatConfig
 from inference.dialogue import Style, prepare, style_of
 from inference.session import Session
+from interpretability.asking import AskConfig
+from interpretability.in_process import InProcess
 from llama3 import Transformer, load_tokenizer
 from llama3.chat_format import Message
 from tests.chat_models import CHATML, PLAIN_LLAMA, chat_tokenizer
@@ -111,3 +117,17 @@ def test_a_style_that_the_model_cannot_follow(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             style_of(asked, "m", tokenizer)
+
+
+def test_a_model_without_a_chat_format_is_refused_before_its_weights(tmp_path: Path) -> None:
+    """The folder has none, and nobody asks for them."""
+    save(tmp_path, trained("smollm"))
+    runtime = Runtime(0, 1, torch.device("cpu"), Solo())
+    with pytest.raises(ValueError, match="no chat format"):
+        inference.chat.run(ChatConfig(model=str(tmp_path)), runtime)
+    with pytest.raises(ValueError, match="--style llama3"):
+        open_handlers(AppConfig(model=str(tmp_path), style="llama3"), runtime.device)
+    with pytest.raises(ValueError, match="no chat format"):
+        InProcess(AskConfig(model=str(tmp_path)), runtime.device)
+    with pytest.raises(ValueError, match=r"expected a checkpoint|config\.json"):
+        open_handlers(AppConfig(model=str(tmp_path)), runtime.device)  # a page opens for completion: the weights are next
