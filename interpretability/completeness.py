@@ -60,7 +60,7 @@ class CompletenessConfig(AskConfig):
     sae: Path
     """Folder of the SAE."""
     model: str = machine()
-    """The model that it was trained on: a folder, a Hub id or `demo`."""
+    """The model that it was trained on: a folder, a .gguf file, a Hub id, ollama:NAME, smollm2 or demo."""
     explanations: Path
     """Explanations of its latents."""
     corpus: Path

@@ -21,7 +21,9 @@ class InProcess:
 
     def __init__(self, config: AskConfig, device: torch.device) -> None:
         if not config.model:
-            raise ValueError("--model is missing: the Llama that answers, a folder, a Hub id or demo")
+            raise ValueError(
+                "--model is missing: the Llama that answers, a folder, a .gguf file, a Hub id, ollama:NAME, smollm2 or demo"
+            )
         self._tokenizer = load_tokenizer(config.model)
         check_chat(self._tokenizer)  # before the weights are read
         self._llama = load_model(config.model, device).eval()

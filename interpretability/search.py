@@ -301,7 +301,8 @@ class SearchConfig(StageConfig):
     sae: Path
     """Folder of the SAE (`run/sae`)."""
     model: str = ""
-    """The model that it was trained on: a folder, a Hub id or `demo`. Needed with --positive."""
+    """The model that it was trained on: a folder, a .gguf file, a Hub id, ollama:NAME, smollm2 or demo.
+    Needed with --positive."""
     top: Path | None = None
     """Its top sentences, where the maxima of its latents are read. Needed with --positive and --latents."""
     explanations: Path | None = None

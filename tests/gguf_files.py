@@ -116,7 +116,7 @@ def stored(name: str, weight: torch.Tensor, kind: str = "F32") -> Stored:
     """A tensor as ggml's quantiser stores it; what has one dimension stays float32."""
     kind = kind if weight.ndim > 1 else "F32"
     number = gguf.GGMLQuantizationType[kind]
-    data = gguf.quants.quantize(weight.float().numpy(), number)
+    data = gguf.quants.quantize(weight.detach().float().numpy(), number)
     return Stored(name, tuple(weight.shape), int(number), data.tobytes())
 
 
