@@ -61,7 +61,7 @@ class Sampling:
             ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("min_p", 0 <= self.min_p <= 1, "0 (off) to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty <= 100, "above 0, at most 100; 1 is off"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "0.01 to 100; 1 is off"),
             ("stop", all(self.stop), "strings that are not empty"),
         )
         for name, holds, expected in limits:
