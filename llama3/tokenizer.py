@@ -18,7 +18,7 @@ import tiktoken
 log = logging.getLogger("llama3.tokenizer")
 
 Bos = Literal["auto", "feed", "none"]
-"""Whether BOS stands before a text: as the model was trained (`Tokenizer.add_bos`), always, never."""
+"""Whether BOS stands before a text: as the model was trained (`TextRules.add_bos`), always, never."""
 
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
