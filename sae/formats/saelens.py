@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 
+from core.norms import row_norms, unit_rows
 from sae.formats.plain import Plain, as_json, fold, read_json, sae_of, taken
 from sae.model import SAE
 
@@ -16,9 +16,12 @@ FILES = ("cfg.json", "sae_weights.safetensors")
 ARCHITECTURES = {"topk": "topk", "matryoshka": "topk", "relu": "standard", "jumprelu": "jumprelu", "batchtopk": "jumprelu"}
 OURS = {"topk": "topk", "standard": "relu", "jumprelu": "jumprelu"}
 LAYER_EPS = 1e-5  # of its `layer_norm`, which puts the std back without it
-HOOKS = {"attn_out": "hook_attn_out", "ffn_out": "hook_mlp_out"} | {
-    name: f"hook_{name}" for name in ("resid_pre", "resid_mid", "resid_post")
-}
+HOOKS = {
+    "attn_heads": "attn.hook_z",  # [B, T, heads, head_dim] there
+    "attn_out": "hook_attn_out",
+    "ffn_hidden": "mlp.hook_post",
+    "ffn_out": "hook_mlp_out",
+} | {name: f"hook_{name}" for name in ("resid_pre", "resid_mid", "resid_post")}
 
 
 def hook_name(site: str) -> str | None:
@@ -53,7 +56,7 @@ def write(sae: SAE) -> dict[str, bytes]:
         "device": "cpu",
         "apply_b_dec_to_input": True,
         "normalize_activations": "layer_norm" if layer else "none",
-        "reshape_activations": "none",
+        "reshape_activations": "hook_z" if site.endswith(".attn_heads") else "none",
         "metadata": {
             "sae_lens_version": "6.0.0",  # the format's; without it the nested names are dropped
             "sae_lens_training_version": None,
@@ -87,10 +90,8 @@ def read(folder: Path) -> SAE:
     W_enc, *others = taken(safetensors.torch.load_file(weights), weights, *names)
     plain = Plain(W_enc.T.float(), *(tensor.float() for tensor in others))
     if cfg.get("rescale_acts_by_decoder_norm"):  # h times the rows' norms, and rows of unit norm
-        norms = torch.linalg.vector_norm(plain.W_dec, dim=1)
-        plain = plain._replace(
-            W_enc=plain.W_enc * norms[:, None], b_enc=plain.b_enc * norms, W_dec=plain.W_dec / norms[:, None]
-        )
+        norms = row_norms(plain.W_dec).float()
+        plain = plain._replace(W_enc=plain.W_enc * norms[:, None], b_enc=plain.b_enc * norms, W_dec=unit_rows(plain.W_dec))
     if not cfg.get("apply_b_dec_to_input", True):
         plain = plain.absorbed(sign=1)
     metadata = cfg.get("metadata") or {}
