@@ -24,11 +24,11 @@ from benchmarks.shapes import SHAPES, random_model
 from benchmarks.table import in_turns, machine_name, publish, said
 from core.cli import machine, one_line_errors, parse
 from core.runtime import pick_device
-from inference.limits import Knobs
 from inference.session import Features, InferenceConfig, Session, open_session
 from inference.steering import MODES, Edit, Recipe, Steering
 from inference.watch import Watch
-from inference.workbench import checked_request, compare
+from inference.web.validation import Knobs
+from inference.web.workbench import checked_request, compare
 from llama3 import load_tokenizer
 from llama3.generate import HooksFor, Sampling, generate
 from llama3.model import Transformer

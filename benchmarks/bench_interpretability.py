@@ -30,9 +30,9 @@ import tyro
 
 from benchmarks.table import machine_name, publish, said, seconds
 from capture.store import Chunk
-from interpretability.prompts import MalformedReply, parse
+from interpretability.evidence.selection import LatentTotals, Ragged, Sentences, TopTable, pairs_of
+from interpretability.labels.prompts import MalformedReply, parse
 from interpretability.records import AGGREGATIONS
-from interpretability.selection import LatentTotals, Ragged, Sentences, TopTable, pairs_of
 from interpretability.top_sentences import encode_chunk, parts_of, usable_tokens
 from sae.model import CPU_ELEMENTS, GPU_ELEMENTS, SAE, SAEConfig
 

@@ -19,7 +19,7 @@ from playwright.sync_api import Browser
 
 from core.cli import one_line_errors, parse
 from core.files import make_folder
-from interpretability.page import json_text
+from interpretability.pages.page import json_text
 from interpretability.report import REPORT_FILE
 from tests.browser import open_browser
 

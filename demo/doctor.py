@@ -181,7 +181,7 @@ def embedded() -> list[Finding]:
         Finding("embedded model", f"{model} ({size:.1f} MiB)")
         if not absent
         else Finding(
-            "embedded model", f"without {', '.join(absent)}", "clone the repository again, or run demo.train_model", True
+            "embedded model", f"without {', '.join(absent)}", "clone the repository again, or run scripts.train_model", True
         )
     ]
     for name, kind in (("sae", "sae"), ("top", "top_sentences"), ("explanations", "explanations")):

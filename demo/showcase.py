@@ -10,8 +10,8 @@ import torch
 
 from inference.session import InferenceConfig, Session, open_session
 from inference.steering import Edit, Recipe
+from interpretability.labels.words import is_content, names_content, quoted_words
 from interpretability.records import Explanation, TopSentence
-from interpretability.words import is_content, names_content, quoted_words
 from llama3 import Sampling, complete
 
 SHOWN = 3

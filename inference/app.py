@@ -24,13 +24,13 @@ import torch
 
 from core.cli import machine, run_stage
 from core.runtime import Runtime
-from inference.calls import CallCheck
 from inference.dialogue import Style, check_style, style_of
-from inference.guard import Guard
-from inference.handlers import Handlers
-from inference.hosts import HostGuard, served_names
 from inference.recipes import SteeringConfig
 from inference.session import open_session
+from inference.web.calls import CallCheck
+from inference.web.handlers import Handlers
+from inference.web.hosts import HostGuard, served_names
+from inference.web.middleware import Guard
 from llama3.chat import has_chat
 from llama3.tokenizer import Tokenizer
 
@@ -118,9 +118,9 @@ def serve(handlers: Handlers, config: AppConfig, password: str | None = None, bl
     With `block`, returns only when the server ends.
     """
     ignore_gradio_variables()  # before the imports below: Gradio reads its variables when it is imported
-    from inference.layout import Page
-    from inference.panels.events import MAX_THREADS, QUEUE_SIZE, inputs_of
-    from inference.theme import stylesheet, theme
+    from inference.web.layout import Page
+    from inference.web.panels.events import MAX_THREADS, QUEUE_SIZE, inputs_of
+    from inference.web.theme import stylesheet, theme
 
     blocks = Page(handlers).blocks
     blocks.queue(max_size=QUEUE_SIZE)

@@ -17,10 +17,10 @@ from functools import partial
 from core.cli import machine, run_stage
 from core.runtime import Runtime
 from inference.dialogue import check_style, prepare, style_of
+from inference.row import new_row
 from inference.session import Session, open_session
 from inference.steering import Recipe
 from inference.terminal import Output, SamplingConfig, interruptible, watched_lines, watched_record
-from inference.workbench import new_row
 from llama3.chat_format import Message
 from llama3.generate import generate
 

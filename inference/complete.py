@@ -16,11 +16,11 @@ from typing import Any
 
 from core.cli import machine, run_stage
 from core.runtime import Runtime
+from inference.row import Row, new_row
 from inference.session import Session, open_session
 from inference.steering import Recipe
 from inference.terminal import Output, SamplingConfig, interruptible, watched_lines, watched_record
 from inference.watch import Watch
-from inference.workbench import Row, new_row
 from llama3.generate import Sampling, generate
 from llama3.tokenizer import Bos
 

@@ -19,8 +19,8 @@ import llama3
 from core.artifact import open_artifact
 from core.cli import StageConfig, machine
 from inference.steering import Steering
+from interpretability.opening import check_sae, open_explanations_of, open_top_of
 from interpretability.records import Explanation, TopSentences
-from interpretability.search import check_sae, open_explanations_of, open_top_of
 from llama3.model import Transformer
 from llama3.tokenizer import Tokenizer
 from sae.model import SAE

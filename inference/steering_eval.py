@@ -29,8 +29,7 @@ from torch import Tensor
 from core.artifact import Builder, building, open_artifact
 from core.cli import Progress, run_stage
 from core.runtime import Runtime
-from inference.session import BEST_STRENGTHS, Features, InferenceConfig, Session, folders_of, open_session
-from inference.steered_texts import (
+from inference.measuring.steered_texts import (
     Interventions,
     Panel,
     Written,
@@ -40,9 +39,10 @@ from inference.steered_texts import (
     label_words,
     promoted_tokens,
 )
+from inference.measuring.steering_report import as_plot, as_table, best_strengths, grouped, in_a_line, summarise
+from inference.session import BEST_STRENGTHS, Features, InferenceConfig, Session, folders_of, open_session
 from inference.steering import Edit, Recipe
-from inference.steering_report import as_plot, as_table, best_strengths, grouped, in_a_line, summarise
-from interpretability.search import trust
+from interpretability.records import trust
 from llama3.generate import Sampling, check_prompts
 
 log = logging.getLogger("inference.steering_eval")

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.cli import machine
-from inference.limits import unescaped
 from inference.recipes import SteeringConfig
+from inference.row import Row
 from inference.session import Session
 from inference.steering import Recipe, chain, hooks_for_all
 from inference.watch import Alarm, Watch, parse_latents
-from inference.workbench import Row
+from inference.web.validation import unescaped
 from llama3.generate import HooksFor, Sampling
 
 log = logging.getLogger("inference")

@@ -28,12 +28,12 @@ from capture.store import open_corpus
 from core.artifact import Builder, building, check_provenance, open_artifact
 from core.cli import machine, run_stage
 from core.runtime import Runtime
-from interpretability.askers import LLMBackend, asker_of
-from interpretability.asking import AskConfig, Request, check_failures
-from interpretability.concepts import FOLDER, Concept, named_by, occurrences, read_concepts
-from interpretability.prompts import MalformedReply, last_object
-from interpretability.records import Explanation
-from interpretability.search import check_sae, open_explanations_of, title_of
+from interpretability.judging.concepts import FOLDER, Concept, named_by, occurrences, read_concepts
+from interpretability.labels.prompts import MalformedReply, last_object
+from interpretability.llm.backends import LLMBackend, asker_of
+from interpretability.llm.client import AskConfig, Request, check_failures
+from interpretability.opening import check_sae, open_explanations_of
+from interpretability.records import Explanation, title_of
 from llama3 import Tokenizer, Transformer, load_model, load_tokenizer
 from sae.model import SAE, load
 

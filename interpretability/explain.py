@@ -6,7 +6,8 @@
 
 `run` asks a backend and waits for it. `submit` sends batches and leaves, `status` tells how they stand, `collect` fetches what
 has ended and writes the explanations once all is there; the same command sends again what expired. The backend
-`token_statistics` needs no model: see `interpretability/token_statistics.py`. Latents that never fire are recorded as failed.
+`token_statistics` needs no model: see `interpretability/labels/token_statistics.py`. Latents that never fire are recorded
+as failed.
 """
 
 import logging
@@ -23,10 +24,11 @@ from capture.store import Corpus, open_corpus
 from core.artifact import building, check_provenance
 from core.cli import Progress, machine, run_stage
 from core.runtime import Runtime
-from interpretability.askers import KeptAsker, LLMBackend, asker_of
-from interpretability.asking import AskConfig, check_failures
-from interpretability.llm_explainer import LLMExplainer
-from interpretability.prompts import Style
+from interpretability.labels.llm_explainer import LLMExplainer
+from interpretability.labels.prompts import Style
+from interpretability.labels.token_statistics import TokenStatistics
+from interpretability.llm.backends import KeptAsker, LLMBackend, asker_of
+from interpretability.llm.client import AskConfig, check_failures
 from interpretability.records import (
     EXPLANATIONS_FILE,
     NEVER_FIRED,
@@ -37,10 +39,9 @@ from interpretability.records import (
     open_top,
     read_explanations,
 )
-from interpretability.token_statistics import TokenStatistics
 
 if TYPE_CHECKING:
-    from interpretability.message_batches import BatchAsker
+    from interpretability.llm.message_batches import BatchAsker
 
 MAX_COMPARED = 100_000
 """Sentences of the corpus that are counted."""

@@ -27,10 +27,10 @@ from core.artifact import building, open_artifact
 from core.cli import StageConfig, run_stage
 from core.norms import unit_rows
 from core.runtime import Runtime
-from interpretability.page import json_text, render
-from interpretability.records import Explanation, TopSentences
-from interpretability.report_features import agreement, best_of, ranking, short, short_or_none
-from interpretability.search import open_explanations_of, open_top_of, title_of
+from interpretability.opening import open_explanations_of, open_top_of
+from interpretability.pages.page import json_text, render
+from interpretability.pages.report_features import agreement, best_of, ranking, short, short_or_none
+from interpretability.records import Explanation, TopSentences, title_of
 from sae.model import load
 
 MAP_FILE, DATA_FILE = "map.html", "map.json"

@@ -350,3 +350,13 @@ def read_explanations(path: Path) -> dict[int, Explanation]:
                 ) from None
             found[explanation.latent] = explanation
     return found
+
+
+def trust(explanation: Explanation) -> float:
+    """Its score where that was measured, else what the explainer says of itself; 0 without either."""
+    return explanation.score if explanation.score is not None else explanation.certainty or 0.0
+
+
+def title_of(explanation: Explanation | None) -> str:
+    """Its title; empty where the latent is not explained."""
+    return explanation.title if explanation is not None and explanation.state == "valid" else ""

@@ -23,9 +23,8 @@ from core.lines import read_lines
 from core.runtime import Runtime
 from interpretability.map import MAP_FILE, read_map
 from interpretability.map import page as map_page
-from interpretability.page import json_text, render
-from interpretability.records import HISTOGRAM_FIRST_EXPONENT, Explanation, TopSentences, open_top, read_explanations
-from interpretability.report_features import (
+from interpretability.pages.page import json_text, render
+from interpretability.pages.report_features import (
     Features,
     best_of,
     density_histogram,
@@ -34,6 +33,7 @@ from interpretability.report_features import (
     short,
     valid,
 )
+from interpretability.records import HISTOGRAM_FIRST_EXPONENT, Explanation, TopSentences, open_top, read_explanations
 from sae.model import SAE
 from sae.model import load as load_sae
 

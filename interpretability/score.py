@@ -3,10 +3,10 @@
     python -m interpretability.score --top top/ --explanations explanations/ --out scores/
     python -m interpretability.score --top top/ --explanations explanations/ --out scores/ --backend anthropic --compare other/
 
-The tests are those of `interpretability/trials.py`. The default judge, `words`, compares words and understands nothing; the
-others are language models. In one table stand the explanations, those of --compare, and `shuffled`: every latent with the
-explanation of another. Intervals are percentiles of a bootstrap over latents (Efron 1979), since the examples of one latent are
-no independent draws.
+The tests are those of `interpretability/judging/scoring_tasks.py`. The default judge, `words`, compares words and
+understands nothing; the others are language models. One table holds the explanations, those of --compare, and `shuffled`:
+every latent with the explanation of another. Intervals are percentiles of a bootstrap over latents (Efron 1979), since the
+examples of one latent are not independent draws.
 """
 
 import json
@@ -22,13 +22,13 @@ from typing import Any, Literal, NamedTuple
 from core.artifact import Builder, building, check_provenance, open_artifact
 from core.cli import run_stage
 from core.runtime import Runtime
-from interpretability.askers import LLMBackend, asker_of
-from interpretability.asking import AskConfig, Request, check_failures
 from interpretability.explain import chosen
-from interpretability.prompts import MalformedReply
+from interpretability.judging.scoring_tasks import TESTS, Test, Trial, TrialMaker, shuffled
+from interpretability.judging.word_judge import judge
+from interpretability.labels.prompts import MalformedReply
+from interpretability.llm.backends import LLMBackend, asker_of
+from interpretability.llm.client import AskConfig, Request, check_failures
 from interpretability.records import Explanation, TopSentences, open_top, read_explanations
-from interpretability.trials import TESTS, Test, Trial, TrialMaker, shuffled
-from interpretability.word_judge import judge
 
 SCORES_FILE, SUMMARY_FILE, TABLE_FILE = "scores.jsonl", "scores.json", "scores.md"
 SHUFFLED = "shuffled"

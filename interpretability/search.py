@@ -23,12 +23,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from core.artifact import check_provenance, open_artifact
 from core.cli import StageConfig, run_stage
 from core.norms import unit_rows
 from core.runtime import Runtime
-from interpretability.records import Explanation, TopSentences, open_top, read_explanations
-from interpretability.together import Together, together
+from interpretability.evidence.coactivation import Together, together
+from interpretability.opening import check_sae, open_explanations_of, open_top_of
+from interpretability.records import Explanation, title_of, trust
 from llama3 import Tokenizer, Transformer, load_model, load_tokenizer
 from sae.model import SAE, load
 
@@ -74,45 +74,6 @@ class Neighbour(NamedTuple):
 
     latent: int
     cosine: float
-
-
-def check_sae(sae: SAE, path: Path | str, model: Transformer, tokenizer: Tokenizer) -> str:
-    """The site that the SAE reads. ValueError, with both values, where it is not one of this model and tokenizer."""
-    origin = {"model_hash": model.weights_hash, "tokenizer_hash": tokenizer.hash}
-    check_provenance(f"SAE {path}", origin, sae.cfg.provenance, origin)
-    try:
-        width = model.width(sae.site)
-    except ValueError as error:
-        raise ValueError(f"SAE {path}: {error}") from None
-    if sae.cfg.d_model != width:
-        raise ValueError(f"SAE {path}: d_model is {sae.cfg.d_model}, but {sae.site} of the model has width {width}")
-    return sae.site
-
-
-def open_top_of(sae: SAE, path: Path) -> TopSentences:
-    """Top sentences; ValueError, with both values, where they are not those of `sae` on its own model, tokenizer and site."""
-    origin = {key: sae.cfg.provenance.get(key) for key in ("model_hash", "tokenizer_hash", "site")}
-    top = open_top(path)
-    wanted = origin | {"sae_hash": sae.weights_hash}
-    check_provenance(f"top sentences {path}", wanted, top.provenance, wanted)
-    return top
-
-
-def open_explanations_of(sae: SAE, path: Path) -> dict[int, Explanation]:
-    """Explanations by latent; ValueError, with both values, where they are not of the latents of `sae`."""
-    found = open_artifact(path, "explanations").manifest.provenance
-    check_provenance(f"explanations {path}", {"sae_hash": sae.weights_hash}, found, ["sae_hash"])
-    return read_explanations(path)
-
-
-def trust(explanation: Explanation) -> float:
-    """Its score where that was measured, else what the explainer says of itself; 0 without either."""
-    return explanation.score if explanation.score is not None else explanation.certainty or 0.0
-
-
-def title_of(explanation: Explanation | None) -> str:
-    """Its title; empty where the latent is not explained."""
-    return explanation.title if explanation is not None and explanation.state == "valid" else ""
 
 
 def search_text(explanations: Mapping[int, Explanation], query: str, limit: int) -> list[Match]:

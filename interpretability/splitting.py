@@ -29,9 +29,9 @@ from core.artifact import Artifact, building, check_provenance, open_artifact
 from core.cli import Progress, StageConfig, run_stage
 from core.norms import unit_rows
 from core.runtime import Runtime
-from interpretability.firing import firing
-from interpretability.records import Explanation, parquet_bytes
-from interpretability.search import open_explanations_of, title_of
+from interpretability.evidence.firing import firing
+from interpretability.opening import open_explanations_of
+from interpretability.records import Explanation, parquet_bytes, title_of
 from interpretability.top_sentences import parts_of, usable_tokens
 from sae.model import SAE, load
 

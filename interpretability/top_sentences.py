@@ -28,11 +28,13 @@ from core.artifact import Builder, building, check_provenance, open_artifact
 from core.cli import Progress, StageConfig, machine, run_stage
 from core.norms import row_norms
 from core.runtime import Runtime
-from interpretability.background import Background, Sampler, cofiring
-from interpretability.firing import firing
-from interpretability.live import LiveActivations
-from interpretability.ngrams import NgramCounter, ngrams_of_rows
-from interpretability.promoted import PromotedTokens, promoted_tokens
+from interpretability.evidence.background import Background, Sampler, cofiring
+from interpretability.evidence.firing import firing
+from interpretability.evidence.live import LiveActivations
+from interpretability.evidence.ngrams import NgramCounter, ngrams_of_rows
+from interpretability.evidence.promoted import PromotedTokens, promoted_tokens
+from interpretability.evidence.selection import Hits, LatentTotals, Ragged, Sentences, TopTable, pairs_of
+from interpretability.evidence.tables import TextLookup, background_rows, rows_of, statistics_of
 from interpretability.records import (
     AGGREGATIONS,
     BACKGROUND_FILE,
@@ -43,8 +45,6 @@ from interpretability.records import (
     TOP_SCHEMA,
     parquet_bytes,
 )
-from interpretability.selection import Hits, LatentTotals, Ragged, Sentences, TopTable, pairs_of
-from interpretability.tables import TextLookup, background_rows, rows_of, statistics_of
 from llama3 import Tokenizer, load_tokenizer
 from sae.model import SAE, load
 

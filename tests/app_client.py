@@ -12,7 +12,7 @@ from typing import Any, Self
 import httpx
 
 from inference.app import AppConfig, serve
-from inference.handlers import Handlers
+from inference.web.handlers import Handlers
 
 
 @contextlib.contextmanager

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from core.artifact import building
 from core.runtime import Runtime
-from interpretability.asking import AskConfig, Reply, Request
-from interpretability.batch_api import open_client
-from interpretability.message_batches import BatchJob
+from interpretability.llm.batch_api import open_client
+from interpretability.llm.client import AskConfig, Reply, Request
+from interpretability.llm.message_batches import BatchJob
 from tests.interp_folders import solo
 
 REPLIES = "replies.txt"

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from core.cli import parse
-from inference import views
-from inference.finding import by_label, by_text, similar
-from inference.handlers import BY_LABEL, BY_TEXT, N_SLOTS, N_STARTERS, NO_SLOTS, Controls, Handlers, Slots
-from inference.limits import Knobs, split_prompts
+from inference.row import Row
 from inference.session import Feature, InferenceConfig, Session, open_session
 from inference.steering import FORMAT, FORMAT_OF_SEVERAL, Edit, Recipe
-from inference.workbench import Row, Snapshot
+from inference.web import views
+from inference.web.finding import by_label, by_text, similar
+from inference.web.handlers import BY_LABEL, BY_TEXT, N_SLOTS, N_STARTERS, NO_SLOTS, Controls, Handlers, Slots
+from inference.web.validation import Knobs, split_prompts
+from inference.web.workbench import Snapshot
 from llama3 import complete
 from tests.tiny import tiny_llama
 from tests.tiny_features import LABELS, Features, flags_of, tiny_sae, write_features
@@ -419,7 +420,7 @@ def test_recipes_of_two_sites_go_to_the_page_and_back(both: Handlers, handlers: 
             handlers.applied(refused)
     for foreign, message in (
         (text.replace(later, "stranger"), f"latent 3 belongs to the SAE 'stranger', but the ones loaded are .*{EARLIER}"),
-        (text.replace("39", "40"), "latent 40 is out of range; this SAE has latents 0 to 39"),
+        (text.replace('"latent": 39', '"latent": 40'), "latent 40 is out of range; this SAE has latents 0 to 39"),
     ):
         with pytest.raises(ValueError, match=message):
             both.applied(foreign)

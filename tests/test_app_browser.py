@@ -15,11 +15,11 @@ from playwright.sync_api import Browser, Locator, Page, expect
 
 from core.cli import parse
 from inference.app import AppConfig, open_handlers
-from inference.handlers import N_SLOTS, NO_SLOTS, Controls, Handlers
-from inference.limits import MAX_NEW_TOKENS, Knobs
 from inference.steering import Recipe
-from inference.turns import RUNNING
-from inference.workbench import Snapshot, checked_request
+from inference.web.handlers import N_SLOTS, NO_SLOTS, Controls, Handlers
+from inference.web.queue import RUNNING
+from inference.web.validation import MAX_NEW_TOKENS, Knobs
+from inference.web.workbench import Snapshot, checked_request
 from tests.app_client import served
 from tests.browser import open_browser, press_once, running_app
 from tests.tiny import tiny_llama

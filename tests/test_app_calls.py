@@ -11,10 +11,10 @@ import torch
 
 from core.cli import parse
 from inference.app import AppConfig, open_handlers
-from inference.calls import CALLS, MAX_SESSION_CHARACTERS, TYPES, problem
-from inference.handlers import BY_LABEL, N_SLOTS, Controls, Handlers
-from inference.limits import Knobs
-from inference.panels.events import inputs_of
+from inference.web.calls import CALLS, MAX_SESSION_CHARACTERS, TYPES, problem
+from inference.web.handlers import BY_LABEL, N_SLOTS, Controls, Handlers
+from inference.web.panels.events import inputs_of
+from inference.web.validation import Knobs
 from tests.app_client import Client, served
 from tests.tiny import tiny_llama
 from tests.tiny_features import LABELS, tiny_sae, write_features
@@ -109,7 +109,7 @@ def address(handlers: Handlers) -> Iterator[str]:
 
 def test_every_input_has_a_known_type(handlers: Handlers, address: str) -> None:
     assert address  # Gradio is imported as the app does it
-    from inference.layout import Page
+    from inference.web.layout import Page
 
     found = inputs_of(Page(handlers).blocks)
     assert len(found) > 20
@@ -204,7 +204,7 @@ def test_refused_calls_are_a_line_each(handlers: Handlers, path: str, caplog: py
             assert answer.text.count("\n") == 1
         chunks = http.post(path, content=(b"x" * 2**16 for _ in range(64)))
         assert chunks.status_code == 422
-    assert len([record for record in caplog.records if record.name == "inference.calls"]) == 1
+    assert len([record for record in caplog.records if record.name == "inference.web.calls"]) == 1
     with served(handlers, "correct horse") as opened, httpx.Client(base_url=opened) as http:
         for content in bad:
             assert http.post(path, content=content).status_code == 401

@@ -16,8 +16,8 @@ from playwright.sync_api import Browser, Page, Response, expect
 
 from core.cli import parse
 from inference.app import AppConfig, open_handlers
-from inference.guard import EXACT
-from inference.handlers import BY_LABEL, Handlers
+from inference.web.handlers import BY_LABEL, Handlers
+from inference.web.middleware import EXACT
 from tests.app_client import Client, served
 from tests.browser import free_port, open_browser
 from tests.tiny import tiny_llama
@@ -144,7 +144,7 @@ def test_calls_of_other_origins_do_nothing(handlers: Counted, caplog: pytest.Log
                 for path in ("/gradio_api/run/predict", "/gradio_api/queue/join"):
                     assert http.post(path, json=call, headers={"Origin": origin}).status_code == 403
         assert len(handlers.searched) == before
-    said = [record.getMessage() for record in caplog.records if record.name == "inference.hosts"]
+    said = [record.getMessage() for record in caplog.records if record.name == "inference.web.hosts"]
     assert len(said) == 1
     assert EVIL in said[0]
 

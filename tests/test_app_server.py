@@ -18,12 +18,12 @@ import torch
 
 from core.cli import parse
 from inference.app import AppConfig, ignore_gradio_variables, open_handlers, read_password, serve
-from inference.guard import MAX_BODY_BYTES, Guard, is_known
-from inference.handlers import N_SLOTS, NO_SLOTS, Controls, Handlers, Slots
-from inference.limits import Knobs
 from inference.session import Feature
 from inference.steering import Edit, Recipe
-from inference.turns import Turns
+from inference.web.handlers import N_SLOTS, NO_SLOTS, Controls, Handlers, Slots
+from inference.web.middleware import MAX_BODY_BYTES, Guard, is_known
+from inference.web.queue import Turns
+from inference.web.validation import Knobs
 from llama3.sites import ActiveHooks
 from tests.app_client import Client, served
 from tests.browser import running_app
@@ -63,7 +63,7 @@ def test_the_page_begins_with_the_edits_of_steer(flags: list[str], address: str)
         return open_handlers(parse(AppConfig, "", [*flags, "--steer", steer]), torch.device("cpu"))
 
     assert address  # Gradio is imported as the app does it
-    from inference.layout import Page
+    from inference.web.layout import Page
 
     handlers = opened("7:2.5:clamp:generated,20:ablate")
     slots, controls = handlers.start

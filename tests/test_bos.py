@@ -11,8 +11,9 @@ from tokenizers import processors
 
 from capture.store import open_activations
 from core.artifact import verify
+from inference.row import new_row
 from inference.session import Feature, Features, Session
-from inference.workbench import heat, new_row
+from inference.web.workbench import heat
 from interpretability.search import search_prompts
 from llama3 import load_model, load_tokenizer
 from llama3.generate import Sampling, complete

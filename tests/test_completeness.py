@@ -13,7 +13,6 @@ import torch
 from core.artifact import verify
 from core.cli import parse
 from interpretability import completeness
-from interpretability.asking import AskConfig, Reply, Request
 from interpretability.completeness import (
     PLOT_FILE,
     ROWS_FILE,
@@ -27,8 +26,9 @@ from interpretability.completeness import (
     largest_on,
     wilson,
 )
-from interpretability.concepts import FOLDER, Concept, named_by, occurrences, read_concepts, words_of
-from interpretability.prompts import MalformedReply
+from interpretability.judging.concepts import FOLDER, Concept, named_by, occurrences, read_concepts, words_of
+from interpretability.labels.prompts import MalformedReply
+from interpretability.llm.client import AskConfig, Reply, Request
 from interpretability.records import Explanation, read_explanations
 from llama3 import load_model, load_tokenizer
 from sae.model import load

@@ -5,7 +5,7 @@ import pytest
 
 from demo.corpus import passage_statistics, passages
 from demo.documentation import documentation, prose
-from demo.ngram import NGram
+from scripts.ngram import NGram
 
 
 def test_passages_are_many_varied_and_of_the_promised_length() -> None:

@@ -14,8 +14,8 @@ from inference.app import AppConfig, open_handlers
 from inference.chat import ChatConfig
 from inference.dialogue import Style, prepare, style_of
 from inference.session import Session
-from interpretability.asking import AskConfig
-from interpretability.in_process import InProcess
+from interpretability.llm.client import AskConfig
+from interpretability.llm.in_process import InProcess
 from llama3 import Transformer, load_tokenizer
 from llama3.chat_format import Message
 from tests.chat_models import CHATML, PLAIN_LLAMA, chat_tokenizer

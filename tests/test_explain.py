@@ -14,12 +14,12 @@ import pytest
 from core.artifact import open_artifact
 from core.cli import parse
 from interpretability.explain import ExplainConfig, run, sentences_to_compare
-from interpretability.label_score import score
-from interpretability.patterns import Found, Pattern, Sample, patterns_at
+from interpretability.labels.label_score import score
+from interpretability.labels.patterns import Found, Pattern, Sample, patterns_at
+from interpretability.labels.titles import MAX_TITLE_WORDS
+from interpretability.labels.token_statistics import PRIOR_WORDS, TokenStatistics, split
+from interpretability.labels.words import akin, firings, kinds_of, spellings, units_of
 from interpretability.records import Explanation, PoolSentence, TopSentence, open_top, read_explanations
-from interpretability.titles import MAX_TITLE_WORDS
-from interpretability.token_statistics import PRIOR_WORDS, TokenStatistics, split
-from interpretability.words import akin, firings, kinds_of, spellings, units_of
 from tests import written_latents as written
 from tests.interp_folders import Folders, make_corpus, make_folders, random_texts, solo
 

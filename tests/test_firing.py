@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from interpretability.firing import Firing, firing
+from interpretability.evidence.firing import Firing, firing
 from sae.model import SAE, SAEConfig
 
 
@@ -34,7 +34,7 @@ def make_sae(n: int, k: int, bias: float = 0.0, architecture: str = "topk") -> S
     (512, 8, 1.0, "relu"),
 ])  # fmt: skip
 def test_equal_to_encode(n: int, k: int, bias: float, architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("sae.model", "interpretability.firing"):
+    for module in ("sae.model", "interpretability.evidence.firing"):
         monkeypatch.setattr(f"{module}.CPU_ELEMENTS", 70 * n)  # three blocks
     sae, x = make_sae(n, k, bias, architecture), torch.randn(200, 12)
     with torch.no_grad():
@@ -66,7 +66,7 @@ def test_no_rows() -> None:
 def test_threads_share_the_rows_and_change_nothing(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     sae, x = make_sae(512, 8), torch.randn(200, 12)
     x[::7] = 0.0  # rows in which nothing but the bias fires
-    monkeypatch.setattr("interpretability.firing.CPU_ELEMENTS", 70 * 512)  # three blocks
+    monkeypatch.setattr("interpretability.evidence.firing.CPU_ELEMENTS", 70 * 512)  # three blocks
     monkeypatch.setattr("torch.get_num_threads", lambda: 1)
     alone = firing(sae, x)
     monkeypatch.setattr("torch.get_num_threads", lambda: threads)

@@ -15,9 +15,9 @@ from core.artifact import verify
 from interpretability import map as feature_map
 from interpretability import report
 from interpretability.map import MAP_FILE, MapConfig, contents, coordinates, read_map
+from interpretability.opening import open_top_of
 from interpretability.records import read_explanations
 from interpretability.report import REPORT_FILE, ReportConfig
-from interpretability.search import open_top_of
 from sae.model import load
 from tests.browser import open_browser
 from tests.interp_folders import solo

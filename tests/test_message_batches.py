@@ -13,13 +13,13 @@ import pytest
 from core.artifact import verify
 from core.cli import parse
 from core.lines import sealed
-from interpretability.asking import Reply, Request, writable
-from interpretability.batch_api import DEFAULT_MODEL, LIST_PRICES, open_client
-from interpretability.batch_journal import JOURNAL
-from interpretability.batch_results import checked
 from interpretability.explain import ExplainConfig, run
-from interpretability.llm_explainer import LLMExplainer
-from interpretability.message_batches import BatchJob
+from interpretability.labels.llm_explainer import LLMExplainer
+from interpretability.llm.batch_api import DEFAULT_MODEL, LIST_PRICES, open_client
+from interpretability.llm.batch_journal import JOURNAL
+from interpretability.llm.batch_results import checked
+from interpretability.llm.client import Reply, Request, writable
+from interpretability.llm.message_batches import BatchJob
 from interpretability.records import explanation_lines, open_top, read_explanations
 from tests import written_latents as written
 from tests.batch_client import REPLIES, client_config, complete, requests, run_client

@@ -14,9 +14,9 @@ import pytest
 from core import files
 from core.artifact import building
 from core.lines import read_lines, sealed
-from interpretability.batch_api import open_client
-from interpretability.batch_journal import JOURNAL, Journal
-from interpretability.message_batches import BatchJob
+from interpretability.llm.batch_api import open_client
+from interpretability.llm.batch_journal import JOURNAL, Journal
+from interpretability.llm.message_batches import BatchJob
 from tests.batch_client import REPLIES, ClientConfig, client_config, complete, requests
 from tests.fake_batches import TRUE_TIME, BatchServer
 from tests.interp_folders import solo

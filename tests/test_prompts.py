@@ -6,9 +6,18 @@ from collections.abc import Iterator
 
 import pytest
 
-from interpretability.prompts import MalformedReply, example, last_object, level, parse, shortened, system_prompt, user_prompt
+from interpretability.labels.prompts import (
+    MalformedReply,
+    example,
+    last_object,
+    level,
+    parse,
+    shortened,
+    system_prompt,
+    user_prompt,
+)
+from interpretability.labels.titles import MAX_TITLE_WORDS
 from interpretability.records import Explanation, LatentStatistics, TopSentence, explanation_lines
-from interpretability.titles import MAX_TITLE_WORDS
 from tests.fake_batches import GOOD
 
 TITLE = {
@@ -154,7 +163,7 @@ def test_the_last_object_is_no_part_of_another() -> None:
 
 
 def test_replies_of_any_kind_can_be_written() -> None:
-    from interpretability.asking import writable
+    from interpretability.llm.client import writable
 
     failed = Explanation(0, "", "", "x", "", "failed", reply=writable("\ud800 cut"))
     assert b"ud800 cut" in next(explanation_lines([failed]))

@@ -14,8 +14,17 @@ import torch
 
 from core.artifact import building, open_artifact, verify
 from core.cli import StageConfig
-from interpretability import page as html_page
 from interpretability import report
+from interpretability.pages import page as html_page
+from interpretability.pages.report_features import (
+    agreement,
+    best_of,
+    by_level,
+    density_histogram,
+    differing,
+    nearest_that_fire,
+    ranking,
+)
 from interpretability.records import (
     EXPLANATIONS_FILE,
     HISTOGRAM_BINS,
@@ -29,15 +38,6 @@ from interpretability.records import (
     parquet_bytes,
 )
 from interpretability.report import BLOCK, REPORT_FILE, ReportConfig
-from interpretability.report_features import (
-    agreement,
-    best_of,
-    by_level,
-    density_histogram,
-    differing,
-    nearest_that_fire,
-    ranking,
-)
 from interpretability.search import Neighbour, neighbours
 from sae.evaluation import figures
 from sae.model import SAE, SAEConfig, load

@@ -9,17 +9,17 @@ import pytest
 
 from core.artifact import verify
 from core.cli import parse
-from interpretability.batch_api import DEFAULT_MODEL
 from interpretability.explain import ExplainConfig
 from interpretability.explain import run as run_explain
-from interpretability.prompts import MalformedReply
+from interpretability.judging.scoring_tasks import TESTS, Example, Trial, TrialMaker, shuffled
+from interpretability.judging.word_judge import judge, marked_words, named_by
+from interpretability.labels.prompts import MalformedReply
+from interpretability.labels.token_statistics import split
+from interpretability.llm.batch_api import DEFAULT_MODEL
 from interpretability.records import Named, TopSentences, open_top
 from interpretability.score import SHUFFLED, ScoreConfig, interval, run, summary_of
-from interpretability.token_statistics import split
 from interpretability.top_sentences import TopSentencesConfig
 from interpretability.top_sentences import run as run_top
-from interpretability.trials import TESTS, Example, Trial, TrialMaker, shuffled
-from interpretability.word_judge import judge, marked_words, named_by
 from tests import written_latents as written
 from tests.fake_batches import BatchServer
 from tests.interp_folders import make_folders, random_texts, solo

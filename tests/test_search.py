@@ -13,18 +13,10 @@ import torch
 from core.cli import parse
 from core.runtime import Runtime, Solo
 from interpretability import search, top_sentences
+from interpretability.evidence.coactivation import together
+from interpretability.opening import check_sae, open_explanations_of, open_top_of
 from interpretability.records import Explanation, open_top
-from interpretability.search import (
-    SearchConfig,
-    check_sae,
-    nearest,
-    neighbours,
-    open_explanations_of,
-    open_top_of,
-    search_prompts,
-    search_text,
-)
-from interpretability.together import together
+from interpretability.search import SearchConfig, nearest, neighbours, search_prompts, search_text
 from interpretability.top_sentences import TopSentencesConfig
 from llama3 import Tokenizer, Transformer, load_model, load_tokenizer
 from sae.model import SAE, load

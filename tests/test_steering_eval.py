@@ -15,8 +15,7 @@ import inference.complete
 import inference.steering_eval
 from core.artifact import open_artifact
 from core.cli import parse
-from inference.session import Session, open_session
-from inference.steered_texts import (
+from inference.measuring.steered_texts import (
     Panel,
     continued,
     first_tokens,
@@ -26,9 +25,10 @@ from inference.steered_texts import (
     promoted_tokens,
     pushed,
 )
+from inference.measuring.steering_report import as_table, best_strengths, grouped, interval, summarise
+from inference.session import Session, open_session
 from inference.steering import Edit, Recipe
 from inference.steering_eval import TOP_K, EvalConfig, best_explained, read_prompts, typical_length
-from inference.steering_report import as_table, best_strengths, grouped, interval, summarise
 from llama3.generate import Sampling
 from tests.tiny import tiny_llama
 from tests.tiny_features import Features, alone, tiny_sae, write_features

@@ -19,11 +19,11 @@ from capture.store import open_activations, open_corpus
 from core import files
 from core.artifact import building, open_artifact, verify
 from core.cli import parse
-from interpretability.background import Background, cofiring
-from interpretability.ngrams import NgramCounter, ngrams_of
-from interpretability.promoted import promoted_by
+from interpretability.evidence.background import Background, cofiring
+from interpretability.evidence.ngrams import NgramCounter, ngrams_of
+from interpretability.evidence.promoted import promoted_by
+from interpretability.evidence.selection import Hits, Ragged, Sentences, offsets_of
 from interpretability.records import HISTOGRAM_BINS, HISTOGRAM_FIRST_EXPONENT, TopSentences, open_top
-from interpretability.selection import Hits, Ragged, Sentences, offsets_of
 from interpretability.top_sentences import TopSentencesConfig, parts_of, run
 from llama3 import Transformer, load_model, load_tokenizer
 from sae.model import load
@@ -75,8 +75,8 @@ AGGREGATE = {
 def test_equal_to_brute_force(tmp_path: Path, n_sentences: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if n_sentences > 150:  # many parts, joined many times between many merges
         monkeypatch.setattr("interpretability.top_sentences.BATCH_TOKENS", 64)
-        monkeypatch.setattr("interpretability.selection.MIN_PENDING", 5000)
-        monkeypatch.setattr("interpretability.firing.GROUP", 4)  # the fast way, on activations that often tie
+        monkeypatch.setattr("interpretability.evidence.selection.MIN_PENDING", 5000)
+        monkeypatch.setattr("interpretability.evidence.firing.GROUP", 4)  # the fast way, on activations that often tie
     texts = random_texts(n_sentences, longest=12 if n_sentences == 150 else 2)
     folders = make_folders(tmp_path, texts, n_latents=48, k=4, chunk_sentences=16 if n_sentences == 150 else 2048)
     run(config(folders, tmp_path / "top", "--n-sentences", "7"), solo())
@@ -257,7 +257,7 @@ def test_nan_straight_from_the_model_is_refused(folders: Folders, tmp_path: Path
             model.tok_embeddings.weight[token] = torch.nan
         return model
 
-    monkeypatch.setattr("interpretability.live.load_model", poisoned)
+    monkeypatch.setattr("interpretability.evidence.live.load_model", poisoned)
     argv = ["--sae", str(folders.sae), "--model", str(folders.model), "--corpus", str(folders.corpus)]
     with pytest.raises(ValueError, match=rf"straight from the model: .*sentence \d+.*NaN or Inf at site {SITE}; store activ"):
         run(parse(TopSentencesConfig, "", [*argv, "--out", str(tmp_path / "top"), "--device", "cpu"]), solo())
@@ -472,7 +472,7 @@ def test_many_blocks_of_cofiring_are_one(monkeypatch: pytest.MonkeyPatch) -> Non
     hits = Hits(latents, torch.ones(len(token)), token - tokens.offsets[rows], rows)
     background = Background(Sentences(torch.arange(40), torch.zeros(40), tokens), hits)
     whole = cofiring(background, 30, 5)
-    monkeypatch.setattr("interpretability.background.PAIRS_AT_ONCE", 10)
+    monkeypatch.setattr("interpretability.evidence.background.PAIRS_AT_ONCE", 10)
     assert cofiring(background, 30, 5) == whole
     assert all(len(row) == 5 for row in whole)
 

@@ -12,11 +12,11 @@ from capture.activations import ActivationsConfig
 from capture.activations import run as capture
 from capture.store import open_activations
 from core.artifact import verify
-from inference.finding import by_text
-from inference.handlers import N_SLOTS, NO_SLOTS, Controls, Handlers
-from inference.limits import Knobs
 from inference.session import Feature, InferenceConfig, Session, open_session
 from inference.steering import Edit, Recipe
+from inference.web.finding import by_text
+from inference.web.handlers import N_SLOTS, NO_SLOTS, Controls, Handlers
+from inference.web.validation import Knobs
 from interpretability.top_sentences import TopSentencesConfig
 from interpretability.top_sentences import run as find_top
 from llama3 import Sampling, generate

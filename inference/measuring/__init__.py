@@ -1,0 +1,1 @@
+"""What the steering evaluation generates, reads and reports."""

@@ -1,0 +1,1 @@
+"""What is known of a latent from activations: top sentences, a background sample, n-grams, coactivation, promoted tokens."""

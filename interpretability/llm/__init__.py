@@ -1,0 +1,1 @@
+"""Clients of language models: one reply per request, kept on disk, paid once."""
