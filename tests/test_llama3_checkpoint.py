@@ -404,8 +404,12 @@ def test_folders_of_neither_layout(tmp_path: Path) -> None:
     refused(tmp_path, "expected a checkpoint: params.json .* or config.json .*; found nothing")
     (tmp_path / "model.gguf").touch()
     refused(tmp_path, "found model.gguf")
-    refused(tmp_path / "model.gguf", "is a file; expected the folder of a checkpoint")
-    refused(tmp_path / "absent", "no such folder; expected a folder with a checkpoint, a Hub id such as owner/name, or demo")
+    (tmp_path / "model.safetensors").touch()
+    refused(tmp_path / "model.safetensors", "is a file; expected a GGUF file or the folder of a checkpoint")
+    refused(
+        tmp_path / "absent",
+        r"no such folder or file; expected a folder .*, a \.gguf file, a Hub id .*, ollama:NAME, smollm2 or demo",
+    )
     refused(tmp_path, "holds no tokenizer", load_tokenizer)
 
 
