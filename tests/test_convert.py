@@ -202,12 +202,12 @@ def test_saelens_conventions_are_undone(x: Tensor, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("to", "change", "message"),
     [
-        ("saelens", {"architecture": "gated"}, "architecture 'gated' cannot be read"),
-        ("saelens", {"normalize_activations": "expected_average_only_in"}, "keeps its scale elsewhere"),
-        ("saelens", {"architecture": "jumprelu"}, r"missing: \['threshold'\]"),
+        ("saelens", {"architecture": "gated"}, "architecture is 'gated'"),
+        ("saelens", {"normalize_activations": "expected_average_only_in"}, "keeps its factor elsewhere"),
+        ("saelens", {"architecture": "jumprelu"}, r"k \(5\) is not known"),
         ("sparsify", {"transcode": True}, "transcode is True"),
         ("sparsify", {"activation": "groupmax"}, "activation is 'groupmax'"),
-        ("dictionary_learning", {"trainer": {"dict_class": "GatedAutoEncoder"}}, "dict_class 'GatedAutoEncoder'"),
+        ("dictionary_learning", {"trainer": {"dict_class": "GatedAutoEncoder"}}, "dict_class is 'GatedAutoEncoder'"),
     ],
 )
 def test_what_cannot_be_computed_is_refused(to: str, change: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -270,7 +270,8 @@ def test_sites_and_hooks() -> None:
     assert hook_name("layers.3.attn_norm") is None
     assert hook_name("final_norm") is None
     assert site_of("blocks.11.hook_resid_pre") == "layers.11.resid_pre"
-    assert site_of("blocks.11.attn.hook_z") is None
+    assert site_of("blocks.11.attn.hook_z") == "layers.11.attn_heads"
+    assert site_of("blocks.11.attn.hook_q") is None
 
 
 # the libraries themselves: `pytest -m peers`, where benchmarks/requirements.txt is installed ---------------------------

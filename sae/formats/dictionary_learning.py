@@ -5,13 +5,14 @@ a pickle by that library's choice: written from plain tensors, and read with `we
 """
 
 import io
-import pickle
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sae.formats.plain import Plain, as_json, fold, read_json, sae_of, taken
+from sae.formats.keys import Keys
+from sae.formats.plain import Plain, as_json, fold, sae_of
+from sae.formats.weights import read_pickle, taken
 from sae.model import SAE
 
 FILES = ("ae.pt", "config.json")
@@ -70,25 +71,34 @@ def _layer(site: str) -> int | None:
 
 
 def read(folder: Path) -> SAE:
-    """ValueError for other classes of dictionaries and for what training leaves behind half way."""
-    config, weights = read_json(folder / "config.json"), folder / "ae.pt"
-    trainer = config.get("trainer") or {}
-    kind = trainer.get("dict_class")
-    if kind not in OURS:
-        raise ValueError(f"{folder}: dict_class {kind!r} cannot be read; expected one of {', '.join(OURS)}")
-    try:
-        tensors = torch.load(weights, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{weights}: not a state dict of tensors ({str(error).splitlines()[0]})") from None
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{weights}: expected a state dict of tensors; is it a backup from the middle of training?")
-    provenance = config.get("llama3_sae") or {"model": trainer.get("lm_name")}
-    if kind == "JumpReluAutoEncoder":
-        W_enc, *others = taken(tensors, weights, "W_enc", "b_enc", "W_dec", "b_dec", "threshold")
-        return sae_of(Plain(W_enc.T, *others).absorbed(sign=1), "jumprelu", int(trainer.get("k") or 1), provenance)
+    """ValueError for other classes of dictionaries and for what training leaves behind half way.
+
+    The class and the tensors decide what is computed; other keys of `trainer` and `buffer` are how it was trained.
+    """
+    config, weights = Keys.read(folder / "config.json"), folder / "ae.pt"
+    trainer = config.object("trainer")
+    kind = trainer.one_of("dict_class", *OURS)
+    tensors = read_pickle(weights)
+    provenance = config.object("llama3_sae").values or {"model": trainer.note("lm_name")}
+    if kind == "JumpReluAutoEncoder":  # its encoder does not subtract b_dec
+        W_enc, *others = taken(tensors, weights, ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"))
+        return sae_of(Plain(W_enc.T, *others).on_cpu().absorbed(sign=1), "jumprelu", None, provenance)
     if kind == "AutoEncoder":
-        W_enc, b_enc, W_dec, b_dec = taken(tensors, weights, *LINEAR, "bias")
-        return sae_of(Plain(W_enc, b_enc, W_dec.T, b_dec), "relu", int(trainer.get("k") or 1), provenance)
-    W_enc, b_enc, W_dec, b_dec, k, threshold = taken(tensors, weights, *LINEAR, "b_dec", "k", "threshold")
-    thresholds = threshold.clamp_min(0).expand(len(W_enc)) if kind == "BatchTopKSAE" else None
-    return sae_of(Plain(W_enc, b_enc, W_dec.T, b_dec, thresholds), OURS[kind], int(k), provenance)
+        W_enc, b_enc, W_dec, b_dec = taken(tensors, weights, (*LINEAR, "bias"))
+        return sae_of(_as_loaded(Plain(W_enc, b_enc, W_dec.T, b_dec).on_cpu()), "relu", None, provenance)
+    k = trainer.need("k", int)  # AutoEncoderTopK.from_pretrained(path, k=k) asks for it too, and for the same in the file
+    held = tensors.pop("k", torch.tensor(k))
+    if held.numel() != 1 or int(held) != k:
+        raise ValueError(f"{weights}: k is {held.tolist()}, but config.json says {k}; the folder was put together wrongly")
+    if kind == "BatchTopKSAE":
+        W_enc, b_enc, W_dec, b_dec, threshold = taken(tensors, weights, (*LINEAR, "b_dec", "threshold"))
+        return sae_of(Plain(W_enc, b_enc, W_dec.T, b_dec, threshold.expand(len(W_enc))).on_cpu(), "batchtopk", k, provenance)
+    # Files from before the class kept a threshold hold none; its encoder does not use it unless asked to.
+    W_enc, b_enc, W_dec, b_dec = taken(tensors, weights, (*LINEAR, "b_dec"), optional=("threshold",))
+    return sae_of(Plain(W_enc, b_enc, W_dec.T, b_dec).on_cpu(), "topk", k, provenance)
+
+
+def _as_loaded(plain: Plain) -> Plain:
+    """AutoEncoder.from_pretrained gives rows of another norm unit norm, and so latents of another size."""
+    norms = torch.linalg.vector_norm(plain.W_dec, dim=1)
+    return plain if torch.allclose(norms, torch.ones_like(norms)) else plain.unit_rows()

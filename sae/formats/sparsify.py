@@ -7,7 +7,9 @@ from pathlib import Path
 
 import safetensors.torch
 
-from sae.formats.plain import Plain, as_json, fold, read_json, sae_of, taken
+from sae.formats.keys import Keys
+from sae.formats.plain import Plain, as_json, fold, sae_of
+from sae.formats.weights import read_safetensors, taken
 from sae.model import SAE
 
 FILES = ("cfg.json", "sae.safetensors")
@@ -37,10 +39,14 @@ def write(sae: SAE) -> dict[str, bytes]:
 
 def read(folder: Path) -> SAE:
     """ValueError for group-max, transcoders, skip connections, and the signed SAEs of old versions."""
-    cfg, weights = read_json(folder / "cfg.json"), folder / "sae.safetensors"
-    for name, plain_value in {"activation": "topk", "skip_connection": False, "transcode": False, "signed": False}.items():
-        if cfg.get(name, plain_value) != plain_value:
-            raise ValueError(f"{folder}: {name} is {cfg[name]!r}, which this SAE cannot compute; expected {plain_value!r}")
+    cfg, weights = Keys.read(folder / "cfg.json"), folder / "sae.safetensors"
+    # Older files lack these; SparseCoderConfig (eai-sparsify 1.3.3, config.py) then takes the same values.
+    cfg.one_of("activation", "topk", default="topk")
+    for name in ("skip_connection", "transcode"):
+        cfg.one_of(name, False, default=False)
+    cfg.one_of("signed", False, default=False)  # of the first versions: absolute values compete; later ones have no such key
+    k, provenance = cfg.need("k", int), cfg.object("llama3_sae")
+    cfg.skip("d_in", "num_latents", "expansion_factor", "normalize_decoder", "multi_topk")  # shapes and training
+    cfg.refuse_others()
     names = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")
-    plain = Plain(*(tensor.float() for tensor in taken(safetensors.torch.load_file(weights), weights, *names)))
-    return sae_of(plain, "topk", int(cfg["k"]), cfg.get("llama3_sae") or {})
+    return sae_of(Plain(*taken(read_safetensors(weights), weights, names)).on_cpu(), "topk", k, provenance.values)
