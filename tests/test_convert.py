@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from core.artifact import verify
 from sae.convert import ConvertConfig, compare, dense_codes, read, run
 from sae.formats import FORMATS
-from sae.formats.saelens import hook_name, site_of
+from sae.formats.sites import hook_name, site_of_hook
 from sae.model import SAE, SAEConfig, load
 from tests.sae_folders import ALONE, SITE, make_activations
 
@@ -182,7 +183,7 @@ def foreign(tmp_path: Path, to: str, architecture: str = "topk") -> Path:
 def test_a_folder_of_another_library_is_read(to: str, x: Tensor, tmp_path: Path) -> None:
     sae = read(foreign(tmp_path, to))
     torch.testing.assert_close(sae(x), make_sae("topk")(x), rtol=1e-4, atol=1e-4)
-    assert sae.cfg.provenance.get("site") == (SITE if to == "saelens" else None)
+    assert sae.cfg.provenance.get("site") == (None if to == "sparsify" else SITE)
 
 
 def test_saelens_conventions_are_undone(x: Tensor, tmp_path: Path) -> None:
@@ -250,9 +251,9 @@ def test_damaged_and_dangerous_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a JSON object"):
         read(folder)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no SAE of a known format"):
+    with pytest.raises(ValueError, match="holds no SAE of a known layout"):
         read(tmp_path / "empty")
-    with pytest.raises(ValueError, match="no such folder"):
+    with pytest.raises(ValueError, match="no such folder or file"):
         read(tmp_path / "nowhere")
 
 
@@ -264,14 +265,32 @@ def test_a_conversion_that_went_wrong_is_noticed() -> None:
         compare(sae, other)
 
 
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("Llama-3.2-3B", "meta-llama/Llama-3.2-3B"),
+        ("Meta-Llama-3-8B-Instruct", "meta-llama/Meta-Llama-3-8B-Instruct"),
+        ("someone/Llama-3.2-3B", "someone/Llama-3.2-3B"),
+        ("Llama-3.2-3B-poems", "Llama-3.2-3B-poems"),
+        ("tiny", "tiny"),
+        (None, None),
+    ],
+)
+def test_an_export_names_the_model_as_the_hub_does(model: str | None, name: str | None) -> None:
+    sae = make_sae("topk")
+    sae.cfg = replace(sae.cfg, provenance={"site": SITE, "model": model})
+    assert json.loads(FORMATS["saelens"].write(sae)["cfg.json"])["metadata"]["model_name"] == name
+    assert json.loads(FORMATS["dictionary_learning"].write(sae)["config.json"])["trainer"]["lm_name"] == name
+
+
 def test_sites_and_hooks() -> None:
     assert hook_name("layers.3.resid_post") == "blocks.3.hook_resid_post"
     assert hook_name("layers.0.ffn_out") == "blocks.0.hook_mlp_out"
     assert hook_name("layers.3.attn_norm") is None
     assert hook_name("final_norm") is None
-    assert site_of("blocks.11.hook_resid_pre") == "layers.11.resid_pre"
-    assert site_of("blocks.11.attn.hook_z") == "layers.11.attn_heads"
-    assert site_of("blocks.11.attn.hook_q") is None
+    assert site_of_hook("blocks.11.hook_resid_pre") == "layers.11.resid_pre"
+    assert site_of_hook("blocks.11.attn.hook_z") == "layers.11.attn_heads"
+    assert site_of_hook("blocks.11.attn.hook_q") is None
 
 
 # the libraries themselves: `pytest -m peers`, where benchmarks/requirements.txt is installed ---------------------------

@@ -1,17 +1,23 @@
-"""dictionary_learning: `ae.pt`, a state dict, and `config.json`, with the decoder [d, n] where it is an nn.Linear.
+"""dictionary_learning: `ae.pt`, a state dict, and `config.json`, with the decoder [d, n] where it
+is an nn.Linear.
 
-Read from dictionary-learning 0.1: utils.load_dictionary, dictionary.py, trainers/top_k.py, trainers/batch_top_k.py. `ae.pt` is
-a pickle by that library's choice: written from plain tensors, and read with `weights_only=True`.
+Read from dictionary-learning 0.1.0: utils.load_dictionary, dictionary.py,
+trainers/{top_k,batch_top_k,matryoshka_batch_top_k}.py. `ae.pt` is a pickle by that library's
+choice: written from plain tensors, and read with `weights_only=True`.
 """
 
 import io
+import logging
+import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sae.formats.keys import Keys
 from sae.formats.plain import Plain, as_json, fold, sae_of
+from sae.formats.sites import model_name, site_of_module
 from sae.formats.weights import read_pickle, taken
 from sae.model import SAE
 
@@ -23,12 +29,38 @@ CLASSES = {
     "relu": "AutoEncoder",
     "jumprelu": "JumpReluAutoEncoder",
 }
-OURS = {"AutoEncoderTopK": "topk", "BatchTopKSAE": "batchtopk", "AutoEncoder": "relu", "JumpReluAutoEncoder": "jumprelu"}
+OURS = {
+    "AutoEncoderTopK": "topk",
+    "BatchTopKSAE": "batchtopk",
+    "MatryoshkaBatchTopKSAE": "batchtopk",  # its groups matter while training alone
+    "AutoEncoder": "relu",
+    "AutoEncoderNew": "relu",
+    "JumpReluAutoEncoder": "jumprelu",
+}
+REFUSED = {"GatedAutoEncoder": "a gate beside the magnitudes decides what fires, and no architecture here has one"}
 LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight")
+PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+NAMES = {
+    "AutoEncoderTopK": (*LINEAR, "b_dec"),
+    "BatchTopKSAE": (*LINEAR, "b_dec", "threshold"),
+    "MatryoshkaBatchTopKSAE": PARAMETERS,
+    "AutoEncoder": (*LINEAR, "bias"),
+    "AutoEncoderNew": (*LINEAR, "decoder.bias"),
+    "JumpReluAutoEncoder": PARAMETERS,
+}
+# AutoEncoderTopK keeps a threshold in newer files, which its encoder does not use unless it is asked to.
+UNUSED = {"AutoEncoderTopK": ("threshold",), "MatryoshkaBatchTopKSAE": ("group_sizes",)}
+PLAIN_INPUT = ("AutoEncoderNew", "JumpReluAutoEncoder")  # their encoders do not subtract the decoder's bias
+PLACES = {"resid_post": "resid_post", "resid": "resid_post", "mlp_out": "ffn_out", "mlp": "ffn_out"}
+PLACES |= {"attn_out": "attn_out", "attn": "attn_out"}
+
+log = logging.getLogger("sae.formats")
 
 
 def write(sae: SAE) -> dict[str, bytes]:
-    """All architectures; matryoshka as topk. ValueError for `layer`, and for thresholds that differ in a batchtopk."""
+    """All architectures; matryoshka as topk. ValueError for `layer`, and for thresholds that differ
+    in a batchtopk.
+    """
     cfg, plain = sae.cfg, fold(sae, "dictionary_learning")
     linear = {"encoder.weight": plain.W_enc, "encoder.bias": plain.b_enc, "decoder.weight": plain.W_dec.T.contiguous()}
     tensors: dict[str, Tensor]
@@ -54,7 +86,7 @@ def write(sae: SAE) -> dict[str, bytes]:
         "activation_dim": cfg.d_model,
         "dict_size": cfg.n_latents,
         "k": cfg.k,
-        "lm_name": cfg.provenance.get("model"),
+        "lm_name": model_name(cfg.provenance.get("model")),
         "submodule_name": cfg.provenance.get("site"),
         "layer": _layer(str(cfg.provenance.get("site", ""))),
     }
@@ -77,28 +109,47 @@ def read(folder: Path) -> SAE:
     """
     config, weights = Keys.read(folder / "config.json"), folder / "ae.pt"
     trainer = config.object("trainer")
-    kind = trainer.one_of("dict_class", *OURS)
+    kind = str(trainer.one_of("dict_class", *OURS, refused=REFUSED))
     tensors = read_pickle(weights)
-    provenance = config.object("llama3_sae").values or {"model": trainer.note("lm_name")}
-    if kind == "JumpReluAutoEncoder":  # its encoder does not subtract b_dec
-        W_enc, *others = taken(tensors, weights, ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"))
-        return sae_of(Plain(W_enc.T, *others).on_cpu().absorbed(sign=1), "jumprelu", None, provenance)
-    if kind == "AutoEncoder":
-        W_enc, b_enc, W_dec, b_dec = taken(tensors, weights, (*LINEAR, "bias"))
-        return sae_of(_as_loaded(Plain(W_enc, b_enc, W_dec.T, b_dec).on_cpu()), "relu", None, provenance)
-    k = trainer.need("k", int)  # AutoEncoderTopK.from_pretrained(path, k=k) asks for it too, and for the same in the file
-    held = tensors.pop("k", torch.tensor(k))
-    if held.numel() != 1 or int(held) != k:
-        raise ValueError(f"{weights}: k is {held.tolist()}, but config.json says {k}; the folder was put together wrongly")
-    if kind == "BatchTopKSAE":
-        W_enc, b_enc, W_dec, b_dec, threshold = taken(tensors, weights, (*LINEAR, "b_dec", "threshold"))
-        return sae_of(Plain(W_enc, b_enc, W_dec.T, b_dec, threshold.expand(len(W_enc))).on_cpu(), "batchtopk", k, provenance)
-    # Files from before the class kept a threshold hold none; its encoder does not use it unless asked to.
-    W_enc, b_enc, W_dec, b_dec = taken(tensors, weights, (*LINEAR, "b_dec"), optional=("threshold",))
-    return sae_of(Plain(W_enc, b_enc, W_dec.T, b_dec).on_cpu(), "topk", k, provenance)
+    if "ae" in tensors:
+        raise ValueError(f"{weights}: a backup from the middle of training, in other units; expected the ae.pt of its end")
+    k = None
+    if OURS[kind] in ("topk", "batchtopk"):
+        k = trainer.need("k", int)  # AutoEncoderTopK.from_pretrained(path, k=k) takes it and refuses another in the file
+        held = tensors.pop("k", k)
+        if int(held) != k:
+            raise ValueError(f"{weights}: k is {int(held)}, but config.json says {k}; the folder was put together wrongly")
+    plain = _plain(kind, tensors, weights)
+    if plain.threshold is not None and bool((plain.threshold < 0).any()) and OURS[kind] == "batchtopk":
+        log.warning("%s: its threshold was never set, which makes it a ReLU; a checkpoint of the first steps?", weights)
+    provenance = config.object("llama3_sae").values or {"model": trainer.note("lm_name"), "site": _site(trainer, folder)}
+    return sae_of(plain, OURS[kind], k, provenance)
 
 
-def _as_loaded(plain: Plain) -> Plain:
-    """AutoEncoder.from_pretrained gives rows of another norm unit norm, and so latents of another size."""
+def _plain(kind: str, tensors: dict[str, Any], weights: Path) -> Plain:
+    W_enc, b_enc, W_dec, b_dec, *threshold = taken(tensors, weights, NAMES[kind], optional=UNUSED.get(kind, ()))
+    if "W_enc" in NAMES[kind]:
+        W_enc = W_enc.T
+    else:
+        W_dec = W_dec.T
+    plain = Plain(W_enc, b_enc, W_dec, b_dec, *(part.expand(len(b_enc)) for part in threshold)).on_cpu()
+    if kind in PLAIN_INPUT:
+        return plain.absorbed(sign=1)
     norms = torch.linalg.vector_norm(plain.W_dec, dim=1)
-    return plain if torch.allclose(norms, torch.ones_like(norms)) else plain.unit_rows()
+    if kind == "AutoEncoder" and not torch.allclose(norms, torch.ones_like(norms)):
+        return plain.unit_rows()  # as its from_pretrained does, which makes latents that many times larger
+    return plain
+
+
+def _site(trainer: Keys, folder: Path) -> str | None:
+    """What `submodule_name` or a folder says, `resid_post_layer_15` for instance; the layer alone
+    means the residual stream, as the loader in sae-lens 6.54.12 takes it
+    (get_dictionary_learning_config_1_from_hf).
+    """
+    for name in (str(trainer.note("submodule_name") or ""), *reversed(folder.parts)):
+        if found := re.fullmatch(r"(resid_post|resid|mlp_out|mlp|attn_out|attn)_layer_(\d+)", name):
+            return f"layers.{found[2]}.{PLACES[found[1]]}"
+        if re.fullmatch(r"layers\.\d+\.\w+", name):
+            return site_of_module(name) or name
+    layer = trainer.note("layer")
+    return f"layers.{layer}.resid_post" if isinstance(layer, int) else None

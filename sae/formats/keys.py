@@ -1,8 +1,8 @@
 """The configuration file of another library, read so that no key is passed over in silence.
 
-A reader asks for each key by name. What it did not ask for is either refused (`refuse_others`) or left out on purpose, where
-the library itself leaves it out. A missing key is an error unless the reader gives the value that the library's own loader
-takes then.
+A reader asks for each key by name. What it did not ask for is either refused (`refuse_others`) or
+left out on purpose, where the library itself leaves it out. A missing key is an error unless the
+reader gives the value that the library's own loader takes then.
 """
 
 import json
@@ -14,6 +14,7 @@ from sae.formats.weights import named
 
 T = TypeVar("T")
 MISSING: Any = object()
+NONE: Mapping[str, str] = {}
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", dict: "an object", list: "a list"}
 
 
@@ -51,12 +52,16 @@ class Keys:
             raise ValueError(f"{self.where}: {name} is {value!r}; expected {NAMES[kind]}")
         return value
 
-    def one_of(self, name: str, *accepted: Any, default: Any = MISSING) -> Any:
-        """The value of a key that may have only some: the others change what is computed. ValueError names what was found."""
+    def one_of(self, name: str, *accepted: Any, default: Any = MISSING, refused: Mapping[str, str] = NONE) -> Any:
+        """The value of a key that may have only some: the others change what is computed.
+        ValueError names what was found, and why it cannot be met where `refused` says so.
+        """
         self._asked.add(name)
         value = self.values.get(name, default)
         if value is MISSING:
-            raise ValueError(f"{self.where}: {name} is missing; expected one of {_listed(accepted)}")
+            raise ValueError(f"{self.where}: {name} is missing; expected {_listed(accepted)}")
+        if isinstance(value, str) and value in refused:
+            raise ValueError(f"{self.where}: {name} is {value!r}, which cannot be computed here: {refused[value]}")
         if not any(value == one and type(value) is type(one) for one in accepted):
             raise ValueError(f"{self.where}: {name} is {value!r}, which cannot be computed here; expected {_listed(accepted)}")
         return value

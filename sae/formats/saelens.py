@@ -1,7 +1,8 @@
 """SAELens: `cfg.json` and `sae_weights.safetensors`, with `W_enc` [d, n].
 
-Read from sae-lens 6.54.12: saes/sae.py (SAEConfig, the normalisations), saes/{standard,topk,batchtopk,jumprelu}_sae.py (encode
-and decode), loading/pretrained_sae_loaders.py (handle_pre_6_0_config: what files from before version 6 mean).
+Read from sae-lens 6.54.12: saes/sae.py (SAEConfig, the normalisations),
+saes/{standard,topk,batchtopk,jumprelu}_sae.py (encode and decode),
+loading/pretrained_sae_loaders.py (handle_pre_6_0_config: what files from before version 6 mean).
 """
 
 from pathlib import Path
@@ -11,6 +12,7 @@ import safetensors.torch
 
 from sae.formats.keys import Keys
 from sae.formats.plain import Norm, Plain, as_json, fold, sae_of
+from sae.formats.sites import hook_name, model_name, site_of_hook
 from sae.formats.weights import read_safetensors, taken
 from sae.model import SAE
 
@@ -23,6 +25,14 @@ OURS = {
     "batchtopk": "batchtopk",  # this and the next in checkpoints of a training alone: what is exported is a jumprelu
     "matryoshka_batchtopk": "batchtopk",
 }
+TRANSCODER = "a transcoder reads at one site and writes at another; only SAEs of one site can be read"
+REFUSED = {
+    "gated": "a gate beside the magnitudes decides what fires, and no architecture here has one",
+    "abstopk": "the largest absolute values fire, negative ones too",
+    "matching_pursuit": "latents are chosen one after the other, each on what the others left",
+    "temporal": "it needs the tokens before as well",
+    **dict.fromkeys(("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"), TRANSCODER),
+}
 THRESHOLDS = {"jumprelu": ("threshold",), "batchtopk": ("topk_threshold",), "matryoshka_batchtopk": ("topk_threshold",)}
 RESCALED = ("topk", "batchtopk", "matryoshka_batchtopk")  # have rescale_acts_by_decoder_norm
 LAYER_EPS = 1e-5  # of its `layer_norm`, which puts the std back without it
@@ -34,28 +44,11 @@ TRAINING = (
     *("jumprelu_init_threshold", "jumprelu_bandwidth", "jumprelu_sparsity_loss_mode", "jumprelu_tanh_scale"),
     *("jumprelu_ste_to_input", "pre_act_loss_coefficient", "target_l0"),
 )
-HOOKS = {"attn_out": "hook_attn_out", "ffn_out": "hook_mlp_out", "attn_heads": "attn.hook_z"} | {
-    name: f"hook_{name}" for name in ("resid_pre", "resid_mid", "resid_post")
-}
-
-
-def hook_name(site: str) -> str | None:
-    """TransformerLens' name of a site, `layers.3.resid_post` being `blocks.3.hook_resid_post`; None where it has none."""
-    _, _, rest = site.partition("layers.")
-    layer, _, place = rest.partition(".")
-    return f"blocks.{layer}.{HOOKS[place]}" if place in HOOKS else None
-
-
-def site_of(hook: str) -> str | None:
-    """The other way round."""
-    _, _, rest = hook.partition("blocks.")
-    layer, _, place = rest.partition(".")
-    return next((f"layers.{layer}.{name}" for name, theirs in HOOKS.items() if theirs == place), None)
 
 
 def write(sae: SAE) -> dict[str, bytes]:
-    """All architectures; batchtopk as the jumprelu that it is at inference, matryoshka as topk. A `layer` norm is kept, with
-    SAELens' epsilon in place of ours.
+    """All architectures; batchtopk as the jumprelu that it is at inference, matryoshka as topk. A
+    `layer` norm is kept, with SAELens' epsilon in place of ours.
     """
     cfg, layer = sae.cfg, sae.cfg.norm == "layer"
     plain = Plain(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_pre, sae.threshold).on_cpu() if layer else fold(sae, "SAELens")
@@ -71,11 +64,11 @@ def write(sae: SAE) -> dict[str, bytes]:
         "device": "cpu",
         "apply_b_dec_to_input": True,
         "normalize_activations": "layer_norm" if layer else "none",
-        "reshape_activations": "none",
+        "reshape_activations": "hook_z" if site.endswith(".attn_heads") else "none",
         "metadata": {
             "sae_lens_version": "6.0.0",  # the format's; without it the nested names are dropped
             "sae_lens_training_version": None,
-            "model_name": cfg.provenance.get("model"),
+            "model_name": model_name(cfg.provenance.get("model")),
             "hook_name": hook_name(site),
             "hook_head_index": None,
             "context_size": cfg.provenance.get("max_length"),
@@ -105,7 +98,7 @@ def read(folder: Path) -> SAE:
     rescales = cfg.one_of("rescale_acts_by_decoder_norm", False, *[True] * (kind in RESCALED), default=False)
     norm = _norm(cfg, folder)
     shape = (cfg.need("d_in", int), cfg.need("d_sae", int))
-    provenance = metadata.object("llama3_sae").values or {"site": site_of(hook), "model": model}
+    provenance = metadata.object("llama3_sae").values or {"site": site_of_hook(hook), "model": model}
     if not early:  # its own loader drops other keys of earlier files, which held every flag of the training
         cfg.skip("dtype", "device", *TRAINING)
         cfg.refuse_others()
@@ -120,7 +113,9 @@ def read(folder: Path) -> SAE:
 
 
 def _version(cfg: Keys, metadata: Keys) -> int:
-    """The major version of SAELens that wrote the file, 0 where it does not say; handle_config_defaulting asks the same."""
+    """The major version of SAELens that wrote the file, 0 where it does not say;
+    handle_config_defaulting asks the same.
+    """
     version = cfg.note("sae_lens_version") or metadata.note("sae_lens_version")
     major = str(version or "0").partition(".")[0]
     if not major.isdigit():
@@ -129,19 +124,24 @@ def _version(cfg: Keys, metadata: Keys) -> int:
 
 
 def _kind(cfg: Keys) -> tuple[str, int | None]:
-    """Architecture and k of a file of version 6 or later. `k` is never supposed: every such file of a topk holds it."""
-    kind = cfg.one_of("architecture", *OURS)
+    """Architecture and k of a file of version 6 or later. `k` is never supposed: every such file of
+    a topk holds it.
+    """
+    kind = cfg.one_of("architecture", *OURS, refused=REFUSED)
     if kind == "topk":
         return kind, cfg.need("k", int)
     return kind, max(1, round(cfg.need("k", float))) if OURS[kind] == "batchtopk" else None
 
 
 def _early_kind(cfg: Keys) -> tuple[str, int | None]:
-    """Architecture and k of a file from before version 6, as handle_pre_6_0_config of sae-lens 6.54.12 finds them.
+    """Architecture and k of a file from before version 6, as handle_pre_6_0_config of sae-lens
+    6.54.12 finds them.
 
-    There the activation function decides, not the architecture: topk stood as `standard` with `activation_fn_str: "topk"`.
+    There the activation function decides, not the architecture: topk stood as `standard` with
+    `activation_fn_str: "topk"`.
     """
-    kind = cfg.one_of("architecture", *(name for name in OURS if OURS[name] != "batchtopk"), default="standard")
+    early = [name for name in OURS if OURS[name] != "batchtopk"]
+    kind = cfg.one_of("architecture", *early, default="standard", refused=REFUSED)
     functions = {str(cfg.one_of(name, "relu", "topk")) for name in ("activation_fn", "activation_fn_str") if name in cfg}
     if len(functions) > 1:
         raise ValueError(f"{cfg.where}: activation_fn and activation_fn_str differ; which of them holds is not known")
@@ -165,7 +165,9 @@ def _early_kind(cfg: Keys) -> tuple[str, int | None]:
 
 
 def _norm(cfg: Keys, folder: Path) -> Norm:
-    """What `normalize_activations` stands for. A checkpoint of a training keeps the factor for all rows in a file beside it."""
+    """What `normalize_activations` stands for. A checkpoint of a training keeps the factor for all
+    rows in a file beside it.
+    """
     if cfg.values.get("normalize_activations") is None or isinstance(cfg.values["normalize_activations"], bool):
         # handle_pre_6_0_config; a version 6 file without the key has SAEConfig's default, "none"
         name = "expected_average_only_in" if cfg.note("normalize_activations") else "none"
