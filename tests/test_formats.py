@@ -324,7 +324,7 @@ PACKAGED = re.compile(r"sparsify|AutoEncoder(?!TopK, early)|TopKSAE")
 @torch.no_grad()
 @pytest.mark.peers
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", filter(PACKAGED.search, PUBLISHED))
+@pytest.mark.parametrize("name", list(filter(PACKAGED.search, PUBLISHED)))
 def test_the_library_loads_the_same(name: str, x: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARSIFY_DISABLE_TRITON", "1")
     path = PUBLISHED[name].write(tmp_path)
