@@ -74,13 +74,16 @@ def as_sparsify(folder: Path, x: Tensor) -> Computed:
 
 
 def as_dictionary_learning(folder: Path, x: Tensor) -> Computed:
-    """AutoEncoderTopK, BatchTopKSAE, AutoEncoder and JumpReluAutoEncoder."""
+    """AutoEncoderTopK, BatchTopKSAE, AutoEncoder, AutoEncoderNew and JumpReluAutoEncoder."""
     kind = json.loads((folder / "config.json").read_text())["trainer"]["dict_class"]
     t = torch.load(folder / "ae.pt", weights_only=True)
     if kind == "JumpReluAutoEncoder":
         h = x @ t["W_enc"] + t["b_enc"]
         f = (h * (h > t["threshold"])).relu()
         return f, f @ t["W_dec"] + t["b_dec"]
+    if kind == "AutoEncoderNew":
+        f = (x @ t["encoder.weight"].T + t["encoder.bias"]).relu()
+        return f, f @ t["decoder.weight"].T + t["decoder.bias"]
     bias = t["bias" if kind == "AutoEncoder" else "b_dec"]
     f = ((x - bias) @ t["encoder.weight"].T + t["encoder.bias"]).relu()
     if kind == "AutoEncoderTopK":
@@ -118,6 +121,20 @@ def test_export_computes_the_same_and_comes_back(to: str, architecture: str, x: 
     assert convert(theirs, "sae", tmp_path / "back") == tmp_path / "back"  # done already: nothing happens
     assert back.cfg.provenance["site"] == SITE
     assert back.cfg.norm == "none"
+
+
+@pytest.mark.parametrize(("to", "architecture"), EXPRESSIBLE)
+def test_rows_of_another_norm_are_kept(to: str, architecture: str, x: Tensor, tmp_path: Path) -> None:
+    """Imported SAEs have decoder rows of any norm; the latents that go out are those that come back."""
+    sae = make_sae(architecture)
+    with torch.no_grad():
+        sae.W_dec *= torch.rand(40, 1, generator=torch.Generator().manual_seed(5)) + 0.5
+    sae.save(tmp_path / "ours")
+    theirs = convert(tmp_path / "ours", to, tmp_path / "theirs")
+    f, x_hat = FORMULAS[to](theirs, x)
+    torch.testing.assert_close(f * SCALE, dense_codes(sae, x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(x_hat, sae(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dense_codes(read(theirs), x) * SCALE, dense_codes(sae, x), rtol=1e-4, atol=1e-5)
 
 
 def test_a_layer_norm_goes_to_saelens_alone(x: Tensor, tmp_path: Path) -> None:
@@ -321,9 +338,11 @@ LIBRARIES = {"saelens": by_saelens, "sparsify": by_sparsify, "dictionary_learnin
 @pytest.mark.parametrize(("to", "architecture"), EXPRESSIBLE)
 def test_the_library_itself_computes_the_same(to: str, architecture: str, x: Tensor, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("SPARSIFY_DISABLE_TRITON", "1")
-    for norm in ("dataset", "layer") if to == "saelens" else ("dataset",):
+    cases = [("dataset", 1.0), ("dataset", 0.6)] + [("layer", 1.0)] * (to == "saelens")
+    for norm, length in cases:
         sae = make_sae(architecture, norm)
-        folder = tmp_path / norm
+        sae.W_dec *= length
+        folder = tmp_path / f"{norm} {length}"
         folder.mkdir()
         for name, content in FORMATS[to].write(sae).items():
             (folder / name).write_bytes(content)

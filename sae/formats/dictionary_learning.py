@@ -63,14 +63,17 @@ def write(sae: SAE) -> dict[str, bytes]:
     """
     cfg, plain = sae.cfg, fold(sae, "dictionary_learning")
     linear = {"encoder.weight": plain.W_enc, "encoder.bias": plain.b_enc, "decoder.weight": plain.W_dec.T.contiguous()}
-    tensors: dict[str, Tensor]
+    kind, tensors = CLASSES[cfg.architecture], {}
     if cfg.architecture == "jumprelu":
         absorbed = plain.absorbed()  # its encoder does not subtract b_dec
         tensors = {"W_enc": plain.W_enc.T.contiguous(), "W_dec": plain.W_dec, "b_enc": absorbed.b_enc, "b_dec": plain.b_dec}
         assert plain.threshold is not None
         tensors["threshold"] = plain.threshold.clamp_min(0)
-    elif cfg.architecture == "relu":
+    elif cfg.architecture == "relu" and _of_unit_norm(plain.W_dec):
         tensors = linear | {"bias": plain.b_dec}
+    elif cfg.architecture == "relu":  # AutoEncoder would give the rows unit norm, and latents another size
+        kind = "AutoEncoderNew"
+        tensors = linear | {"encoder.bias": plain.absorbed().b_enc, "decoder.bias": plain.b_dec}
     else:
         threshold = torch.tensor(-1.0)
         if plain.threshold is not None:
@@ -81,7 +84,7 @@ def write(sae: SAE) -> dict[str, bytes]:
                 )
         tensors = linear | {"b_dec": plain.b_dec, "k": torch.tensor(cfg.k, dtype=torch.int32), "threshold": threshold}
     trainer = {
-        "dict_class": CLASSES[cfg.architecture],
+        "dict_class": kind,
         "trainer_class": None,
         "activation_dim": cfg.d_model,
         "dict_size": cfg.n_latents,
@@ -135,10 +138,15 @@ def _plain(kind: str, tensors: dict[str, Any], weights: Path) -> Plain:
     plain = Plain(W_enc, b_enc, W_dec, b_dec, *(part.expand(len(b_enc)) for part in threshold)).on_cpu()
     if kind in PLAIN_INPUT:
         return plain.absorbed(sign=1)
-    norms = torch.linalg.vector_norm(plain.W_dec, dim=1)
-    if kind == "AutoEncoder" and not torch.allclose(norms, torch.ones_like(norms)):
+    if kind == "AutoEncoder" and not _of_unit_norm(plain.W_dec):
         return plain.unit_rows()  # as its from_pretrained does, which makes latents that many times larger
     return plain
+
+
+def _of_unit_norm(W_dec: Tensor) -> bool:
+    """As AutoEncoder.normalize_decoder asks."""
+    norms = torch.linalg.vector_norm(W_dec, dim=1)
+    return torch.allclose(norms, torch.ones_like(norms))
 
 
 def _site(trainer: Keys, folder: Path) -> str | None:
