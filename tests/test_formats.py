@@ -114,6 +114,9 @@ REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
     ("sparsify, layers.N", "cfg.json", {"activation": "groupmax"}, "activation is 'groupmax'"),
     ("sparsify, layers.N", "cfg.json", {"transcode": True}, "transcode is True"),
     ("sparsify, layers.N", "cfg.json", {"a_new_key": 1}, "a_new_key"),
+    ("sparsify, layers.N", "cfg.json", {"d_in": 13}, "cfg.json says d_in 13"),
+    ("sparsify, layers.N", "sae.safetensors", {"b_dec": T["b_dec"] * float("nan")}, r"layers\.23: b_dec holds NaN"),
+    ("sparsify, layers.N", "sae.safetensors", {"b_dec": T["b_enc"].clone()}, r"layers\.23: b_dec has shape \[40\]"),
     ("sparsify, layers.N", "sae.safetensors", {"W_skip": torch.ones(D, D)}, "W_skip"),
     ("AutoEncoderTopK", "config.json", {"trainer": MISSING}, "dict_class is missing"),
     ("AutoEncoderTopK", "config.json", {"trainer": TRAINER | {"dict_class": "GatedAutoEncoder"}}, "GatedAutoEncoder.*gate"),
@@ -169,6 +172,9 @@ def test_layouts_that_no_class_here_can_hold_say_why(tmp_path: Path) -> None:
             (folder / name).touch()
         with pytest.raises(ValueError, match=message):
             read(folder)
+        if len(files) == 2:
+            with pytest.raises(ValueError, match=message):
+                read(folder / files[1])
     with pytest.raises(ValueError, match="no such folder or file"):
         read(tmp_path / "nowhere")
     (tmp_path / "x.onnx").touch()

@@ -161,6 +161,7 @@ REFUSED: list[tuple[Keys, str]] = [
     (MODERN | {"rescale_acts_by_decoder_norm": True}, "rescale_acts_by_decoder_norm is True"),
     (MODERN | {"normalize_activations": "covariance_whitening"}, "covariance_whitening"),
     (MODERN | {"metadata": MODERN["metadata"] | {"hook_head_index": 0}}, "hook_head_index is 0"),
+    (MODERN | {"finetuning_scaling_factor": True}, "finetuning_scaling_factor is True"),
     (MODERN | {"a_new_key": 3}, r"a_new_key \(3\) is not known"),
     ({name: value for name, value in MODERN.items() if name != "architecture"}, "architecture is missing"),
 ]

@@ -91,7 +91,10 @@ def read(path: Path) -> SAE:
     """
     if not path.exists():
         raise ValueError(f"{path}: no such folder or file; expected an SAE")
-    name, sae = _of_folder(path) if path.is_dir() else _of_file(path)
+    try:
+        name, sae = _of_folder(path) if path.is_dir() else _of_file(path)
+    except ValueError as error:
+        raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from None
     facts = {key: value for key, value in sae.cfg.provenance.items() if value is not None}
     sae.cfg = replace(sae.cfg, provenance={"layout": name} | facts)
     return sae.eval()
@@ -123,8 +126,8 @@ def hookpoints(folder: Path) -> list[Path]:
 def _of_file(path: Path) -> tuple[str, SAE]:
     """A file of a folder's layout stands for the folder."""
     for folder in path.parents[:2]:
-        for layout in FOLDERS:
-            if path.relative_to(folder).as_posix() in layout.files and layout.fits(folder):
+        for layout in (*FOLDERS, *NOT_HELD):
+            if any(path.relative_to(folder).match(name) for name in layout.files) and layout.fits(folder):
                 return layout.name, layout.read(folder)
     if path.suffix in SUFFIXES:
         return _of_state_dict(path)

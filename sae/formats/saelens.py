@@ -90,6 +90,7 @@ def read(folder: Path) -> SAE:
     for keys in (cfg, metadata):
         keys.one_of("hook_head_index", None, default=None)  # one head's rows alone
         keys.one_of("hook_name_out", None, default=None)  # a transcoder's
+    cfg.one_of("finetuning_scaling_factor", False, None, default=False)  # a factor for each latent, of early versions
     hook = str(metadata.note("hook_name") or cfg.note("hook_name") or cfg.note("hook_point") or "")
     model = metadata.note("model_name") or cfg.note("model_name")
     # Both defaults: SAEConfig and handle_pre_6_0_config of sae-lens 6.54.12.
@@ -149,7 +150,6 @@ def _early_kind(cfg: Keys) -> tuple[str, int | None]:
     details.one_of("signed", False, default=False)
     details.skip("use_sparse_activations")
     k = details if "k" in details else cfg
-    cfg.one_of("finetuning_scaling_factor", False, None, default=False)
     cfg.one_of("hook_point_head_index", None, default=None)
     if "topk" in functions and kind == "standard":
         kind = "topk"

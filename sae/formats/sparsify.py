@@ -55,10 +55,13 @@ def read(folder: Path) -> SAE:
     k, own = cfg.need("k", int), cfg.object("llama3_sae").values
     if cfg.get("multi_topk", bool, False):
         log.info("%s: trained with multi_topk, a loss at 4 k as well; what it computes at k is the same", folder)
-    cfg.skip("d_in", "num_latents", "expansion_factor", "normalize_decoder")  # shapes and training
+    d_in = cfg.need("d_in", int)
+    cfg.skip("num_latents", "expansion_factor", "normalize_decoder")  # what the tensors say too, and training
     cfg.refuse_others()
     names = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")
     plain = Plain(*taken(read_safetensors(weights), weights, names)).on_cpu()
+    if plain.W_enc.shape[-1] != d_in:
+        raise ValueError(f"{weights}: encoder.weight is {list(plain.W_enc.shape)}, but cfg.json says d_in {d_in}")
     return sae_of(plain, "topk", k, own or _provenance(folder))
 
 
