@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sae.formats.keys import Keys
-from sae.formats.plain import Plain, as_json, fold, sae_of
+from sae.formats.plain import Plain, as_json, fold, plain_of, sae_of
 from sae.formats.sites import model_name, site_of_module
 from sae.formats.weights import read_pickle, taken
 from sae.model import SAE
@@ -119,9 +119,9 @@ def read(folder: Path) -> SAE:
     k = None
     if OURS[kind] in ("topk", "batchtopk"):
         k = trainer.need("k", int)  # AutoEncoderTopK.from_pretrained(path, k=k) takes it and refuses another in the file
-        held = tensors.pop("k", k)
-        if int(held) != k:
-            raise ValueError(f"{weights}: k is {int(held)}, but config.json says {k}; the folder was put together wrongly")
+        held = torch.as_tensor(tensors.pop("k", k)).tolist()
+        if held != k:
+            raise ValueError(f"{weights}: k is {held}, but config.json says {k}; the folder was put together wrongly")
     plain = _plain(kind, tensors, weights)
     if plain.threshold is not None and bool((plain.threshold < 0).any()) and OURS[kind] == "batchtopk":
         log.warning("%s: its threshold was never set, which makes it a ReLU; a checkpoint of the first steps?", weights)
@@ -135,7 +135,7 @@ def _plain(kind: str, tensors: dict[str, Any], weights: Path) -> Plain:
         W_enc = W_enc.T
     else:
         W_dec = W_dec.T
-    plain = Plain(W_enc, b_enc, W_dec, b_dec, *(part.expand(len(b_enc)) for part in threshold)).on_cpu()
+    plain = plain_of(W_enc, b_enc, W_dec, b_dec, *threshold)
     if kind in PLAIN_INPUT:
         return plain.absorbed(sign=1)
     if kind == "AutoEncoder" and not _of_unit_norm(plain.W_dec):
@@ -154,7 +154,7 @@ def _site(trainer: Keys, folder: Path) -> str | None:
     means the residual stream, as the loader in sae-lens 6.54.12 takes it
     (get_dictionary_learning_config_1_from_hf).
     """
-    for name in (str(trainer.note("submodule_name") or ""), *reversed(folder.parts)):
+    for name in (str(trainer.note("submodule_name") or ""), *reversed(folder.resolve().parts)):
         if found := re.fullmatch(r"(resid_post|resid|mlp_out|mlp|attn_out|attn)_layer_(\d+)", name):
             return f"layers.{found[2]}.{PLACES[found[1]]}"
         if re.fullmatch(r"layers\.\d+\.\w+", name):

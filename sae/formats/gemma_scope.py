@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae.formats.plain import Plain, sae_of
+from sae.formats.plain import plain_of, sae_of
 from sae.formats.sites import layer_in
 from sae.formats.weights import named, taken
 from sae.model import SAE
@@ -30,9 +30,10 @@ def read(folder: Path) -> SAE:
     ones = tensors.get("scaling_factor")
     if ones is not None and bool((ones == 1).all()):
         del tensors["scaling_factor"]
+    folder = folder.resolve()
     W_enc, *others = taken(tensors, path, NAMES)
     l0 = layer_in(folder, r"average_l0_(\d+)$")
-    return sae_of(Plain(W_enc.T, *others).on_cpu().absorbed(sign=1), "jumprelu", l0, {"site": _site(folder)})
+    return sae_of(plain_of(W_enc.T, *others).absorbed(sign=1), "jumprelu", l0, {"site": _site(folder)})
 
 
 def _arrays(path: Path) -> dict[str, Tensor]:

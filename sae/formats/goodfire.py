@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sae.formats.plain import Plain, sae_of
+from sae.formats.plain import plain_of, sae_of
 from sae.formats.weights import taken
 from sae.model import SAE
 
@@ -18,7 +18,7 @@ NAMES = ("encoder_linear.weight", "encoder_linear.bias", "decoder_linear.weight"
 
 def read(tensors: dict[str, Any], path: Path) -> SAE:
     W_enc, b_enc, W_dec, b_dec = taken(tensors, path, NAMES)
-    plain = Plain(W_enc, b_enc, W_dec.T, b_dec).on_cpu().absorbed(sign=1)
+    plain = plain_of(W_enc, b_enc, W_dec.T, b_dec).absorbed(sign=1)
     return sae_of(plain, "relu", None, named_provenance(path))
 
 

@@ -6,6 +6,7 @@ reader gives the value that the library's own loader takes then.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -52,6 +53,13 @@ class Keys:
             raise ValueError(f"{self.where}: {name} is {value!r}; expected {NAMES[kind]}")
         return value
 
+    def positive(self, name: str) -> float:
+        """A number to multiply or divide by. ValueError where it is missing, not above 0, or not finite."""
+        value = self.need(name, float)
+        if not 0 < value < math.inf:
+            raise ValueError(f"{self.where}: {name} is {value!r}; expected a number above 0")
+        return value
+
     def one_of(self, name: str, *accepted: Any, default: Any = MISSING, refused: Mapping[str, str] = NONE) -> Any:
         """The value of a key that may have only some: the others change what is computed.
         ValueError names what was found, and why it cannot be met where `refused` says so.
@@ -62,7 +70,7 @@ class Keys:
             raise ValueError(f"{self.where}: {name} is missing; expected {_listed(accepted)}")
         if isinstance(value, str) and value in refused:
             raise ValueError(f"{self.where}: {name} is {value!r}, which cannot be computed here: {refused[value]}")
-        if not any(value == one and type(value) is type(one) for one in accepted):
+        if not any(type(value) is type(one) and value == one for one in accepted):
             raise ValueError(f"{self.where}: {name} is {value!r}, which cannot be computed here; expected {_listed(accepted)}")
         return value
 
@@ -96,9 +104,12 @@ class Keys:
 def read_json(path: Path) -> dict[str, Any]:
     """ValueError where the file is not a JSON object."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8-sig")))
-    except (ValueError, TypeError, RecursionError) as error:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a JSON object ({named(error)})") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: not a JSON object ({type(values).__name__})")
+    return values
 
 
 def _listed(values: tuple[Any, ...]) -> str:

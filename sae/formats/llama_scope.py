@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sae.formats.keys import Keys
-from sae.formats.plain import Plain, sae_of
+from sae.formats.plain import plain_of, sae_of
 from sae.formats.sites import site_of_hook
 from sae.formats.weights import read_safetensors, taken
 from sae.model import SAE
@@ -66,7 +66,7 @@ def read(folder: Path) -> SAE:
     cfg, path = Keys.read(folder / FILES[0]), folder / FILES[1]
     facts = Facts(cfg)
     norms = cfg.object(AVERAGE)
-    a, o = (math.sqrt(facts.d_model) / norms.need(name, float) for name in ("in", "out"))
+    a, o = (math.sqrt(facts.d_model) / norms.positive(name) for name in ("in", "out"))
     threshold = torch.full((facts.n_latents,), cfg.need("jump_relu_threshold", float))
     return _read(facts, path, taken(read_safetensors(path), path, NAMES), (a, o), threshold)
 
@@ -75,24 +75,26 @@ def read_r1(folder: Path) -> SAE:
     """The R1 variant. The mean norm stands in either file."""
     cfg, path = Keys.read(folder / R1_FILES[0]), folder / R1_FILES[1]
     facts, tensors = Facts(cfg), read_safetensors(path)
-    scalars = {name.removeprefix(f"{AVERAGE}."): float(tensors.pop(name)) for name in list(tensors) if name.startswith(AVERAGE)}
-    norms = Keys(path, scalars) if scalars else cfg.object(AVERAGE)
+    scalars = {name: tensors.pop(name).tolist() for name in list(tensors) if name.startswith(AVERAGE)}
+    named = {name.removeprefix(f"{AVERAGE}."): value for name, value in scalars.items()}
+    norms = Keys(f"{path}: {AVERAGE}", named) if named else cfg.object(AVERAGE)
     key = next((name for name in (facts.hook, "in") if name in norms), facts.hook)
-    a = math.sqrt(facts.d_model) / norms.need(key, float)
+    a = math.sqrt(facts.d_model) / norms.positive(key)
     *four, log_threshold = taken(tensors, path, (*NAMES, LOG_THRESHOLD))
     return _read(facts, path, four, (a, a), log_threshold.float().exp() / a)
 
 
 def _read(facts: Facts, path: Path, tensors: list[Tensor], scales: tuple[float, float], threshold: Tensor) -> SAE:
     a, o = scales
-    W_enc, b_enc, W_dec, b_dec = (tensor.float() for tensor in tensors)
+    W_enc, b_enc, W_dec, b_dec = tensors
     if (shape := list(W_enc.shape)) != [facts.n_latents, facts.d_model]:
         raise ValueError(
             f"{path}: encoder.weight is {shape}; its configuration says {facts.n_latents} latents of {facts.d_model} dimensions"
         )
+    plain = plain_of(W_enc, b_enc, W_dec.T, b_dec, threshold)
     if facts.subtracts:
-        b_enc = b_enc - W_enc @ b_dec
-    plain = Plain(W_enc, b_enc / a, W_dec.T * (a / o), b_dec / o, threshold).on_cpu()
+        plain = plain.absorbed()
+    plain = plain._replace(b_enc=plain.b_enc / a, W_dec=plain.W_dec * (a / o), b_dec=plain.b_dec / o)
     if facts.includes_norm:  # the product with the norm is compared with the threshold
         plain = plain.unit_rows()._replace(threshold=plain.threshold)
     return sae_of(plain.absorbed(sign=1), "jumprelu", facts.k, facts.provenance)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.formats.keys import Keys
-from sae.formats.plain import PLAIN, Norm, Plain, sae_of
+from sae.formats.plain import PLAIN, Norm, plain_of, sae_of
 from sae.formats.weights import taken
 from sae.model import SAE
 
@@ -25,7 +25,7 @@ def read(tensors: dict[str, Any], path: Path) -> SAE:
     keys = Keys(path, {name: tensors[name] for name in ACTIVATION if name in tensors})
     top_k = keys.one_of("activation", "TopK", "ReLU", default="ReLU") == "TopK"
     W_enc, b_enc, W_dec, b_pre = taken(tensors, path, NAMES, optional=(*STATISTICS, *ACTIVATION))
-    plain = Plain(W_enc, b_enc, W_dec.T, b_pre).on_cpu()
+    plain = plain_of(W_enc, b_enc, W_dec.T, b_pre)
     if not top_k:
         return sae_of(plain, "relu", None, {}, PLAIN)
     details = keys.object("activation_state_dict")

@@ -56,6 +56,23 @@ def fold(sae: SAE, what: str) -> Plain:
     return plain.on_cpu()
 
 
+def plain_of(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, threshold: Tensor | None = None) -> Plain:
+    """The tensors of a file, as they are stored here; a threshold may be one number for all latents.
+    ValueError where their shapes do not fit together, or a number is not finite.
+    """
+    n, d = W_dec.shape
+    if threshold is not None and threshold.numel() == 1:
+        threshold = threshold.reshape(1).expand(n)
+    plain = Plain(W_enc, b_enc, W_dec, b_dec, threshold)
+    wanted = {"W_enc": (n, d), "b_enc": (n,), "W_dec": (n, d), "b_dec": (d,), "threshold": (n,)}
+    for name, tensor in plain._asdict().items():
+        if tensor is not None and (tuple(tensor.shape) != wanted[name] or not tensor.numel()):
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, which does not fit a decoder of {[n, d]}")
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} holds NaN or infinite values")
+    return plain.on_cpu()
+
+
 class Norm(NamedTuple):
     """What is done to rows before the encoder and undone after the decoder; as in `SAEConfig`."""
 
@@ -68,19 +85,9 @@ PLAIN = Norm()
 
 
 def sae_of(plain: Plain, architecture: str, k: int | None, provenance: dict[str, Any], norm: Norm = PLAIN) -> SAE:
-    """The SAE whose tensors these are. ValueError where their shapes do not fit together, or a number is not finite.
-
-    `k` is None where the format has none: relu and jumprelu do not select by it.
-    """
+    """The SAE whose tensors these are. `k` is None where the layout has none: relu and jumprelu do not select by it."""
     assert k is not None or architecture in ("relu", "jumprelu"), architecture
-    shape = tuple(plain.W_dec.shape)
-    n, d = shape if len(shape) == 2 else (0, 0)
-    wanted = {"W_enc": (n, d), "b_enc": (n,), "W_dec": (n, d), "b_dec": (d,), "threshold": (n,)}
-    for name, tensor in plain._asdict().items():
-        if tensor is not None and (tuple(tensor.shape) != wanted[name] or not tensor.numel()):
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, which does not fit a decoder of {list(shape)}")
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{name} holds NaN or infinite values")
+    n, d = plain.W_dec.shape
     parts: dict[str, Any] = {"d_model": d, "n_latents": n, "k": 1 if k is None else k, **norm._asdict()}
     cfg = SAEConfig(**parts, architecture=architecture, provenance=provenance)
     with torch.device("meta"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sae.formats.goodfire import named_provenance
-from sae.formats.plain import Plain, sae_of
+from sae.formats.plain import plain_of, sae_of
 from sae.formats.weights import taken
 from sae.model import SAE
 
@@ -18,4 +18,4 @@ NAMES = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
 
 def read(tensors: dict[str, Any], path: Path) -> SAE:
     W_enc, b_enc, W_dec, b_dec = taken(tensors, path, NAMES)
-    return sae_of(Plain(W_enc, b_enc, W_dec.T, b_dec).on_cpu().absorbed(sign=1), "relu", None, named_provenance(path))
+    return sae_of(plain_of(W_enc, b_enc, W_dec.T, b_dec).absorbed(sign=1), "relu", None, named_provenance(path))

@@ -10,7 +10,7 @@ input of layer 23). Its decoder is normalised along the wrong axis, so rows have
 from pathlib import Path
 from typing import Any
 
-from sae.formats.plain import Norm, Plain, sae_of
+from sae.formats.plain import Norm, plain_of, sae_of
 from sae.formats.weights import taken
 from sae.model import SAE
 
@@ -20,5 +20,5 @@ K, EPS, SITE = 64, 1e-6, "layers.23.attn_norm"
 
 def read(tensors: dict[str, Any], path: Path) -> SAE:
     W_enc, b_enc, W_dec, b_pre = taken(tensors, path, NAMES)
-    plain = Plain(W_enc, b_enc, W_dec.T, b_pre).on_cpu()
+    plain = plain_of(W_enc, b_enc, W_dec.T, b_pre)
     return sae_of(plain, "topk", K, {"site": SITE}, Norm("layer", norm_eps=EPS))

@@ -11,7 +11,7 @@ from typing import Any
 import safetensors.torch
 
 from sae.formats.keys import Keys
-from sae.formats.plain import Norm, Plain, as_json, fold, sae_of
+from sae.formats.plain import Norm, Plain, as_json, fold, plain_of, sae_of
 from sae.formats.sites import hook_name, model_name, site_of_hook
 from sae.formats.weights import read_safetensors, taken
 from sae.model import SAE
@@ -182,7 +182,7 @@ def _norm(cfg: Keys, folder: Path) -> Norm:
             f"{folder}: normalize_activations 'expected_average_only_in' keeps its factor elsewhere; expected {SCALER} beside "
             "cfg.json, or the factor folded into the weights (fold_activation_norm_scaling_factor in SAELens)"
         )
-    return Norm("dataset", scale=Keys.read(folder / SCALER).need("scaling_factor", float))
+    return Norm("dataset", scale=Keys.read(folder / SCALER).positive("scaling_factor"))
 
 
 def _tensors(path: Path, kind: str) -> Plain:
@@ -192,4 +192,4 @@ def _tensors(path: Path, kind: str) -> Plain:
         del tensors["scaling_factor"]
     names = ["W_enc", "b_enc", "W_dec", "b_dec", *THRESHOLDS.get(kind, ())]
     W_enc, b_enc, W_dec, b_dec, *threshold = taken(tensors, path, names)
-    return Plain(W_enc.T, b_enc, W_dec, b_dec, *(part.expand(len(b_enc)) for part in threshold)).on_cpu()
+    return plain_of(W_enc.T, b_enc, W_dec, b_dec, *threshold)

@@ -11,7 +11,7 @@ from typing import Any
 import safetensors.torch
 
 from sae.formats.keys import Keys
-from sae.formats.plain import Plain, as_json, fold, sae_of
+from sae.formats.plain import as_json, fold, plain_of, sae_of
 from sae.formats.sites import site_of_module
 from sae.formats.weights import read_safetensors, taken
 from sae.model import SAE
@@ -59,7 +59,7 @@ def read(folder: Path) -> SAE:
     cfg.skip("num_latents", "expansion_factor", "normalize_decoder")  # what the tensors say too, and training
     cfg.refuse_others()
     names = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")
-    plain = Plain(*taken(read_safetensors(weights), weights, names)).on_cpu()
+    plain = plain_of(*taken(read_safetensors(weights), weights, names))
     if plain.W_enc.shape[-1] != d_in:
         raise ValueError(f"{weights}: encoder.weight is {list(plain.W_enc.shape)}, but cfg.json says d_in {d_in}")
     return sae_of(plain, "topk", k, own or _provenance(folder))

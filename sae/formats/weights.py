@@ -48,4 +48,7 @@ def taken(tensors: Mapping[str, Any], path: Path, names: Iterable[str], optional
     for name in names:
         if not isinstance(tensors[name], Tensor):
             raise ValueError(f"{path}: {name} is {type(tensors[name]).__name__}; expected a tensor")
+        dimensions = 2 if name.startswith("W_") or name.endswith("weight") else 1
+        if tensors[name].dim() != dimensions and (dimensions == 2 or tensors[name].dim()):
+            raise ValueError(f"{path}: {name} has shape {list(tensors[name].shape)}; expected {dimensions} dimension(s)")
     return [tensors[name] for name in names]
