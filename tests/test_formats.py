@@ -18,7 +18,7 @@ from torch import Tensor
 from core.artifact import verify
 from sae.convert import ConvertConfig, dense_codes, read, run
 from sae.model import load
-from tests.published import AUTO, LINEAR, NUMBERS, PUBLISHED, D, K, N, T, layer_topk, single
+from tests.published import AUTO, HOOK_NORM, LINEAR, NUMBERS, PUBLISHED, D, K, N, T, layer_topk, single
 from tests.sae_folders import ALONE
 
 
@@ -118,6 +118,13 @@ REFUSED: list[tuple[str, str, dict[str, Any], str]] = [
     ("sparsify, layers.N", "sae.safetensors", {"b_dec": T["b_dec"] * float("nan")}, r"layers\.23: b_dec holds NaN"),
     ("sparsify, layers.N", "sae.safetensors", {"b_dec": T["b_enc"].clone()}, r"layers\.23: b_dec has shape \[40\]"),
     ("sparsify, layers.N", "sae.safetensors", {"W_skip": torch.ones(D, D)}, "W_skip"),
+    ("sparsify, layers.N", "sae.safetensors", {"W_dec": T["W_dec"][0].clone()}, r"W_dec has shape \[12\]"),
+    ("sparsify, layers.N", "sae.safetensors", {"encoder.bias": torch.tensor(1.0)}, r"b_enc has shape \[\]"),
+    ("BatchTopKSAE", "ae.pt", {"threshold": torch.ones(3)}, r"threshold has shape \[3\]"),
+    ("BatchTopKSAE", "ae.pt", {"k": torch.ones(3)}, r"k is \[1.0, 1.0, 1.0\]"),
+    ("JumpReluAutoEncoder", "ae.pt", {"b_dec": torch.ones(3)}, r"b_dec has shape \[3\]"),
+    ("Llama Scope", "hyperparams.json", {"dataset_average_activation_norm": {"in": 0, "out": 1}}, "in is 0.0"),
+    ("Llama Scope R1", "sae_weights.safetensors", {HOOK_NORM: torch.ones(3)}, r"resid_post is \[1.0"),
     ("AutoEncoderTopK", "config.json", {"trainer": MISSING}, "dict_class is missing"),
     ("AutoEncoderTopK", "config.json", {"trainer": TRAINER | {"dict_class": "GatedAutoEncoder"}}, "GatedAutoEncoder.*gate"),
     ("AutoEncoderTopK", "config.json", {"trainer": TRAINER | {"dict_class": "CrossCoder"}}, "CrossCoder"),
@@ -204,7 +211,7 @@ def test_a_damaged_file_is_named(name: str, tmp_path: Path) -> None:
     path = made.write(tmp_path)
     for file in made.files:
         whole = (path.parent / file if made.given else path / file).read_bytes()
-        for content in (whole[: len(whole) // 2], b"\xff" * len(whole), b"", b"[" * 100_000):
+        for content in (whole[: len(whole) // 2], b"\xff" * len(whole), b"", b"[" * 100_000, b"[]"):
             place = path.parent / file if made.given else path / file
             place.write_bytes(content)
             with pytest.raises(ValueError, match=Path(file).name) as raised:
