@@ -119,7 +119,7 @@ def read(folder: Path) -> SAE:
     k = None
     if OURS[kind] in ("topk", "batchtopk"):
         k = trainer.need("k", int)  # AutoEncoderTopK.from_pretrained(path, k=k) takes it and refuses another in the file
-        held = torch.as_tensor(tensors.pop("k", k)).tolist()
+        held: Any = torch.as_tensor(tensors.pop("k", k)).tolist()
         if held != k:
             raise ValueError(f"{weights}: k is {held}, but config.json says {k}; the folder was put together wrongly")
     plain = _plain(kind, tensors, weights)
