@@ -124,7 +124,17 @@ def train_and_measure(config: QualityConfig, batches: Batches, make: Callable[[S
     """One run: FVU over the held-out rows, share of latents dead on the last training rows, L0, seconds of training."""
     schedule = Schedule(len(batches.train), batches.batch_rows, config.batch, seed)
     steps = config.steps or schedule.steps_per_epoch
-    contestant = make(Setup(d=batches.statistics.d_model, n=config.n, k=config.k, batch=config.batch, steps=steps, seed=seed))
+    contestant = make(
+        Setup(
+            d=batches.statistics.d_model,
+            n=config.n,
+            k=config.k,
+            batch=config.batch,
+            steps=steps,
+            seed=seed,
+            centre=batches.statistics.centre("dataset"),
+        )
+    )
     stop = min(steps * config.batch, len(batches.train))
     began = time.monotonic()
     for x in blocks(batches.train, 0, stop, config.batch):

@@ -1,12 +1,14 @@
 """One training step and one reconstruction of each library, behind the same two calls.
 
 Each class drives the library's own model, loss and optimizer the way its own training loop does, without that loop's data loading,
-logging and saving. Rows come in normalised to a mean norm of sqrt(d), for all alike. Snapshots: see benchmarks/requirements.txt.
+logging and saving. Rows come in normalised to a mean norm of sqrt(d), for all alike. Without `defaults` a library starts from our
+weights and takes our learning rate at each step and our Adam: what is left is its own model, loss, clipping and AuxK. With
+`defaults` everything is its own. Snapshots: see benchmarks/requirements.txt.
 """
 
 import os
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -37,10 +39,41 @@ class Setup:
     dead_after: int = 10_000_000
     """Rows without firing after which a latent is dead."""
 
+    centre: Tensor | None = None
+    """Mean of all rows that the library will see, [d]; None: the first batch's mean stands for it."""
+
     @property
-    def lr(self) -> float:
-        """Our default. Sparsify's (Adam) and dictionary_learning's are 2e-4 / sqrt(n / 16,384)."""
-        return Hyperparameters(n_latents=self.n, k=self.k).peak_lr
+    def hyperparameters(self) -> Hyperparameters:
+        """`sae.train` with no flag but the numbers of latents and k."""
+        return Hyperparameters(n_latents=self.n, k=self.k)
+
+    def lr_at(self, step: int) -> float:
+        """Our learning rate at `step`. The peaks of sparsify (Adam) and dictionary_learning are 2e-4 / sqrt(n / 16,384)."""
+        return self.hyperparameters.lr_at(step, self.steps)
+
+    def adam(self) -> dict[str, Any]:
+        """Our Adam, as entries of a parameter group."""
+        return {"betas": self.hyperparameters.betas, "eps": self.hyperparameters.eps}
+
+    def start(self) -> "Start":
+        """The weights that our trainer starts from, with this seed."""
+        sae = SAE(SAEConfig(d_model=self.d, n_latents=self.n, k=self.k, norm="none"))
+        norm = self.hyperparameters.initial_encoder_norm(self.d)
+        sae.initialise_("tied", torch.Generator().manual_seed(self.seed), encoder_norm=norm)
+        return Start(sae.W_enc.detach(), sae.W_dec.detach())
+
+    def centre_of(self, z: Tensor) -> Tensor:
+        """Where b_pre starts, [d], like `z`, the first batch [N, d]."""
+        return z.mean(0) if self.centre is None else self.centre.to(z)
+
+
+class Start(NamedTuple):
+    """Weights to start from; b_enc is zero, and b_pre comes with the first batch (`Setup.centre_of`)."""
+
+    W_enc: Tensor
+    """[n, d], rows of the norm at which random ones reconstruct best."""
+    W_dec: Tensor
+    """[n, d], the same directions with unit norm."""
 
 
 class Library(Protocol):
@@ -59,39 +92,29 @@ class Library(Protocol):
         """Latents dead by the library's own count."""
 
 
-def decayed(step: int, steps: int) -> float:
-    """Share of the peak learning rate at `step`: linear warm-up over 5 %, then a cosine to zero. Our trainer's schedule."""
-    warmup = max(1, steps // 20)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * (step - warmup) / max(1, steps - 1 - warmup)))))
-
-
 class Ours:
     """This repository."""
 
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.sae = SAE(SAEConfig(d_model=setup.d, n_latents=setup.n, k=setup.k, norm="none"))
-        self.sae.initialise_("tied", torch.Generator().manual_seed(setup.seed))
+        start = setup.start()
+        self.sae.load_state_dict({"W_enc": start.W_enc, "W_dec": start.W_dec}, strict=False)
         self.sae.to(setup.device)
-        self.optimizer = torch.optim.Adam(
-            self.sae.parameters(), lr=setup.lr, eps=6.25e-10, decoupled_weight_decay=True, fused=True
-        )
-        config = Hyperparameters(n_latents=setup.n, k=setup.k)
-        self.recipe = config.recipe(0, setup.d, torch.device(setup.device))
-        self.descent = descent(config, self.sae, self.optimizer, ALONE, 0)
+        self.optimizer = torch.optim.Adam(self.sae.parameters(), **setup.adam(), decoupled_weight_decay=True, fused=True)
+        self.recipe = setup.hyperparameters.recipe(0, setup.d, torch.device(setup.device))
+        self.descent = descent(setup.hyperparameters, self.sae, self.optimizer, ALONE, 0)
         self.since = torch.zeros(setup.n, dtype=torch.long, device=setup.device)
         self.count = 0
 
     @torch.no_grad()
     def step(self, z: Tensor) -> None:
         if self.count == 0:
-            self.sae.b_pre.copy_(z.mean(0))
+            self.sae.b_pre.copy_(self.setup.centre_of(z))
         dead = (self.since >= self.setup.dead_after).nonzero()[:, 0]
         part = self.descent.add(z, self.recipe, 1 / z.numel(), dead, len(dead))
         assert self.descent.finite()
-        self.descent.update(self.setup.lr * decayed(self.count, self.setup.steps))
+        self.descent.update(self.setup.lr_at(self.count))
         self.since += len(z)
         self.since[part.fired > 0] = 0
         self.count += 1
@@ -169,7 +192,7 @@ class DenseStep:
 
 
 class Sparsify:
-    """sparsify (eai-sparsify): the body of Trainer.fit. `defaults`: signum, no AuxK; else Adam and AuxK at 1/32."""
+    """sparsify (eai-sparsify): the body of Trainer.fit. `defaults`: signum, no AuxK; else Adam, which it offers, and AuxK at 1/32."""
 
     def __init__(self, setup: Setup, defaults: bool = False) -> None:
         from schedulefree import ScheduleFreeWrapper
@@ -187,20 +210,23 @@ class Sparsify:
             )
             self.optimizer.train()
         else:
-            self.optimizer = torch.optim.Adam(self.sae.parameters(), lr=setup.lr)
+            start = setup.start()
+            self.sae.encoder.weight.data.copy_(start.W_enc)
+            self.sae.W_dec.data.copy_(start.W_dec)
+            self.optimizer = torch.optim.Adam(self.sae.parameters(), **setup.adam())
         self.since = torch.zeros(setup.n, dtype=torch.long, device=setup.device)
         self.count = 0
 
     def step(self, z: Tensor) -> None:
         if self.count == 0:
-            self.sae.b_dec.data = z.mean(0)
+            self.sae.b_dec.data = z.mean(0) if self.defaults else self.setup.centre_of(z)
         self.sae.set_decoder_norm_to_unit_norm()
         dead_mask = self.since > self.setup.dead_after if self.alpha > 0 else None
         out = self.sae(z, dead_mask=dead_mask)
         (out.fvu + self.alpha * out.auxk_loss).backward()
         self.sae.remove_gradient_parallel_to_decoder_directions()
         if not self.defaults:
-            self.optimizer.param_groups[0]["lr"] = self.setup.lr * decayed(self.count, self.setup.steps)
+            self.optimizer.param_groups[0]["lr"] = self.setup.lr_at(self.count)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.since += len(z)
@@ -226,7 +252,9 @@ class Sparsify:
 
 
 class SAELens:
-    """SAELens: TopKTrainingSAE in SAETrainer.step. `defaults`: lr 3e-4 constant, AuxK at 1; else our rate, schedule and 1/32."""
+    """SAELens: TopKTrainingSAE in SAETrainer.step. `defaults`: decoder rows of norm 0.1, `b_dec` at zero, lr 3e-4 constant, AuxK at
+    1; else AuxK at 1/32.
+    """
 
     def __init__(self, setup: Setup, defaults: bool = False) -> None:
         from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
@@ -238,8 +266,7 @@ class SAELens:
         coefficient = {} if defaults else {"aux_loss_coefficient": 1 / 32}
         cfg = TopKTrainingSAEConfig(d_in=setup.d, d_sae=setup.n, k=setup.k, device=setup.device, **coefficient)
         window = setup.dead_after // setup.batch
-        ours = {"lr": setup.lr, "lr_end": setup.lr / 10, "dead_feature_window": window}
-        options = {"lr_end": 3e-5} if defaults else ours
+        options = {"lr_end": 3e-5} if defaults else {"lr_end": 1e-5, "dead_feature_window": window}
         trainer_cfg = SAETrainerConfig(
             total_training_samples=setup.steps * setup.batch,
             train_batch_size_samples=setup.batch,
@@ -247,11 +274,17 @@ class SAELens:
             **options,
         )
         self.trainer = SAETrainer(cfg=trainer_cfg, sae=TopKTrainingSAE(cfg), data_provider=iter(()))
+        if not defaults:
+            start = setup.start()
+            self.trainer.sae.W_enc.data.copy_(start.W_enc.T)
+            self.trainer.sae.W_dec.data.copy_(start.W_dec)
+            self.trainer.optimizer.param_groups[0].update(setup.adam())
 
     def step(self, z: Tensor) -> None:
         if not self.defaults:
-            rate = self.setup.lr * decayed(self.trainer.n_training_steps, self.setup.steps)
-            self.trainer.optimizer.param_groups[0]["lr"] = rate
+            if self.trainer.n_training_steps == 0:
+                self.trainer.sae.b_dec.data.copy_(self.setup.centre_of(z))
+            self.trainer.optimizer.param_groups[0]["lr"] = self.setup.lr_at(self.trainer.n_training_steps)
         self.trainer.step(z)
         self.trainer.n_training_steps += 1
 
@@ -269,7 +302,9 @@ class SAELens:
 
 
 class DictionaryLearning:
-    """dictionary_learning: TopKTrainer.update. `defaults`: its warm-up of 1,000 steps and no decay; else our schedule."""
+    """dictionary_learning: TopKTrainer.update. `defaults`: encoder rows of unit norm, `b_dec` at the first batch's geometric median,
+    a warm-up of 1,000 steps and no decay.
+    """
 
     def __init__(self, setup: Setup, defaults: bool = False) -> None:
         from dictionary_learning.trainers.top_k import TopKTrainer
@@ -280,12 +315,22 @@ class DictionaryLearning:
             device=setup.device, warmup_steps=min(1000, setup.steps // 20),
         )  # fmt: skip
         self.trainer.dead_feature_threshold = setup.dead_after
+        if not defaults:
+            start = setup.start()
+            self.trainer.ae.encoder.weight.data.copy_(start.W_enc)
+            self.trainer.ae.encoder.bias.data.zero_()
+            self.trainer.ae.decoder.weight.data.copy_(start.W_dec.T)
+            self.trainer.optimizer.param_groups[0].update(setup.adam())
         self.count = 0
 
     def step(self, z: Tensor) -> None:
+        number = self.count
         if not self.defaults:
-            self.trainer.optimizer.param_groups[0]["lr"] = self.setup.lr * decayed(self.count, self.setup.steps)
-        self.trainer.update(self.count, z)
+            if self.count == 0:
+                self.trainer.ae.b_dec.data.copy_(self.setup.centre_of(z))
+            self.trainer.optimizer.param_groups[0]["lr"] = self.setup.lr_at(self.count)
+            number += 1  # at step 0 it would set b_dec itself
+        self.trainer.update(number, z)
         self.count += 1
 
     @torch.no_grad()

@@ -30,7 +30,7 @@ from core.cli import Progress, StageConfig, machine, run_stage
 from core.runtime import Runtime
 from llama3 import Tokenizer, Transformer, load_model, load_tokenizer
 from llama3.hub import model_name
-from llama3.sites import check_sites
+from llama3.sites import as_sites, check_sites
 
 log = logging.getLogger("capture.activations")
 
@@ -46,7 +46,9 @@ class ActivationsConfig(StageConfig):
     out: Path
     """The activations folder to write."""
     sites: tuple[str, ...] = ()
-    """Sites to capture in one pass, each into a folder of its own. Empty: resid_post at 5/6 of the depth."""
+    """Sites to capture in one pass, each into a folder of its own. Empty: resid_post at 5/6 of the depth. There are
+    embed, final_norm, and layers.{i}. followed by resid_pre, attn_norm, attn_heads, attn_out, resid_mid, ffn_norm, ffn_hidden,
+    ffn_out or resid_post."""
     storage: Storage = "bf16"
     """Type of the stored activations. int8, with one scale per row, takes half the bytes of bf16; SAEs of the embedded model
     trained on either had the same FVU, 0.404. Its error is 1e-4 of the variance, that of bf16 3e-6."""
@@ -73,6 +75,7 @@ class ActivationsConfig(StageConfig):
     """Write nothing; print tokens, bytes, free space and, from a probe of some 20 s, hours. Code 2 if it cannot fit."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "sites", as_sites(self.sites))
         for name in ("max_length", "chunk_sentences", "batch_tokens", "queue_depth"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1")
@@ -155,9 +158,13 @@ def _provenance(config: ActivationsConfig, model: Transformer, tokenizer: Tokeni
         "tokenizer_hash": tokenizer.hash,
         "sites": list(config.sites),
         "d_model": model.params.dim,
+        "widths": {site: model.width(site) for site in config.sites},
         "dtype": config.storage,
         "bos": config.bos,
         "max_length": config.max_length,
+        "chunk_sentences": config.chunk_sentences,
+        "batch_tokens": config.batch_tokens,
+        "max_padding": config.max_padding,
         "corpus_hash": corpus.manifest_hash,
     } | ({"part": config.part} if config.part else {})
 

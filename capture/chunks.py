@@ -1,6 +1,6 @@
 """One chunk of sentences through the model, and into a file.
 
-Shapes: n sentences of the chunk, N their tokens, B sentences of a batch, T slots of its longest, D d_model.
+Shapes: n sentences of the chunk, N their tokens, B sentences of a batch, T slots of its longest, D width of a site.
 """
 
 import json
@@ -18,6 +18,7 @@ from capture import tensorfile
 from capture.batches import Batch, ChunkTokens, batches
 from capture.storage import Storage, StoredRows
 from llama3 import Transformer
+from llama3.sites import as_sites
 
 log = logging.getLogger("capture.activations")
 
@@ -43,6 +44,9 @@ class ChunkCapture:
     """Token fed before each sentence and not stored; None: no token."""
     skip_nonfinite: bool
     """Give a sentence with NaN or Inf no rows, instead of raising NonFinite."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sites", as_sites(self.sites))
 
 
 class CapturedChunk(NamedTuple):
@@ -87,7 +91,7 @@ def start_chunk(how: ChunkCapture, chunk: ChunkTokens, before_batch: Callable[[]
     """Run a chunk through the model. `before_batch` is called before each forward pass."""
     device = how.model.device
     N = len(chunk.token_ids)
-    rows = {site: StoredRows.empty(N, how.model.params.dim, how.storage, device) for site in how.sites}
+    rows = {site: StoredRows.empty(N, how.model.width(site), how.storage, device) for site in how.sites}
     counts = Counter(fed=N, truncated=chunk.truncated, empty=int((chunk.lengths == 0).sum()))
     for batch in batches(chunk, how.batch_tokens, how.max_padding):
         before_batch()
@@ -147,9 +151,7 @@ def _nonfinite_sentences(captured: CapturedChunk) -> dict[int, str]:
     tokens = captured.tokens
     found: dict[int, str] = {}
     for site, norms in captured.norms.items():
-        suspects = (~norms.isfinite()).nonzero().squeeze(1)
-        # The norm of finite values may overflow, so the values decide.
-        rows = suspects[~captured.rows[site].finite(suspects)]
+        rows = (~norms.isfinite()).nonzero().squeeze(1)
         sentences = torch.searchsorted(tokens.offsets, rows, right=True) - 1
         for row, sentence in zip(rows.tolist(), sentences.tolist(), strict=True):
             place = f"sentence {int(tokens.sentence_ids[sentence])}, token {row - int(tokens.offsets[sentence])}"

@@ -41,8 +41,10 @@ def need(corpus: Corpus, tokenizer: Tokenizer, how: ChunkCapture, max_length: in
         starts, length = [0], n
     sample = sum(len(tokenise(corpus.rows(i, i + length), tokenizer, max_length).token_ids) for i in starts)
     tokens = round(sample * n / (length * len(starts)))
-    row = how.model.params.dim * DTYPES[how.storage].itemsize + 4 * (how.storage == "int8") + 4  # values, scale, token id
-    return Need(tokens, len(how.sites) * (tokens * row + 24 * n))  # three int64 a sentence: its id, document and offset
+    values = sum(how.model.width(site) for site in how.sites) * DTYPES[how.storage].itemsize
+    others = len(how.sites) * (4 * (how.storage == "int8") + 4)  # scale, token id
+    # Three int64 per sentence and site: its id, document and offset.
+    return Need(tokens, tokens * (values + others) + len(how.sites) * 24 * n)
 
 
 def free(out: Path) -> int:

@@ -1,6 +1,6 @@
 """The types in which activations are stored: bf16, fp32, or int8 with one scale per row.
 
-Shapes: N rows, D d_model.
+Shapes: N rows, D width of a site.
 """
 
 from collections.abc import Callable
@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
+
+from core.norms import row_norms
 
 Storage = Literal["bf16", "fp32", "int8"]
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "int8": torch.int8}
@@ -18,10 +20,16 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     """`x` (N, D) as int8, and the scales (N,) float32 that give it back: the greatest absolute value of a row becomes 127.
 
     The error of a value is at most half a scale. A row of zeros has scale 0; one with NaN or Inf a scale that is not finite.
+    No scale is subnormal, since many processors take such numbers for 0: rows below 127 times the smallest normal number get
+    that as their scale. None is so large that 127 times it overflows.
     """
     x = x.float()
-    scales = x.abs().amax(dim=1) / INT8_MAX
-    return (x / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round_().to(torch.int8), scales
+    largest = x.abs().amax(dim=1)
+    scales = (largest / INT8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
+    overflows = largest.isfinite() & (scales * INT8_MAX).isinf()
+    scales = torch.where(overflows, torch.nextafter(scales, torch.zeros_like(scales)), scales)
+    values = (x / scales[:, None]).round_().to(torch.int8)
+    return values, torch.where(largest == 0, 0, scales)
 
 
 def dequantise(values: Tensor, scales: Tensor) -> Tensor:
@@ -38,9 +46,9 @@ class StoredRows(NamedTuple):
     """(N,) float32 for int8, else None."""
 
     @classmethod
-    def empty(cls, n_rows: int, d_model: int, storage: Storage, device: torch.device) -> Self:
+    def empty(cls, n_rows: int, width: int, storage: Storage, device: torch.device) -> Self:
         scales = torch.empty(n_rows, device=device) if storage == "int8" else None
-        return cls(torch.empty(n_rows, d_model, dtype=DTYPES[storage], device=device), scales)
+        return cls(torch.empty(n_rows, width, dtype=DTYPES[storage], device=device), scales)
 
     def put_(self, places: Tensor, x: Tensor) -> None:
         """Store the rows `x` at `places`."""
@@ -51,15 +59,13 @@ class StoredRows(NamedTuple):
             self.activations.index_copy_(0, places, values)
             self.scales.index_copy_(0, places, scales)
 
-    def norms(self) -> Tensor:
-        """(N,) float32; not finite where a value is not, or where squares overflow."""
-        rows = self.activations if self.scales is None else dequantise(self.activations, self.scales)
-        norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
-        return norms
+    def floats(self) -> Tensor:
+        """(N, D) as readers get them: float32 where stored in int8, else the very tensor."""
+        return self.activations if self.scales is None else dequantise(self.activations, self.scales)
 
-    def finite(self, rows: Tensor) -> Tensor:
-        """Whether each of `rows` holds finite values alone; bool, like `rows`."""
-        return self.activations[rows].isfinite().all(dim=1) if self.scales is None else self.scales[rows].isfinite()
+    def norms(self) -> Tensor:
+        """(N,) float64; not finite exactly where a value is not."""
+        return row_norms(self.floats())
 
     def kept(self, mask: Tensor) -> "StoredRows":
         """The rows where `mask` (N,) is True."""

@@ -3,7 +3,7 @@
 Files are mapped into memory; each is compared with its checksum once, when it is first asked for. A sentence id always comes
 with its own rows: sentences and chunks are consecutive runs of ids, so their place is arithmetic and nothing is searched.
 
-Shapes: n sentences of a chunk, N tokens of a chunk, T tokens of a sentence, D d_model.
+Shapes: n sentences of a chunk, N tokens of a chunk, T tokens of a sentence, D width of the site.
 """
 
 import re
@@ -180,8 +180,11 @@ class Activations:
     def __init__(self, artifact: Artifact, site: str) -> None:
         manifest = artifact.manifest
         self.artifact, self.site = artifact, site
-        self.provenance: dict[str, Any] = manifest.provenance | {"site": site}
-        self.d_model: int = manifest.provenance["d_model"]
+        described = dict(manifest.provenance)
+        # Folders of version 0.1 hold only sites of the model's width.
+        self.d_model: int = described.pop("widths", {}).get(site, described["d_model"])
+        """Width of the site."""
+        self.provenance: dict[str, Any] = described | {"site": site, "d_model": self.d_model}
         stored = DTYPES[manifest.provenance["dtype"]]
         self._quantised = stored == torch.int8
         self.dtype = torch.float32 if self._quantised else stored

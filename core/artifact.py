@@ -10,12 +10,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, get_args, get_type_hints
+from typing import Any, BinaryIO, get_args, get_type_hints
 
 import xxhash
 
 from core import files
+from core.file_records import JOURNAL_ADVICE, read_journals, remove_journals
+from core.file_records import FileRecord as FileRecord
 from core.files import locked as locked
+from core.lines import LineWriter
 from core.runtime import Runtime
 from core.version import VERSION
 
@@ -23,15 +26,6 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 UNLISTED = ("README.md", "log.txt", "training.html")
 """Files beside those of the manifest that a reader allows and never hashes: a model card, and what a person may read."""
-
-
-class FileRecord(NamedTuple):
-    """One file of an artifact: path inside the folder, size, xxh3-128, and rows where it holds rows."""
-
-    name: str
-    bytes: int
-    checksum: str
-    rows: int
 
 
 @dataclass(frozen=True)
@@ -202,8 +196,13 @@ class Builder:
     def __init__(self, path: Path, begun: Manifest, runtime: Runtime) -> None:
         self.path, self.complete = path, begun.complete
         self._begun, self._runtime = begun, runtime
-        self._journal = path / f".journal-{runtime.rank}.jsonl"
+        self._journal = LineWriter(path / f".journal-{runtime.rank}.jsonl", JOURNAL_ADVICE)
         self._done = {record.name: record for record in begun.files}
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """What a complete artifact counted."""
+        return self._begun.counts
 
     def has(self, name: str) -> FileRecord | None:
         """The record of a file that an earlier run finished, if it did."""
@@ -219,12 +218,24 @@ class Builder:
         """A finished file, for reading."""
         return (self.path / name).open("rb")
 
+    def read(self, name: str) -> bytes:
+        """What a finished file holds. ValueError where that is not what was written."""
+        with self.open(name) as file:
+            content = file.read()
+        record = self._done[name]
+        if (len(content), xxhash.xxh3_128_hexdigest(content)) != (record.bytes, record.checksum):
+            raise ValueError(
+                f"{self.path / name}: damaged: its checksum does not fit; remove it, and give the same command again: it is "
+                "then made or fetched again"
+            )
+        return content
+
     def publish(self, name: str, content: files.Content, rows: int = 0) -> FileRecord:
         """Write one file of the artifact, whole or not at all, and remember it in the journal."""
         self._disown(name)
         written = self._write(name, content)
         record = FileRecord(name, written.bytes, written.checksum, rows)
-        files.append_line(self._journal, json.dumps(record._asdict()))
+        self._journal.write(record._asdict())
         self._done[name] = record
         return record
 
@@ -240,7 +251,7 @@ class Builder:
     def _disown(self, name: str) -> None:
         """Journal that the record of `name` may no longer fit, before the file changes and the process is perhaps killed."""
         if self._done.pop(name, None):
-            files.append_line(self._journal, json.dumps(FileRecord(name, -1, "", 0)._asdict()))
+            self._journal.write(FileRecord(name, -1, "", 0)._asdict())
 
     def finish(self, names: Iterable[str], counts: Mapping[str, Any], provenance: Mapping[str, Any] | None = None) -> None:
         """Write the final manifest. `names` are this rank's files; those of all ranks together, in order of name, make up the
@@ -257,11 +268,11 @@ class Builder:
             complete=True,
         )
         self._runtime.on_main(lambda: self._close(manifest))
-        self.complete = True
+        self._begun, self.complete = manifest, True
 
     def _close(self, manifest: Manifest) -> None:
         files.publish(self.path / MANIFEST, manifest.to_json().encode())
-        _remove_journals(self.path)
+        remove_journals(self.path)
 
 
 @contextmanager
@@ -314,9 +325,9 @@ def _begin(path: Path, wanted: Manifest) -> Manifest:
         files.publish(path / MANIFEST, wanted.to_json().encode())
     files.sweep(path)
     if begun.complete:
-        _remove_journals(path)
+        remove_journals(path)
         return begun
-    return replace(begun, files=_read_journals(path))
+    return replace(begun, files=read_journals(path))
 
 
 def _check_same_command(path: Path, begun: Manifest, wanted: Manifest) -> None:
@@ -335,8 +346,10 @@ def _check_same_command(path: Path, begun: Manifest, wanted: Manifest) -> None:
             f"{path}: was made from other inputs ({begun.inputs}) than those given ({wanted.inputs}); choose another --out"
         )
     for name, new in json.loads(json.dumps(wanted.provenance)).items():
-        # A finished artifact stays good when the package moves on; half of one is not continued by other code.
-        if begun.provenance.get(name) != new and not (begun.complete and name == "package_version"):
+        # A finished artifact stays good when the package moves on, and records more than it did; half of one is not continued
+        # by other code.
+        moved_on = name == "package_version" or name not in begun.provenance
+        if begun.provenance.get(name) != new and not (begun.complete and moved_on):
             raise ValueError(
                 f"{path}: was begun with {name} {begun.provenance.get(name)!r}, now it is {new!r}; choose another --out, "
                 "or remove the folder"
@@ -347,30 +360,6 @@ def _shown(value: Any) -> str:
     return " ".join(map(str, value)) or "(none)" if isinstance(value, list) else str(value)
 
 
-def _remove_journals(path: Path) -> None:
-    for journal in path.glob(".journal-*.jsonl"):
-        files.remove(journal)
-
-
-def _read_journals(path: Path) -> list[FileRecord]:
-    """What earlier runs finished, whatever their number of ranks; where records differ, the one that fits the file, if any."""
-    records: dict[str, set[FileRecord]] = {}
-    for journal in sorted(path.glob(".journal-*.jsonl")):
-        for line in journal.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                record = FileRecord(**json.loads(line))
-                records.setdefault(record.name, set()).add(record)
-            except (ValueError, TypeError):
-                continue  # the line being written when the process died
-    settled = [one for rivals in records.values() for one in rivals if len(rivals) == 1 or _fits(path, one)]
-    return [record for record in settled if record.bytes >= 0]
-
-
-def _fits(folder: Path, record: FileRecord) -> bool:
-    path = folder / record.name
-    return path.is_file() and files.checksum(path) == (record.bytes, record.checksum)
-
-
 def _check_file(folder: Path, record: FileRecord) -> None:
     _check(folder / record.name, record, files.checksum(folder / record.name))
 
@@ -378,6 +367,6 @@ def _check_file(folder: Path, record: FileRecord) -> None:
 def _check(path: Path, record: FileRecord, found: files.Written) -> None:
     if found != (record.bytes, record.checksum):
         raise ValueError(
-            f"{path}: damaged: expected {record.bytes:,} bytes with checksum {record.checksum[:12]}, "
-            f"found {found.bytes:,} with {found.checksum[:12]}; run its stage again into a fresh folder"
+            f"{path}: damaged: expected {record.bytes:,} bytes with checksum {record.checksum}, "
+            f"found {found.bytes:,} with {found.checksum}; run its stage again into a fresh folder"
         )

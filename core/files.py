@@ -14,7 +14,7 @@ import socket
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import xxhash
 
@@ -69,18 +69,47 @@ def publish(path: Path, content: Content) -> Written:
     return Written(size, digest.hexdigest())
 
 
-def append_line(path: Path, line: str) -> None:
-    """Append one line to a journal and fsync it. A line cut short by a crash is closed first; it is for the reader to skip."""
+def append(path: Path, text: bytes, end: int, torn: int = 0) -> int:
+    """Append `text` to a file of `end` bytes and fsync it; returns where it ends then. The `torn` bytes behind `end`, which a
+    crash left, are cut off first; a last line without its line break gets it.
+
+    Raises ValueError where the file does not hold what its writer knows, before or after: another process writes to it.
+    """
     try:
-        with _do("open", path, lambda: path.open("a+b")) as file:
-            text = line.encode() + b"\n"
-            if _is_torn(file):
+        is_new = not path.exists()
+        with _do("open", path, lambda: path.open("a+b", buffering=0)) as file:
+            _check_alone(path, os.fstat(file.fileno()).st_size in (end, end + torn))
+            if torn:
+                _do("truncate", path, lambda: file.truncate(end))
+            if end and os.pread(file.fileno(), 1, end - 1) != b"\n":
                 text = b"\n" + text
-            _do("write", path, lambda: file.write(text))
-            _do("flush", path, file.flush)
-            _do("fsync", path, lambda: os.fsync(file.fileno()))
+            try:
+                _do("write", path, lambda: _write_all(file.fileno(), text))
+                _do("fsync", path, lambda: os.fsync(file.fileno()))
+            except OSError:
+                with contextlib.suppress(OSError):  # else the next reader cuts it off
+                    file.truncate(end)
+                raise
+        if is_new:
+            _do("fsync_folder", path.parent, partial(_sync_folder, path.parent))
+        with path.open("rb") as file:  # opened anew, so that what another machine wrote is seen
+            file.seek(end)
+            _check_alone(path, file.read(len(text) + 1) == text)
     except OSError as error:
-        raise _explained(error, path, len(line)) from error
+        raise _explained(error, path, len(text)) from error
+    return end + len(text)
+
+
+def _write_all(descriptor: int, text: bytes) -> None:
+    while text:
+        text = text[os.write(descriptor, text) :]
+
+
+def _check_alone(path: Path, alone: bool) -> None:
+    if not alone:
+        raise ValueError(
+            f"{path}: another process writes to this file, perhaps on another machine; end it, then give the same command again"
+        )
 
 
 def make_folder(path: Path) -> None:
@@ -193,13 +222,6 @@ def _names(lock: Path, descriptor: int) -> bool:
 def _sign(descriptor: int) -> None:
     os.ftruncate(descriptor, 0)
     os.write(descriptor, f"host {socket.gethostname()}, process {os.getpid()}".encode())
-
-
-def _is_torn(file: BinaryIO) -> bool:
-    if not file.seek(0, os.SEEK_END):
-        return False
-    file.seek(-1, os.SEEK_END)
-    return file.read(1) != b"\n"
 
 
 def _do(operation: str, path: Path, act: Callable[[], T]) -> T:

@@ -5,30 +5,37 @@
     python -m inference.app --steer recipe.json          the page begins with these edits
 
 The page is served on this machine alone, whatever GRADIO_SHARE or GRADIO_SERVER_NAME say. Another --host, or --public-link,
-needs --password-file. Nothing is loaded from any other host, and no file but the app's own is served.
+needs --password-file. Nothing is loaded from any other host, and no file but the app's own is served. Requests for a host
+name that neither --host nor --allow-host gives, and calls from pages of other origins, are refused.
 """
 
 import logging
 import os
 import socket
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 
 from core.cli import machine, run_stage
 from core.runtime import Runtime
+from inference.calls import CallCheck
 from inference.dialogue import style_of
 from inference.guard import Guard
 from inference.handlers import Handlers
+from inference.hosts import HostGuard, served_names
 from inference.recipes import SteeringConfig
 from inference.session import open_session
 
 log = logging.getLogger("inference.app")
 
 USER = "workbench"
+Lifespan = Callable[[Any], AbstractAsyncContextManager[None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +46,9 @@ class AppConfig(SteeringConfig):
     """Port to serve on; 0 takes a free one."""
     host: str = machine("127.0.0.1")
     """Address to serve on. Any but this machine's own needs --password-file."""
+    allow_host: tuple[str, ...] = machine(())
+    """Further names or addresses, without ports, by which browsers reach this server: needed with --host 0.0.0.0 or ::, and
+    behind a proxy, which must pass the Host header on. This machine's own and --host are always served."""
     public_link: bool = machine(False)
     """Ask Gradio's service for a public link; needs --password-file."""
     password_file: Path | None = machine(None)
@@ -55,6 +65,7 @@ class AppConfig(SteeringConfig):
         if (self.public_link or not is_loopback(self.host)) and self.password_file is None:
             what = "--public-link" if self.public_link else f"--host {self.host}"
             raise ValueError(f"{what} lets other machines in; give --password-file FILE too, or stay on 127.0.0.1")
+        served_names(self.host, self.allow_host)
         style_of(self.style, self.model)
 
 
@@ -62,6 +73,14 @@ def is_loopback(host: str) -> bool:
     """Whether an address reaches this machine alone."""
     try:
         return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def is_unspecified(host: str) -> bool:
+    """Whether an address stands for all of this machine's."""
+    try:
+        return ip_address(host).is_unspecified
     except ValueError:
         return False
 
@@ -92,20 +111,21 @@ def serve(handlers: Handlers, config: AppConfig, password: str | None = None, bl
     """
     ignore_gradio_variables()  # before the imports below: Gradio reads its variables when it is imported
     from inference.layout import Page
-    from inference.panels.events import MAX_THREADS, QUEUE_SIZE
+    from inference.panels.events import MAX_THREADS, QUEUE_SIZE, inputs_of
     from inference.theme import stylesheet, theme
 
     blocks = Page(handlers).blocks
     blocks.queue(max_size=QUEUE_SIZE)
-    _, address, _ = blocks.launch(
-        server_name=config.host,
+    names = served_names(config.host, config.allow_host)
+    app, address, public = blocks.launch(
+        server_name=f"[{config.host}]" if ":" in config.host else config.host,
         server_port=usable_port(config.host, config.port),
         share=config.public_link,
         auth=(USER, password) if password else None,
         inbrowser=config.open_browser,
         theme=theme(),
         css=stylesheet(),
-        app_kwargs={"middleware": [_middleware()], "docs_url": None, "redoc_url": None},
+        app_kwargs={"lifespan": _guarding(names, inputs_of(blocks)), "docs_url": None, "redoc_url": None},
         allowed_paths=[],
         blocked_paths=[str(Path.cwd())],
         max_file_size="64kb",
@@ -120,6 +140,11 @@ def serve(handlers: Handlers, config: AppConfig, password: str | None = None, bl
         max_threads=MAX_THREADS,
         state_session_capacity=500,
     )
+    assert isinstance(app.middleware_stack, HostGuard)
+    if public:
+        names.update(served_names(str(urlsplit(public).hostname), ()))
+    if is_unspecified(config.host) and not config.allow_host:
+        log.warning("--host %s without --allow-host NAME: browsers on other machines are refused", config.host)
     log.info("the workbench is open at %s%s; Ctrl-C ends it", address, f" for user {USER}" if password else "")
     if block:
         blocks.block_thread()
@@ -162,10 +187,19 @@ def read_password(path: Path | None) -> str | None:
     return lines[0].strip()
 
 
-def _middleware() -> Any:
-    from starlette.middleware import Middleware
+def _guarding(names: Collection[str], events: Mapping[int, Sequence[str]]) -> Lifespan:
+    """What the server runs before its first request: our guards go around all of Gradio.
 
-    return Middleware(Guard)
+    Middleware that Gradio is given stands behind its own, which answers some requests (CORS) for
+    any host and origin.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: Any) -> AsyncIterator[None]:
+        app.middleware_stack = HostGuard(Guard(CallCheck(app.middleware_stack, events)), names)
+        yield
+
+    return lifespan
 
 
 if __name__ == "__main__":

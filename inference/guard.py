@@ -1,7 +1,8 @@
 """What stands before Gradio: requests that the page never makes are refused unread, and the browser may ask no other host."""
 
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from urllib.parse import parse_qs
+
+from inference.asgi import Asgi, Message, Receive, Scope, Send, header, refuse
 
 MAX_BODY_BYTES = 512 * 1024
 """Largest request body that is read at all; the longest that the page sends, a recipe beside a text, is a fourth of it."""
@@ -26,11 +27,8 @@ POLICY = "; ".join(
     )
 )
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
+OTHER_PAGES = {"page", "deep_link"}
+"""By these names in its query Gradio opens other pages of an app, and stored ones; there is one page, and none is stored."""
 
 
 def is_known(path: str) -> bool:
@@ -48,17 +46,19 @@ class Guard:
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
         elif scope["type"] != "http" or not is_known(scope["path"]):
-            await _refuse(scope, send, 404, "there is no such page")
+            await refuse(scope, send, 404, "there is no such page")
+        elif OTHER_PAGES & set(parse_qs(scope.get("query_string", b"").decode("latin-1"))):
+            await refuse(scope, send, 404, "there is one page, and none is stored")
         elif _body_bytes(scope) > MAX_BODY_BYTES:
-            await _refuse(scope, send, 413, f"the request is too large; at most {MAX_BODY_BYTES // 1024} KB are read")
+            await refuse(scope, send, 413, f"the request is too large; at most {MAX_BODY_BYTES // 1024} KB are read")
         else:
             await self._app(scope, _counted(receive), _guarded(send))
 
 
 def _body_bytes(scope: Scope) -> int:
     """What the client says that it will send; more than anything allowed where that is no number."""
-    length = dict(scope["headers"]).get(b"content-length", b"0")
-    return int(length) if length.isdigit() else MAX_BODY_BYTES + 1
+    length = (header(scope, b"content-length") or ["0"])[0]
+    return int(length) if length.isdecimal() and len(length) < 20 else MAX_BODY_BYTES + 1
 
 
 def _counted(receive: Receive) -> Receive:
@@ -77,16 +77,8 @@ def _counted(receive: Receive) -> Receive:
 def _guarded(send: Send) -> Send:
     async def guarded(message: Message) -> None:
         if message["type"] == "http.response.start":
-            extra = [(b"content-security-policy", POLICY.encode()), (b"referrer-policy", b"no-referrer")]
+            extra = [(b"content-security-policy", POLICY.encode()), (b"referrer-policy", b"same-origin")]
             message = {**message, "headers": [*message["headers"], *extra]}
         await send(message)
 
     return guarded
-
-
-async def _refuse(scope: Scope, send: Send, status: int, why: str) -> None:
-    if scope["type"] == "websocket":
-        await send({"type": "websocket.close", "code": 1008})
-        return
-    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
-    await send({"type": "http.response.body", "body": f"{why}\n".encode()})

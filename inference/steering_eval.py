@@ -155,10 +155,10 @@ def measured_rows(
             log.info("%d of %d lengths were measured before", len(parts) - len(left), len(parts))
         for length, rows in measure(session, config, chosen, prompts, left):
             builder.publish(parts[length], "".join(json.dumps(row) + "\n" for row in rows).encode())
-        builder.publish(ROWS_FILE, b"".join((builder.path / name).read_bytes() for name in parts.values()))
+        builder.publish(ROWS_FILE, b"".join(builder.read(name) for name in parts.values()))
     for name in parts.values():
         builder.forget(name)
-    return [json.loads(line) for line in (builder.path / ROWS_FILE).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in builder.read(ROWS_FILE).decode().splitlines()]
 
 
 def as_json(value: Any) -> str:

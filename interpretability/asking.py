@@ -10,15 +10,15 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from core.artifact import Builder
 from core.cli import StageConfig, machine
-from core.files import append_line
+from core.lines import LineWriter
 
 REPLIES_FILE = "raw/replies.jsonl"
 SAVED = ".replies.jsonl"
+ADVICE = "nothing was asked; put back a copy of it that is whole, or remove the line, whose question is then asked again"
 LARGEST_BYTES_PER_TOKEN = 3.0
 """English text has four to five bytes a token; fewer are assumed where nothing counts tokens, so that the estimate is high."""
 
@@ -86,6 +86,11 @@ class AskConfig(StageConfig):
     """anthropic: seconds between two looks at batches under way."""
     settle_s: float = machine(60.0)
     """anthropic: seconds after which a batch whose creation was cut off must appear in the list, if it was accepted."""
+    moved: bool = machine(False)
+    """anthropic: send from a folder that was copied or moved here. No other copy of it may be used any more: two would
+    pay for everything twice."""
+    max_failed_share: float = machine(0.1)
+    """Share of failed answers above which the command ends with an error; its results are kept all the same."""
     attempts: int = machine(5)
     """Times that one request is sent, at most; only expired, cancelled and overloaded ones are sent again."""
     concurrency: int = machine(4)
@@ -95,6 +100,8 @@ class AskConfig(StageConfig):
         for name in ("max_tokens", "batch_requests", "attempts", "concurrency"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1; found {getattr(self, name)}")
+        if not 0 <= self.max_failed_share <= 1:
+            raise ValueError(f"--max-failed-share must be from 0 to 1; found {self.max_failed_share}")
         if self.budget < 0 or self.poll_s <= 0 or self.settle_s < 0:
             raise ValueError(
                 "--budget and --settle-s must be at least 0 and --poll-s more than 0; "
@@ -165,6 +172,15 @@ def confirm(config: AskConfig, estimate: Estimate, committed: float = 0.0, confi
         raise ValueError("not sent")
 
 
+def check_failures(config: AskConfig, failed: int, asked: int) -> None:
+    """ValueError where too many of the questions that were asked have no answer."""
+    if failed > config.max_failed_share * asked:
+        raise ValueError(
+            f"{failed:,} of {asked:,} answers failed ({failed / asked:.0%}), more than --max-failed-share "
+            f"{config.max_failed_share:g}; all results and the reasons were written"
+        )
+
+
 def redacted(text: object, key: str) -> str:
     """`text` in one line, without the API key."""
     line = " ".join(str(text).split())
@@ -181,25 +197,24 @@ class SavedReplies:
         """`before` gets the requests to be asked and those that were saved; it may refuse, with ValueError."""
         self.name, self.model = asker.name, asker.model
         self._asker, self._builder, self._before = asker, builder, before
-        self._path: Path = builder.path / SAVED
+        self._lines = LineWriter(builder.path / SAVED, ADVICE)
+        self._known = self._saved()
         self.files = [REPLIES_FILE]
 
-    def saved(self) -> dict[str, Reply]:
+    def _saved(self) -> dict[str, Reply]:
         """Replies of earlier runs, by key. Those with a problem are not among them: they are asked for again."""
         found: dict[str, Reply] = {}
-        if self._path.exists():
-            for line in self._path.read_text(encoding="utf-8").splitlines():
-                try:
-                    reply = Reply(**json.loads(line))
-                except (ValueError, TypeError):
-                    continue  # the line being written when the process died
-                if not reply.problem:
-                    found[reply.key] = reply
+        for number, line in enumerate(self._lines.records, 1):
+            if line.keys() != set(Reply._fields) or not all(isinstance(value, str) for value in line.values()):
+                raise ValueError(f"{self._lines.path}: line {number} is no reply; {ADVICE}")
+            reply = Reply(**line)
+            if not reply.problem:
+                found[reply.key] = reply
         return found
 
     def ask(self, requests: Sequence[Request]) -> Iterator[Reply]:
         """One reply for each request; those that were saved come without asking."""
-        known = self.saved()
+        known = self._known
         final = {request.key: known[request.key] for request in requests if request.key in known}
         missing = [request for request in requests if request.key not in known]
         if missing:
@@ -207,8 +222,10 @@ class SavedReplies:
         yield from final.values()
         for reply in self._asker.ask(missing):
             clean = reply._replace(text=writable(reply.text))
-            append_line(self._path, json.dumps(clean._asdict()))
+            self._lines.write(clean._asdict())
             final[reply.key] = clean
+            if not clean.problem:
+                known[reply.key] = clean
             yield clean
         self._builder.publish(REPLIES_FILE, _lines(final[request.key] for request in requests), rows=len(requests))
 

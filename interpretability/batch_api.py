@@ -8,9 +8,12 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 
 import anthropic
 import httpx2
+from anthropic.types.messages import MessageBatch
 
 from interpretability.asking import AskConfig, Price, redacted
 
@@ -66,7 +69,7 @@ def told(client: anthropic.Anthropic) -> Iterator[None]:
         yield
     except PASSING as error:
         raise ConnectionError(f"Anthropic: {in_a_line(client, error)}") from None
-    except anthropic.APIError as error:
+    except anthropic.AnthropicError as error:
         raise ValueError(f"Anthropic: {in_a_line(client, error)}") from None
 
 
@@ -76,13 +79,36 @@ def in_a_line(client: anthropic.Anthropic, error: Exception) -> str:
 
 def download(client: anthropic.Anthropic, batch: str) -> bytes:
     """The results of a batch as they come, cut off or not."""
-    pieces: list[bytes] = []
+    return b"".join(_pieces(client, batch))
+
+
+def first_line(client: anthropic.Anthropic, batch: str) -> bytes:
+    """The beginning of the results of a batch: their first line, and perhaps more; less where it was cut off before."""
+    found = b""
+    for piece in _pieces(client, batch):
+        found += piece
+        if b"\n" in found:
+            break
+    return found
+
+
+def _pieces(client: anthropic.Anthropic, batch: str) -> Iterator[bytes]:
     try:
         with client.messages.batches.with_streaming_response.results(batch) as response:
-            pieces += response.iter_bytes()
+            yield from response.iter_bytes()
     except httpx2.HTTPError as error:
         log.warning("results of %s: %s", batch, in_a_line(client, error))
-    return b"".join(pieces)
+
+
+def age_in_days(client: anthropic.Anthropic, batch: str) -> tuple[MessageBatch, float]:
+    """A batch as it stands, and its age by the server's own clock."""
+    response = client.messages.batches.with_raw_response.retrieve(batch)
+    found = response.parse()
+    try:
+        now = parsedate_to_datetime(response.headers["date"])
+    except (KeyError, ValueError):
+        now = datetime.now(UTC)  # behind a proxy that drops the date; it is for a warning alone
+    return found, (now - found.created_at).total_seconds() / 86400
 
 
 def retry_after(error: anthropic.APIStatusError) -> float:

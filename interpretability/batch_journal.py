@@ -1,20 +1,26 @@
 """The journal of a job of message batches, `.batches.jsonl`: what is about to be sent is on disk before it is sent.
 
-A line an event: `job` (its name and a hash of all it asks), `intent` (the keys of a batch, before its create), `created` (the
-server's id), `refused` (not accepted), `not_ours` (a batch that looked like it and is another's).
+A line an event, each with its checksum (core/lines.py): `job` (its name and a hash of all it asks), `place` (where it is run),
+`intent` (the keys of a batch, and the server's newest batches, before its create), `created` (the server's id), `refused` (not
+accepted), `not_ours` (a batch that looked like it and is another's).
 """
 
-import json
 import secrets
-import time
-from collections.abc import Iterator, Sequence
+import socket
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from core.files import append_line
+import xxhash
+
+from core.lines import LineWriter
 
 JOURNAL = ".batches.jsonl"
+ADVICE = (
+    "nothing was sent; put back a copy of it that is whole, and give the same command again; without it what was sent would be "
+    "sent and paid for again"
+)
 
 
 @dataclass
@@ -23,8 +29,8 @@ class Sent:
 
     number: int
     keys: list[str]
-    time: float
-    """Seconds since 1970, before the create."""
+    before: list[str] | None
+    """Newest batches of the server before the create; None where an earlier release did not ask."""
     batch: str = ""
     """The server's id, once known."""
     refused: bool = False
@@ -37,53 +43,117 @@ class Sent:
         """Where its results are kept, in the folder of the job."""
         return f"raw/batch-{self.number:05d}.jsonl"
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it is not known if the server took it."""
+        return not self.batch and not self.refused
+
+
+class Place(NamedTuple):
+    """Where a job is run. A folder that was copied has another `file`; one that several machines share has not."""
+
+    file: int
+    """Number of the journal's inode."""
+    folder: str
+    """Hash of the machine's name and the folder's path."""
+
 
 class Journal:
     """What is known of a job's creates, in memory and on disk; every change is on disk when the method returns.
 
-    ValueError where the folder was begun with another `content`, a hash of the model and all requests.
+    ValueError where the folder was begun with another `content`, a hash of the model and all requests, or where the journal is
+    damaged.
     """
 
-    def __init__(self, folder: Path, content: str) -> None:
-        self._path = folder / JOURNAL
+    def __init__(self, folder: Path, content: str, keys: Collection[str]) -> None:
+        self._folder, self._content, self._keys = folder, content, keys
         self.sent: list[Sent] = []
         self._job = ""
-        self._read(folder, content)
+        self._places: list[Place] = []
+        self._lines = LineWriter(folder / JOURNAL, ADVICE)
+        for number, event in enumerate(self._lines.records, 1):
+            if not self._take(event):
+                raise ValueError(f"{self._lines.path}: line {number} does not follow from those before it; {ADVICE}")
         if not self._job:
             self._job = secrets.token_hex(4)
             self._note("job", job=self._job, content=content)
+        if not self._places:
+            self.settle_here()
 
-    def _read(self, folder: Path, content: str) -> None:
-        for event in _events(self._path.read_text(encoding="utf-8") if self._path.exists() else ""):
-            match event:
-                case {"event": "job", "job": job, "content": found}:
-                    if found != content:
-                        raise ValueError(
-                            f"{folder}: was begun with other requests ({found[:8]}) than these ({content[:8]}); "
-                            "give the flags and the release that it was begun with, or choose another --out"
-                        )
-                    self._job = job
-                case {"event": "intent", "number": number, "keys": keys, "time": when}:
-                    assert number == len(self.sent), "intents are numbered from 0"
-                    self.sent.append(Sent(number, keys, when))
-                case {"event": "created", "number": number, "batch": batch}:
-                    self.sent[number].batch = batch
-                case {"event": "refused", "number": number}:
-                    self.sent[number].refused = True
-                case {"event": "not_ours", "number": number, "batch": batch}:
-                    self.sent[number].not_ours.add(batch)
+    def _take(self, event: dict[str, Any]) -> bool:
+        """Whether an event fits what is known; what it says is known then.
+
+        A second process that no lock kept out may have left a line of its own: it saw the others before it did what the
+        line says, and ended (core/lines.py).
+        """
+        match event:
+            case {"event": "job", "job": str(job), "content": str(content)}:
+                self._check_content(content)
+                self._job = self._job or job
+            case {"event": "place", "file": int(file), "folder": str(folder)} if self._job:
+                self._places.append(Place(file, folder))
+            case {"event": "intent", "number": int(number), "keys": list(keys)} if self._job:
+                return self._take_intent(number, keys, event.get("before"))
+            case {"event": "created" | "refused" | "not_ours" as kind, "number": int(number)}:
+                return self._take_outcome(kind, number, event.get("batch"))
+            case _:
+                return False
+        return True
+
+    def _take_intent(self, number: int, keys: list[str], before: list[str] | None) -> bool:
+        if number > len(self.sent) or not keys or not set(keys) <= set(self._keys):
+            return False
+        if number == len(self.sent):
+            self.sent.append(Sent(number, keys, before))
+        return True
+
+    def _take_outcome(self, kind: str, number: int, batch: object) -> bool:
+        if number not in range(len(self.sent)):
+            return False
+        sent = self.sent[number]
+        if kind == "refused":
+            sent.refused = not sent.batch
+        elif not isinstance(batch, str) or not batch or (kind == "created" and sent.batch not in ("", batch)):
+            return False
+        elif kind == "created":
+            sent.batch, sent.refused = batch, False
+        else:
+            sent.not_ours.add(batch)
+        return True
+
+    def _check_content(self, found: str) -> None:
+        if found != self._content:
+            raise ValueError(
+                f"{self._folder}: was begun with other requests ({found[:8]}) than these ({self._content[:8]}); "
+                "give the flags and the release that it was begun with, or choose another --out"
+            )
 
     def _note(self, event: str, **values: Any) -> None:
-        append_line(self._path, json.dumps({"event": event} | values))
+        self._lines.write({"event": event} | values)
 
     def prefix(self, sent: Sent) -> str:
         """What the custom ids of a create's requests begin with, and no other's; their keys follow."""
         return f"{self._job}-{sent.number}-"
 
-    def intent(self, keys: Sequence[str]) -> Sent:
-        """Note that `keys` are about to be sent."""
-        sent = Sent(len(self.sent), list(keys), time.time())
-        self._note("intent", number=sent.number, time=sent.time, keys=sent.keys)
+    @property
+    def is_here(self) -> bool:
+        """Whether this is the folder that the job was last run in, and no copy of it."""
+        last, here = self._places[-1], self._here()
+        return last.file == here.file or last.folder == here.folder
+
+    def settle_here(self) -> None:
+        """Note that the job is run in this folder from now on."""
+        self._places.append(self._here())
+        self._note("place", **self._places[-1]._asdict())
+
+    def _here(self) -> Place:
+        place = f"{socket.gethostname()} {self._folder.resolve()}"
+        return Place(self._lines.path.stat().st_ino, xxhash.xxh3_64_hexdigest(place.encode()))
+
+    def intent(self, keys: Sequence[str], before: Sequence[str]) -> Sent:
+        """Note that `keys` are about to be sent, and which batches the server held `before`, the newest of them at least."""
+        sent = Sent(len(self.sent), list(keys), list(before))
+        self._note("intent", number=sent.number, before=sent.before, keys=sent.keys)
         self.sent.append(sent)
         return sent
 
@@ -98,11 +168,3 @@ class Journal:
     def not_ours(self, sent: Sent, batch: str) -> None:
         self._note("not_ours", number=sent.number, batch=batch)
         sent.not_ours.add(batch)
-
-
-def _events(text: str) -> Iterator[dict[str, Any]]:
-    for line in text.splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue  # the line being written when the process died

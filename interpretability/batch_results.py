@@ -7,7 +7,6 @@ it holds each request of its batch once, in the numbers that the server announce
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from anthropic.types.messages import MessageBatch
@@ -68,12 +67,11 @@ def checked(content: bytes, wanted: set[str], counts: Mapping[str, int]) -> tupl
     return [line for line, _ in found.values()], ""
 
 
-def read_results(path: Path, prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Key and result of each line of a file that was checked; `prefix` is what the custom ids have before the key."""
-    with path.open("rb") as lines:
-        for line in lines:
-            found = json.loads(line)
-            yield found["custom_id"].removeprefix(prefix), found["result"]
+def read_results(content: bytes, prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Key and result of each line of a download that was checked; `prefix` is what the custom ids have before the key."""
+    for line in filter(None, content.split(b"\n")):
+        found = json.loads(line)
+        yield found["custom_id"].removeprefix(prefix), found["result"]
 
 
 def outcome_of(result: Mapping[str, Any]) -> Outcome:

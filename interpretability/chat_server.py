@@ -6,6 +6,7 @@ The key, where the server wants one, comes from OPENAI_API_KEY.
 import logging
 import os
 import random
+import re
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -19,6 +20,9 @@ NAME = "openai"
 DEFAULT_URL = "http://127.0.0.1:11434/v1"
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 MAX_PAUSE_S = 60.0
+SPARED = {"max_tokens": "max_completion_tokens", "temperature": "", "seed": ""}
+"""Parameters that some servers refuse, and what they are called there; without another name they are left out."""
+_REFUSAL = re.compile(r"support|unknown|unrecogni|unexpected|extra|permitted|allowed|forbidden", re.IGNORECASE)
 
 log = logging.getLogger("interpretability.chat_server")
 
@@ -34,6 +38,8 @@ class ChatServer:
         self.model, self._config = config.model, config
         self._key = os.environ.get("OPENAI_API_KEY", "").strip()
         self._url = (config.base_url or DEFAULT_URL).rstrip("/") + "/chat/completions"
+        self._spared: set[str] = set()
+        """Those of SPARED that this server has refused."""
         logging.getLogger("httpx2").setLevel(logging.WARNING)
 
     @property
@@ -59,15 +65,10 @@ class ChatServer:
                 pool.shutdown(cancel_futures=True)
 
     def _ask(self, client: httpx2.Client, request: Request) -> Reply:
-        messages = [{"role": "system", "content": request.system}, {"role": "user", "content": request.user}]
-        body = {
-            "model": self.model, "messages": messages, "max_tokens": self._config.max_tokens, "temperature": 0,
-            "seed": self._config.seed,
-        }  # fmt: skip
         pause, problem = 1.0, ""
         for _ in range(self._config.attempts):
             try:
-                response = client.post(self._url, json=body)
+                response = self._post(client, request)
             except httpx2.HTTPError as error:
                 problem = redacted(f"{type(error).__name__}: {error}", self._key)
             else:
@@ -81,16 +82,55 @@ class ChatServer:
             pause = min(2 * pause, MAX_PAUSE_S)
         raise ConnectionError(f"{self._url}: {problem}, {self._config.attempts} times; the same command goes on from here")
 
+    def _post(self, client: httpx2.Client, request: Request) -> httpx2.Response:
+        """The server's answer; parameters that it refuses by name are spared, each once, and it is asked again."""
+        while True:
+            body = self._body(request)
+            response = client.post(self._url, json=body)
+            if response.status_code not in (400, 422) or not _REFUSAL.search(response.text):
+                return response
+            refused = [name for name in SPARED if name in body and re.search(rf"\b{name}\b", response.text)]
+            if not refused:
+                return response
+            if refused[0] not in self._spared:
+                become = f"sent as {SPARED[refused[0]]}" if SPARED[refused[0]] else "left out"
+                log.warning("%s refuses the parameter %s: it is %s from now on", self._url, refused[0], become)
+            self._spared.add(refused[0])
+
+    def _body(self, request: Request) -> dict[str, Any]:
+        messages = [{"role": "system", "content": request.system}, {"role": "user", "content": request.user}]
+        parameters = {"max_tokens": self._config.max_tokens, "temperature": 0, "seed": self._config.seed}
+        names = {name: SPARED[name] if name in self._spared else name for name in parameters}
+        kept = {names[name]: value for name, value in parameters.items() if names[name]}
+        return {"model": self.model, "messages": messages} | kept
+
 
 def _reply(key: str, response: httpx2.Response) -> Reply:
     try:
         choice: Any = response.json()["choices"][0]
-        text, reason = choice["message"]["content"], choice.get("finish_reason")
-    except (ValueError, TypeError, KeyError, IndexError, RecursionError):
+        message, reason = choice["message"], choice.get("finish_reason")
+        text = _joined(message["content"])
+        thought = message.get("reasoning_content") or message.get("reasoning")
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
         return Reply(key, response.text[:2000], "the server's reply is no chat completion")
-    if not isinstance(text, str):
+    cut = "cut off at --max-tokens" if reason == "length" else ""
+    if not text and isinstance(thought, str) and thought:
+        return Reply(key, thought, cut or "the model gave its reasoning and no answer")
+    if text is None:
         return Reply(key, "", "the model gave no text")
-    return Reply(key, text, "cut off at --max-tokens" if reason == "length" else "")
+    return Reply(key, text, cut)
+
+
+def _joined(content: Any) -> str | None:
+    """A reply's text, which may come as a list of parts; None where it is neither."""
+    if isinstance(content, list):
+        parts = [part if isinstance(part, str) else part.get("text") for part in content if not _is_thought(part)]
+        return "".join(part for part in parts if isinstance(part, str))
+    return content if isinstance(content, str) else None
+
+
+def _is_thought(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") not in (None, "text", "output_text")
 
 
 def _seconds(header: str | None) -> float:

@@ -29,7 +29,7 @@ from core.artifact import Builder, building, check_provenance, open_artifact
 from core.cli import machine, run_stage
 from core.runtime import Runtime
 from interpretability.askers import LLMBackend, asker_of
-from interpretability.asking import AskConfig, Request
+from interpretability.asking import AskConfig, Request, check_failures
 from interpretability.concepts import FOLDER, Concept, named_by, occurrences, read_concepts
 from interpretability.prompts import MalformedReply, last_object
 from interpretability.records import Explanation
@@ -194,6 +194,7 @@ def run(config: CompletenessConfig, runtime: Runtime) -> None:
     with building(config.out, "completeness", config, runtime, inputs, provenance) as builder:
         if builder.complete:
             log.info("%s: already complete", config.out)
+            check_failures(config, builder.counts.get("failed", 0), builder.counts["concepts"])
             return
         names: list[str] = []
         counts: dict[str, int] = {}
@@ -211,9 +212,11 @@ def run(config: CompletenessConfig, runtime: Runtime) -> None:
             rows = [Row(*row) for row in zip(concepts, named, firing, judged, strict=True)]
             names += _write(config, builder, rows, n_words, explanations)
             counts = {"concepts": len(rows), "found": sum(bool(row.naming) for row in rows)}
+            counts["failed"] = sum(row.naming is None for row in rows)
         builder.finish(names, counts)
     if runtime.is_main:
         print((config.out / TABLE_FILE).read_text(encoding="utf-8"))
+        check_failures(config, builder.counts["failed"], builder.counts["concepts"])
 
 
 def _write(

@@ -24,10 +24,19 @@ from core.artifact import building, check_provenance
 from core.cli import Progress, machine, run_stage
 from core.runtime import Runtime
 from interpretability.askers import KeptAsker, LLMBackend, asker_of
-from interpretability.asking import AskConfig
+from interpretability.asking import AskConfig, check_failures
 from interpretability.llm_explainer import LLMExplainer
 from interpretability.prompts import Style
-from interpretability.records import EXPLANATIONS_FILE, Explanation, PoolSentence, TopSentences, explanation_lines, open_top
+from interpretability.records import (
+    EXPLANATIONS_FILE,
+    NEVER_FIRED,
+    Explanation,
+    PoolSentence,
+    TopSentences,
+    explanation_lines,
+    open_top,
+    read_explanations,
+)
 from interpretability.token_statistics import TokenStatistics
 
 if TYPE_CHECKING:
@@ -129,6 +138,7 @@ def run(config: ExplainConfig, runtime: Runtime) -> None:
     with building(config.out, "explanations", config, runtime, inputs, top.provenance) as builder:
         if builder.complete:
             log.info("%s: already complete", config.out)
+            _check_failures(config, runtime)
             return
         states: Counter[str] = Counter()
         names = [EXPLANATIONS_FILE]
@@ -149,6 +159,14 @@ def run(config: ExplainConfig, runtime: Runtime) -> None:
         "%s: %s latents explained by %s, %s failed",
         config.out, f"{states['valid']:,}", config.backend, f"{states['failed']:,}",
     )  # fmt: skip
+    _check_failures(config, runtime)
+
+
+def _check_failures(config: ExplainConfig, runtime: Runtime) -> None:
+    """ValueError where too many of the latents that fire have no explanation in the finished folder."""
+    if runtime.is_main:
+        asked = [found for found in read_explanations(config.out).values() if found.reason != NEVER_FIRED]
+        check_failures(config, sum(found.state == "failed" for found in asked), len(asked))
 
 
 def _asked(config: ExplainConfig, asker: KeptAsker, top: TopSentences, latents: Sequence[int]) -> list[Explanation] | None:

@@ -4,59 +4,65 @@ It calls capture's own code with the settings that the SAE's training rows were 
 them the last bits, are the same.
 """
 
-from typing import Any, Literal
-
-import torch
+import logging
+from typing import Any
 
 from capture.batches import tokenise
 from capture.chunks import ChunkCapture, NonFinite, start_chunk
 from capture.store import Chunk, Corpus
+from core.runtime import Runtime
 from llama3 import Tokenizer, load_model
 from sae.model import SAE
 
-CHUNK_SENTENCES, BATCH_TOKENS, MAX_PADDING = 2048, 8192, 0.05
-"""The defaults of capture.activations."""
+SETTINGS_OF_0_1: dict[str, Any] = {"dtype": "fp32", "chunk_sentences": 2048, "batch_tokens": 8192, "max_padding": 0.05}
+"""What version 0.1 used here where the SAE's provenance did not say; of these it recorded only dtype, the storage type."""
+
+log = logging.getLogger("interpretability.live")
 
 
 class LiveActivations:
     """Stands in for `capture.store.Activations`; chunks are computed when they are asked for, each once."""
 
-    def __init__(self, model: str, tokenizer: Tokenizer, corpus: Corpus, sae: SAE, site: str, device: torch.device) -> None:
+    def __init__(self, model: str, tokenizer: Tokenizer, corpus: Corpus, sae: SAE, site: str, runtime: Runtime) -> None:
         trained = sae.cfg.provenance
-        self._llama = load_model(model, device).eval()
+        settings = {name: trained.get(name, value) for name, value in SETTINGS_OF_0_1.items()}
+        if runtime.is_main and (absent := [f"{name} {value}" for name, value in settings.items() if name not in trained]):
+            log.warning(
+                "the SAE does not record all settings of its capture; assuming those of version 0.1: %s", ", ".join(absent)
+            )
+        self._llama = load_model(model, runtime.device).eval()
         self._tokenizer, self._corpus, self.site = tokenizer, corpus, site
-        self.d_model, self.n_sentences = self._llama.params.dim, corpus.n_sentences
+        self.n_sentences = corpus.n_sentences
+        self._chunk_sentences: int = settings["chunk_sentences"]
         self._max_length = int(trained.get("max_length") or self._llama.params.max_seq_len - 1)
-        storage: Literal["bf16", "fp32"] = "bf16" if trained.get("dtype") == "bf16" else "fp32"
         self._how = ChunkCapture(
             model=self._llama,
             sites=[site],
-            storage=storage,
-            batch_tokens=BATCH_TOKENS,
-            max_padding=MAX_PADDING,
+            storage=settings["dtype"],
+            batch_tokens=settings["batch_tokens"],
+            max_padding=settings["max_padding"],
             bos_id=tokenizer.bos_id if trained.get("bos") == "feed" else None,
             skip_nonfinite=False,
         )
-        self.provenance: dict[str, Any] = {
+        self.provenance: dict[str, Any] = settings | {
             "model": str(trained.get("model", "")),
             "model_hash": self._llama.weights_hash,
             "tokenizer_hash": tokenizer.hash,
             "sites": [site],
             "site": site,
-            "d_model": self.d_model,
-            "dtype": trained.get("dtype"),
+            "d_model": self._llama.width(site),
             "bos": trained.get("bos"),
             "max_length": self._max_length,
             "corpus_hash": corpus.manifest_hash,
         }
 
     def __len__(self) -> int:
-        return -(-self.n_sentences // CHUNK_SENTENCES)
+        return -(-self.n_sentences // self._chunk_sentences)
 
     def chunk(self, index: int) -> Chunk:
         """Chunk `index`, computed now. ValueError naming the sentence where an activation is NaN or infinite."""
-        first = index * CHUNK_SENTENCES
-        table = self._corpus.rows(first, min(first + CHUNK_SENTENCES, self.n_sentences))
+        first = index * self._chunk_sentences
+        table = self._corpus.rows(first, min(first + self._chunk_sentences, self.n_sentences))
         tokens = tokenise(table, self._tokenizer, self._max_length)
         try:
             captured = start_chunk(self._how, tokens, lambda: None).result
@@ -67,7 +73,7 @@ class LiveActivations:
             ) from None
         return Chunk(
             index,
-            captured.rows[self.site].activations,
+            captured.rows[self.site].floats(),
             captured.tokens.token_ids.int(),
             captured.tokens.sentence_ids,
             captured.tokens.document_ids,

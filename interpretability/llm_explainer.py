@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from interpretability.asking import Asker, Reply, Request
 from interpretability.prompts import MalformedReply, Style, parse, system_prompt, user_prompt
-from interpretability.records import Explanation, TopSentences
+from interpretability.records import NEVER_FIRED, Explanation, TopSentences
 from interpretability.token_statistics import split
 
 
@@ -37,7 +37,7 @@ class LLMExplainer:
     def _explanation(self, latent: int, reply: Reply | None) -> Explanation:
         failed = Explanation(latent, "", "", self.name, self.model, "failed")
         if reply is None:
-            return replace(failed, reason="never fired")
+            return replace(failed, reason=NEVER_FIRED)
         if reply.problem:
             return replace(failed, reason=reply.problem, reply=reply.text)
         try:

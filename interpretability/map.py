@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from core.artifact import building, open_artifact
 from core.cli import StageConfig, run_stage
+from core.norms import unit_rows
 from core.runtime import Runtime
 from interpretability.page import json_text, render
 from interpretability.records import Explanation, TopSentences
@@ -103,7 +103,7 @@ def coordinates(directions: Tensor, config: MapConfig) -> npt.NDArray[np.float64
         raise ValueError(f"a map needs 4 latents that fire at least; found {len(directions)}")
     import umap
 
-    rows = torch.nn.functional.normalize(directions.detach().float(), dim=1).numpy()
+    rows = unit_rows(directions.detach().float()).numpy()
     # From cosine distance, with a seed and one thread: the same map from the same SAE. Few points need a plain start.
     reducer = umap.UMAP(
         n_neighbors=min(config.neighbours, len(rows) - 1), min_dist=config.min_dist, metric="cosine",

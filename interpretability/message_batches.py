@@ -2,9 +2,14 @@
 
 The API has no idempotency key, so that a create that is cut off may or may not have been accepted. Hence a journal
 (`batch_journal.py`): the intent to create a batch, with the keys of its requests, is on disk before the create goes out, which
-the SDK does not repeat. An intent without an outcome is looked for in the server's list of batches. What tells ours from others
-is the ids of its requests, `JOB-NUMBER-KEY`, which the results show once the batch has ended; until then its requests count as
-under way.
+the SDK does not repeat. An intent without an outcome is looked for among the batches that the server did not list
+before it. What tells ours from others is the ids of its requests, `JOB-NUMBER-KEY`, which the results show once the
+batch has ended; until then its requests count as under way. No clock is read for any of this: those of client and
+server may differ by days, or jump.
+
+A folder that was copied is not sent from until somebody says that it was moved (`--moved`): the server cannot tell two
+copies of a job apart before both were paid. Two machines that share a folder see one another's lines in the journal,
+and stop.
 
 Results are kept as they came, in `raw/`. Expired, cancelled and overloaded requests go into a batch again; invalid ones do not.
 Limits of the API (100,000 requests and 256 MB a batch, ids of 64 characters, results for 29 days): platform.claude.com, "Batch
@@ -28,8 +33,10 @@ from interpretability.asking import LARGEST_BYTES_PER_TOKEN, AskConfig, Estimate
 from interpretability.batch_api import (
     DEFAULT_MODEL,
     UNDECIDED,
+    age_in_days,
     batch_price,
     download,
+    first_line,
     in_a_line,
     open_client,
     retry_after,
@@ -42,7 +49,8 @@ NAME = "anthropic"
 MAX_BATCH_BYTES = 230_000_000
 """90 % of the API's 256 MB."""
 COUNTED_REQUESTS = 8
-CLOCK_SKEW_S = 600.0
+KNOWN_BEFORE = 20
+"""Newest batches of the server that are noted before a create."""
 DOWNLOADS = 20
 WARN_AFTER_DAYS = 20
 KEPT_DAYS = 29
@@ -68,7 +76,8 @@ class BatchJob:
         self._requests = {request.key: request for request in requests}
         assert len(self._requests) == len(requests), "keys are unique"
         content = xxhash.xxh3_128_hexdigest(json.dumps([self.model, *self._requests.values()]).encode())
-        self._journal = Journal(builder.path, content)
+        self._journal = Journal(builder.path, content, self._requests)
+        self._waited: set[int] = set()  # creates that were given --settle-s to appear since no process was at them
         self._outcomes: dict[str, list[Outcome]] = {key: [] for key in self._requests}
         self._tokens_per_byte = 1 / LARGEST_BYTES_PER_TOKEN
         self._counted = False
@@ -147,8 +156,7 @@ class BatchJob:
             return f"{sent.batch} collected"
         if not sent.batch:
             return "cut off while it was created; looked for among the server's batches"
-        batch = self._client.messages.batches.retrieve(sent.batch)
-        age = (time.time() - batch.created_at.timestamp()) / 86400
+        batch, age = age_in_days(self._client, sent.batch)
         warning = f"; {age:.0f} days old, results go after {KEPT_DAYS}: collect now" if age > WARN_AFTER_DAYS else ""
         return f"{sent.batch} {batch.processing_status}{warning}"
 
@@ -159,6 +167,7 @@ class BatchJob:
         with told(self._client):
             self._settle()
             if keys := self.to_send():
+                self._check_place()
                 self._agree(keys)
             pause = 1.0
             while keys := self.to_send():
@@ -179,12 +188,25 @@ class BatchJob:
             counted = self.estimate(keys)
             confirm(self._config, counted, self.committed(), counted.dollars <= guess.dollars)
 
+    def _check_place(self) -> None:
+        """ValueError where this is a copy of the folder that was sent from, unless it is said to be the only one in use."""
+        if self._journal.is_here:
+            return
+        if not self._config.moved:
+            raise ValueError(
+                f"{self._builder.path}: this folder was copied or moved since the job last sent from it; two copies pay "
+                "for everything twice; nothing was sent; make sure that no other copy is used any more, then add --moved"
+            )
+        self._journal.settle_here()
+
     def _settle(self) -> None:
-        """Look for the batches whose creation was cut off."""
-        for sent in self._journal.sent:
-            if not sent.refused and not sent.batch:
-                self._sleep(max(0.0, min(self._config.settle_s, sent.time + self._config.settle_s - time.time())))
-                self._find(sent)
+        """Look for the batches whose creation was cut off, once the server, or one behind it, has had its time with them."""
+        undecided = [sent for sent in self._journal.sent if sent.is_open]
+        if any(sent.number not in self._waited for sent in undecided):
+            self._sleep(self._config.settle_s)
+            self._waited |= {sent.number for sent in undecided}
+        for sent in undecided:
+            self._find(sent)
 
     def _group(self, keys: Sequence[str]) -> list[str]:
         """The first of `keys` that make up one batch."""
@@ -207,7 +229,8 @@ class BatchJob:
 
         ValueError where it will never take it.
         """
-        sent = self._journal.intent(keys)
+        newest = self._client.messages.batches.list(limit=KNOWN_BEFORE).data
+        sent = self._journal.intent(keys, [batch.id for batch in newest])
         prefix = self._journal.prefix(sent)
         body: Any = [{"custom_id": prefix + key, "params": self._params(key)} for key in keys]
         assert all(len(item["custom_id"]) <= 64 for item in body)
@@ -218,8 +241,7 @@ class BatchJob:
             return retry_after(error)
         except (anthropic.APIConnectionError, *UNDECIDED) as error:
             log.warning("creating a batch: %s; looking whether it was accepted", in_a_line(self._client, error))
-            self._sleep(self._config.settle_s)  # the server, or one behind it, may still be at it
-            self._find(sent)
+            self._settle()
             return 0.0 if sent.refused else None
         except anthropic.APIStatusError:
             self._journal.refused(sent)
@@ -232,22 +254,23 @@ class BatchJob:
         log.info("batch %d: %s, %s requests", sent.number, batch, f"{len(sent.keys):,}")
 
     def _find(self, sent: Sent) -> None:
-        """Decide what became of a create without a result, as far as can be known now.
+        """Decide what became of a create without a result, as far as can be known now; the server has had its time with it.
 
-        It was not accepted where the server has had its time and no batch of its time and size is unaccounted for. Where there
-        is one that has not ended, the question stays open, and its requests stay under way.
+        It was not accepted where no batch of its size that was not known before is unaccounted for. Where there is one that has
+        not ended, the question stays open, and its requests stay under way.
         """
-        known = {other.batch for other in self._journal.sent} | sent.not_ours
-        decided = time.time() >= sent.time + self._config.settle_s
-        for batch in self._client.messages.batches.list(limit=100):  # newest first
-            if batch.created_at.timestamp() < sent.time - CLOCK_SKEW_S:
-                break
-            if batch.id in known or sum(counts_of(batch).values()) != len(sent.keys):
-                continue
+        decided = True
+        for batch in self._candidates(sent):
+            if batch.archived_at:
+                raise ValueError(
+                    f"batch {batch.id} may be one of this job whose creation was cut off, but its results were kept for "
+                    f"{KEPT_DAYS} days and are gone; remove {self._builder.path / JOURNAL} to send everything again, "
+                    "at full cost"
+                )
             if batch.processing_status != "ended":
                 decided = False
                 continue
-            owner = first_id(download(self._client, batch.id))
+            owner = first_id(first_line(self._client, batch.id))
             if owner.startswith(self._journal.prefix(sent)):
                 self._created(sent, batch.id)
                 return
@@ -258,14 +281,33 @@ class BatchJob:
         if decided:
             self._journal.refused(sent)
 
+    def _candidates(self, sent: Sent) -> Iterator[MessageBatch]:
+        """Batches that may be `sent`: as large, and not known before its create. The server lists the newest first.
+
+        Where its own clocks differ a little, newer ones stand among those known before: the list is read on for as many
+        batches as were noted.
+        """
+        known = {other.batch for other in self._journal.sent} | sent.not_ours
+        before = set(sent.before or ())
+        looked_through = 0
+        for batch in self._client.messages.batches.list(limit=100):
+            if batch.id in before or looked_through:
+                looked_through += 1
+                if looked_through > KNOWN_BEFORE:
+                    return
+            if batch.id in known | before or (batch.archived_at and sent.before is None):
+                continue
+            size = sum(counts_of(batch).values())
+            if size == len(sent.keys) or (not size and batch.processing_status != "ended"):
+                yield batch
+
     # --- collecting ----------------------------------------------------------------------------------------------------
 
     def collect(self) -> None:
         """Fetch the results of all batches that have ended."""
         with told(self._client):
+            self._settle()
             for sent in self.under_way:
-                if not sent.batch:
-                    self._find(sent)
                 if sent.batch:
                     self._collect(sent)
 
@@ -298,7 +340,7 @@ class BatchJob:
             self._outcomes[key].append(outcome_of(result))
 
     def _read(self, sent: Sent) -> Iterator[tuple[str, dict[str, Any]]]:
-        return read_results(self._builder.path / sent.file, self._journal.prefix(sent))
+        return read_results(self._builder.read(sent.file), self._journal.prefix(sent))
 
     def run(self) -> None:
         """Send, wait and collect until every request is answered or out of attempts. Trouble on the way is waited out."""

@@ -16,6 +16,8 @@ from llama3 import Tokenizer, Transformer, load_model
 from sae.model import SAE
 
 LATENTS_AT_ONCE = 256
+READ_BY = {"attn_heads": "attention.wo.weight", "ffn_hidden": "feed_forward.w2.weight"}
+"""Sites inside a layer, and the matrix that takes them to the residual stream."""
 
 
 class PromotedTokens(NamedTuple):
@@ -30,21 +32,22 @@ def promoted_tokens(model_path: str, sae: SAE, tokenizer: Tokenizer, n: int) -> 
 
     Raises ValueError where the model is not the one that the SAE was trained on.
     """
-    site = str(sae.cfg.provenance.get("site", ""))
     nothing = PromotedTokens([[]] * sae.cfg.n_latents, [[]] * sae.cfg.n_latents)
     if n == 0:
         return nothing
     model = load_model(model_path)
     check_provenance("the model of --model", sae.cfg.provenance, {"model_hash": model.weights_hash}, ("model_hash",))
     # Inputs of attention and feed-forward do not reach the output as they are.
-    return nothing if site.endswith(("attn_norm", "ffn_norm")) else promoted_by(model, site, sae.W_dec, tokenizer, n)
+    reaches = not sae.site.endswith(("attn_norm", "ffn_norm"))
+    return promoted_by(model, sae.site, sae.W_dec, tokenizer, n) if reaches else nothing
 
 
 @torch.inference_mode()
 def promoted_by(model: Transformer, site: str, directions: Tensor, tokenizer: Tokenizer, n: int) -> PromotedTokens:
-    """The `n` tokens of the highest and lowest logits for each of `directions` (L, D) at `site`, special tokens left out."""
-    weight = model.norm.weight.float()
-    rows = directions.float() if site == "final_norm" else directions.float() * weight
+    """The `n` tokens of the highest and lowest logits for each of `directions` (L, width of `site`), without special tokens."""
+    rows = _in_residual_stream(model, site, directions.float())
+    if site != "final_norm":
+        rows = rows * model.norm.weight.float()
     unembedding = model.output.weight[: tokenizer.n_vocab].float()  # (V, D)
     special = torch.tensor(sorted(tokenizer.special_tokens.values()))
     n = min(n, tokenizer.n_vocab - len(special))
@@ -57,3 +60,11 @@ def promoted_by(model: Transformer, site: str, directions: Tensor, tokenizer: To
             for ids in signed.topk(n, dim=1).indices.tolist():
                 column.append([names.setdefault(i, tokenizer.decode([i])) for i in ids])
     return PromotedTokens(*columns)
+
+
+def _in_residual_stream(model: Transformer, site: str, directions: Tensor) -> Tensor:
+    """What `directions` (L, width of `site`) add to the residual stream, (L, D)."""
+    layer, _, name = site.rpartition(".")
+    if name not in READ_BY:
+        return directions
+    return directions @ model.get_parameter(f"{layer}.{READ_BY[name]}").float().T

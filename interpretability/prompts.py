@@ -22,7 +22,11 @@ MAX_TEXT = 1200
 MAX_ANSWER = 4000
 """Characters of one piece of an answer; more is rambling."""
 _INSIDE = re.compile(r'(?:"\s{0,9}:|\[)\s{0,9}\Z')
-"""What stands before an object that is part of another."""
+"""What stands before an object that is part of another, or that has a name in prose."""
+_BEGUN = re.compile(r"\{\s*(?:[\"'{]|\Z)")
+"""How an object begins, but for an empty one; braces around a word are none."""
+_FENCE = re.compile(r"^\s*```\w*\n|\n```\s*$")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 
 TASK = """\
 You explain features of a language model. A feature fires on some tokens and not on others; you find out what these have in \
@@ -87,11 +91,15 @@ def level(value: float, maximum: float) -> int:
 
 
 def parse(style: Style, text: str) -> Answer:
-    """The answer in a reply: its last JSON object. MalformedReply says what is wrong with one that holds none."""
-    found = last_object(text)
+    """The answer in a reply: its last JSON object; `read_as` in the details says what had to be allowed for.
+
+    MalformedReply says what is wrong with a reply that holds none.
+    """
+    found, how, _ = read_object(text)
+    read_as = {"read_as": how} if how else {}
     if style == "semantic":
         meaning, certainty = _text(found, "common_semantic"), _share(found, "certainty")
-        return Answer(shortened(_text(found, "title") if "title" in found else meaning), meaning, certainty, {})
+        return Answer(shortened(_text(found, "title") if "title" in found else meaning), meaning, certainty, read_as)
     names = ("patterns", "summary", "context", "title")
     pieces = {name: _text(found, name) for name in names}
     tokens = found.get("dominant_tokens")
@@ -99,36 +107,87 @@ def parse(style: Style, text: str) -> Answer:
         raise MalformedReply("dominant_tokens is no list of texts")
     _writable("".join(tokens))
     details = {"dominant_tokens": tokens[:20]} | {name: pieces[name] for name in ("patterns", "context")}
-    return Answer(shortened(pieces["title"]), pieces["summary"], None, details)
+    return Answer(shortened(pieces["title"]), pieces["summary"], None, details | read_as)
+
+
+class Reading(NamedTuple):
+    """The JSON object in a reply, and how it had to be read; `how` is empty where nothing had to be allowed for."""
+
+    value: dict[str, Any]
+    how: str
+    end: int
+    """Where it ends in the text."""
 
 
 def last_object(text: str) -> dict[str, Any]:
-    """The last JSON object of `text` that is part of no other; MalformedReply where there is none, or one begun behind it."""
-    found, end = None, 0
-    for found, end in _objects(text):  # noqa: B007
+    """The last JSON object of `text`, as `read_object` finds it."""
+    return read_object(text).value
+
+
+def read_object(text: str) -> Reading:
+    """The last JSON object of `text` that is part of no other, or the only one of a list that is the whole answer.
+
+    Raises MalformedReply where there is none, or one begun behind it.
+    """
+    if alone := _alone_in_a_list(text):
+        return alone
+    found = None
+    for found in _objects(text):  # noqa: B007
         pass
     if found is None:
         raise MalformedReply("holds no JSON object that is whole" if "{" in text else "holds no JSON object")
-    if "{" in text[end:]:
+    behind = text[found.end :]
+    if _BEGUN.search(behind):
         raise MalformedReply("goes on behind its JSON object with one that is not whole")
-    return found
+    return found._replace(how=_joined(found.how, "braces behind it" if "{" in behind else ""))
 
 
-def _objects(text: str) -> Iterator[tuple[dict[str, Any], int]]:
-    """Objects that are whole, each with its end in `text`."""
-    decoder = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_no_constant)
-    at = text.find("{")
+def _joined(*parts: str) -> str:
+    return ", ".join(filter(None, parts))
+
+
+def _alone_in_a_list(text: str) -> Reading | None:
+    inside = _FENCE.sub("", text).strip()
+    if not inside.startswith("["):
+        return None
+    try:
+        value = _decoder(True).decode(inside)
+    except (ValueError, RecursionError):
+        return None
+    if len(value) != 1 or not isinstance(value[0], dict):
+        raise MalformedReply(f"holds no JSON object of its own: it is a list of {len(value):,}")
+    return Reading(value[0], "the one object of a list", len(text))
+
+
+def _objects(text: str) -> Iterator[Reading]:
+    """Objects that are whole."""
+    at, last_end = text.find("{"), 0
     while at >= 0:
-        if _INSIDE.search(text[max(0, at - 30) : at]):  # of a whole that did not parse
+        named = _INSIDE.search(text[max(0, at - 30) : at])
+        if named and (named[0][0] == "[" or "{" in text[last_end:at]):  # of a whole that did not parse
             at = text.find("{", at + 1)
             continue
+        found = _object_at(text, at)
+        if found:
+            yield found._replace(how=_joined("a name before it" if named else "", found.how))
+            last_end = found.end
+        at = text.find("{", found.end if found else at + 1)
+
+
+def _object_at(text: str, at: int) -> Reading | None:
+    """The object that begins at `at`; line breaks and tabs may stand in its texts as they are, which JSON does not allow."""
+    for strict in (True, False):
         try:
-            value, end = decoder.raw_decode(text, at)
+            value, end = _decoder(strict).raw_decode(text, at)
         except (ValueError, RecursionError):
-            end = at + 1
-        else:
-            yield value, end
-        at = text.find("{", end)
+            continue
+        if strict or not _CONTROL.search(text, at, end):
+            return Reading(value, "" if strict else "a raw line break or tab in it", end)
+    return None
+
+
+def _decoder(strict: bool) -> json.JSONDecoder:
+    return json.JSONDecoder(strict=strict, object_pairs_hook=_unique, parse_constant=_no_constant)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

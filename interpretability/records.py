@@ -26,6 +26,8 @@ TOP_FILE = "top_sentences.parquet"
 LATENTS_FILE = "latents.parquet"
 BACKGROUND_FILE = "background.parquet"
 EXPLANATIONS_FILE = "explanations.jsonl"
+NEVER_FIRED = "never fired"
+"""Reason of the explanations of latents that there is nothing to say about."""
 
 AGGREGATIONS = ("max", "mean", "last")
 """How a sentence's activations become one value: the largest, the mean over all its tokens, that of its last token."""

@@ -19,6 +19,7 @@ from typing import Any
 
 from core.artifact import Artifact, Builder, building, check_provenance, open_artifact
 from core.cli import Progress, StageConfig, run_stage
+from core.lines import read_lines
 from core.runtime import Runtime
 from interpretability.map import MAP_FILE, read_map
 from interpretability.map import page as map_page
@@ -186,11 +187,10 @@ def read_curves(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected the metrics of sae.train; leave --run out for a report without them")
     lines = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_lines(path, "leave --run out for a report without curves").records, 1):
         try:
-            line = json.loads(text)
             lines.append({name: line.get(name) for name in ("loss", "fvu", "dead_fraction", "val_fvu")} | {"x": line["tokens"]})
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except KeyError:
             raise ValueError(f"{path}: line {number} is no line of sae.train's metrics") from None
     step = math.ceil(len(lines) / MAX_CURVE_POINTS) or 1
     kept = [line for i, line in enumerate(lines) if i % step == 0 or i == len(lines) - 1]

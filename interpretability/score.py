@@ -23,7 +23,7 @@ from core.artifact import Builder, building, check_provenance, open_artifact
 from core.cli import run_stage
 from core.runtime import Runtime
 from interpretability.askers import LLMBackend, asker_of
-from interpretability.asking import AskConfig, Request
+from interpretability.asking import AskConfig, Request, check_failures
 from interpretability.explain import chosen
 from interpretability.prompts import MalformedReply
 from interpretability.records import Explanation, TopSentences, open_top, read_explanations
@@ -94,11 +94,13 @@ def run(config: ScoreConfig, runtime: Runtime) -> None:
     with building(config.out, "scores", config, runtime, inputs, top.provenance) as builder:
         if builder.complete:
             log.info("%s: already complete", config.out)
+            check_failures(config, builder.counts["failed"], builder.counts["questions"])
             return
         names, counts = _write(config, builder, runtime, top, maker, explainers) if runtime.is_main else ([], {})
         builder.finish(names, counts)
     if runtime.is_main:
         print((config.out / TABLE_FILE).read_text(encoding="utf-8"))
+        check_failures(config, builder.counts["failed"], builder.counts["questions"])
 
 
 def _write(

@@ -25,11 +25,11 @@ from torch import Tensor
 
 from core.artifact import check_provenance, open_artifact
 from core.cli import StageConfig, run_stage
+from core.norms import unit_rows
 from core.runtime import Runtime
 from interpretability.records import Explanation, TopSentences, open_top, read_explanations
 from interpretability.together import Together, together
 from llama3 import Tokenizer, Transformer, load_model, load_tokenizer
-from llama3.sites import check_sites
 from sae.model import SAE, load
 
 BLOCK_ELEMENTS = 1 << 24
@@ -80,14 +80,13 @@ def check_sae(sae: SAE, path: Path | str, model: Transformer, tokenizer: Tokeniz
     """The site that the SAE reads. ValueError, with both values, where it is not one of this model and tokenizer."""
     origin = {"model_hash": model.weights_hash, "tokenizer_hash": tokenizer.hash}
     check_provenance(f"SAE {path}", origin, sae.cfg.provenance, origin)
-    site = str(sae.cfg.provenance.get("site"))
     try:
-        check_sites([site], model.params.n_layers)
+        width = model.width(sae.site)
     except ValueError as error:
         raise ValueError(f"SAE {path}: {error}") from None
-    if sae.cfg.d_model != model.params.dim:
-        raise ValueError(f"SAE {path}: d_model is {sae.cfg.d_model}, but the model's is {model.params.dim}")
-    return site
+    if sae.cfg.d_model != width:
+        raise ValueError(f"SAE {path}: d_model is {sae.cfg.d_model}, but {sae.site} of the model has width {width}")
+    return sae.site
 
 
 def open_top_of(sae: SAE, path: Path) -> TopSentences:
@@ -269,8 +268,10 @@ def nearest(W_dec: Tensor, latents: Tensor, n: int) -> tuple[Tensor, Tensor]:
         return latents.new_empty(len(latents), n), torch.empty(len(latents), n)
     found: list[tuple[Tensor, Tensor]] = []
     for block in torch.split(latents.to(W_dec.device), max(1, BLOCK_ELEMENTS // max(n_latents, d))):
-        asked = _unit(W_dec[block])
-        cosines = torch.cat([asked @ _unit(rows).T for rows in torch.split(W_dec, max(1, BLOCK_ELEMENTS // d))], dim=1)
+        asked = unit_rows(W_dec[block].float())
+        cosines = torch.cat(
+            [asked @ unit_rows(rows.float()).T for rows in torch.split(W_dec, max(1, BLOCK_ELEMENTS // d))], dim=1
+        )
         cosines[torch.arange(len(block), device=block.device), block] = -torch.inf
         indices = _first_largest(cosines, n)
         values, order = cosines.gather(1, indices).sort(dim=1, descending=True, stable=True)
@@ -285,10 +286,6 @@ def _first_largest(x: Tensor, n: int) -> Tensor:
     wanted = n - above.sum(1, keepdim=True)
     chosen = above | (level & (level.cumsum(1, dtype=torch.int32) <= wanted))
     return torch.nonzero(chosen)[:, 1].view(len(x), n)
-
-
-def _unit(rows: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(rows.float(), dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)

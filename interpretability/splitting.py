@@ -27,6 +27,7 @@ from torch import Tensor
 from capture.store import Activations, Chunk, open_activations
 from core.artifact import Artifact, building, check_provenance, open_artifact
 from core.cli import Progress, StageConfig, run_stage
+from core.norms import unit_rows
 from core.runtime import Runtime
 from interpretability.firing import firing
 from interpretability.records import Explanation, parquet_bytes
@@ -109,10 +110,10 @@ class Counts(NamedTuple):
 @torch.no_grad()
 def parents_of(large: Tensor, small: Tensor) -> Parents:
     """Nearest row of `small` (S, D) for each row of `large` (L, D), by cosine; of equals the first."""
-    unit = torch.nn.functional.normalize(small.float(), dim=1)
+    unit = unit_rows(small.float())
     found = []
     for rows in torch.split(large, BLOCK_LATENTS):
-        cosines = torch.nn.functional.normalize(rows.float(), dim=1) @ unit.T
+        cosines = unit_rows(rows.float()) @ unit.T
         best = cosines.max(1).values
         # argmax promises nothing about ties.
         found.append(((cosines == best[:, None]).int().argmax(1), best))
@@ -156,7 +157,7 @@ def run(config: SplittingConfig, runtime: Runtime) -> None:
     """Write the folder `config.out` of kind `splitting`."""
     small, large = load(config.small, runtime.device), load(config.large, runtime.device)
     _check_pair(config, small, large)
-    activations = open_activations(config.activations, large.cfg.provenance.get("site")) if config.activations else None
+    activations = open_activations(config.activations, large.site) if config.activations else None
     inputs = [open_artifact(config.small, "sae"), open_artifact(config.large, "sae")]
     if activations:
         keys = ("model_hash", "tokenizer_hash", "site", "bos")

@@ -14,7 +14,7 @@ import xxhash
 
 from interpretability.label_score import Score, score
 from interpretability.patterns import EXACT, FiringSentence, Found, Pattern, Sample, best_pattern
-from interpretability.records import Explanation, LatentStatistics, PoolSentence, TopSentence, TopSentences
+from interpretability.records import NEVER_FIRED, Explanation, LatentStatistics, PoolSentence, TopSentence, TopSentences
 from interpretability.titles import Clues, in_words, listed, title_of
 from interpretability.words import Units, firings, is_content, spellings, units_of
 
@@ -90,7 +90,7 @@ class TokenStatistics:
         for latent in latents:
             sentences = self._top.sentences(latent, "max")
             if not sentences:
-                yield Explanation(latent, "", "", self.name, self.model, "failed", reason="never fired")
+                yield Explanation(latent, "", "", self.name, self.model, "failed", reason=NEVER_FIRED)
                 continue
             shown, held_out = split(sentences)
             yield self._explain(Evidence(self._top.statistics(latent), shown, held_out))

@@ -26,6 +26,7 @@ from tyro.conf import arg
 from capture.store import Activations, Chunk, Corpus, open_activations, open_corpus
 from core.artifact import Builder, building, check_provenance, open_artifact
 from core.cli import Progress, StageConfig, machine, run_stage
+from core.norms import row_norms
 from core.runtime import Runtime
 from interpretability.background import Background, Sampler, cofiring
 from interpretability.firing import firing
@@ -136,18 +137,16 @@ def run(config: TopSentencesConfig, runtime: Runtime) -> None:
 def _open(
     config: TopSentencesConfig, runtime: Runtime, sae: SAE, corpus: Corpus, tokenizer: Tokenizer
 ) -> Activations | LiveActivations:
-    site = config.site or sae.cfg.provenance.get("site")
+    site = config.site or sae.site
     if config.activations:
         return open_activations(config.activations, site)
-    if not site:
-        raise ValueError(f"SAE {config.sae}: does not say which site it reads; give --site")
-    return LiveActivations(config.model, tokenizer, corpus, sae, site, runtime.device)
+    return LiveActivations(config.model, tokenizer, corpus, sae, site, runtime)
 
 
 def _check_inputs(sae: SAE, activations: Activations | LiveActivations, corpus: Corpus, tokenizer: Tokenizer) -> None:
     """ValueError naming both values where SAE, activations, corpus and tokenizer do not belong together."""
     where = f"activations {activations.artifact.path}" if isinstance(activations, Activations) else "the model of --model"
-    wanted, found = sae.cfg.provenance | {"d_model": sae.cfg.d_model}, activations.provenance | {"d_model": activations.d_model}
+    wanted, found = sae.cfg.provenance | {"d_model": sae.cfg.d_model}, activations.provenance
     check_provenance(where, wanted, found, ("model_hash", "tokenizer_hash", "site", "bos", "d_model"))
     check_provenance(f"corpus {corpus.artifact.path}", found, {"corpus_hash": corpus.manifest_hash}, ("corpus_hash",))
     check_provenance("the tokenizer of --model", found, {"tokenizer_hash": tokenizer.hash}, ("tokenizer_hash",))
@@ -230,7 +229,7 @@ def usable_tokens(chunk: Chunk, max_norm: float) -> Tensor:
 
     Raises ValueError naming the first sentence with an activation that is not finite: top-k would rank NaN first.
     """
-    norms = torch.linalg.vector_norm(chunk.activations, dim=1, dtype=torch.float32)
+    norms = row_norms(chunk.activations)
     if len(bad := (~norms.isfinite()).nonzero()):
         row = int(torch.searchsorted(chunk.offsets, bad[0, 0], right=True)) - 1
         raise ValueError(

@@ -3,7 +3,7 @@
 Shapes: B batch, T tokens, S tokens so far, H query heads, G key/value heads, K head_dim, D model width, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Self, cast
@@ -16,7 +16,7 @@ from core.product import linear
 from llama3.args import ModelArgs
 from llama3.cache import KVCache, LayerCache, attention_mask, padded_right
 from llama3.rope import apply_rotary_emb, as_factors, precompute_freqs_cis
-from llama3.sites import ActiveHooks, CaptureDone, Hook, SiteHooks, check_sites
+from llama3.sites import ActiveHooks, CaptureDone, Hook, SiteHooks, as_sites, check_sites
 
 
 class Linear(nn.Module):
@@ -56,7 +56,7 @@ class Attention(nn.Module):
         self.wv = Linear(args.dim, args.n_kv_heads * args.head_dim)
         self.wo = Linear(args.n_heads * args.head_dim, args.dim)
 
-    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, cache: LayerCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, cache: LayerCache | None, hooks: SiteHooks) -> Tensor:
         B, T, _ = x.shape
         q = self.wq(x).view(B, T, self.args.n_heads, self.args.head_dim)
         k = self.wk(x).view(B, T, self.args.n_kv_heads, self.args.head_dim)
@@ -69,7 +69,7 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
         else:
             out = grouped_attention(q, k, v, mask)
-        return cast(Tensor, self.wo(out.reshape(B, T, -1)))
+        return cast(Tensor, self.wo(hooks.at("attn_heads", out.reshape(B, T, -1))))
 
 
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -102,8 +102,8 @@ class FeedForward(nn.Module):
         self.w2 = Linear(args.hidden_dim, args.dim)
         self.w3 = Linear(args.dim, args.hidden_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.w2(F.silu(self.w1(x)) * self.w3(x)))
+    def forward(self, x: Tensor, hooks: SiteHooks) -> Tensor:
+        return cast(Tensor, self.w2(hooks.at("ffn_hidden", F.silu(self.w1(x)) * self.w3(x))))
 
 
 class TransformerBlock(nn.Module):
@@ -119,10 +119,10 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, rope: Tensor, mask: Tensor | None, cache: LayerCache | None, hooks: SiteHooks) -> Tensor:
         x = hooks.at("resid_pre", x)
         attn_norm = hooks.at("attn_norm", self.attention_norm(x))
-        x = x + hooks.at("attn_out", self.attention(attn_norm, rope, mask, cache))
+        x = x + hooks.at("attn_out", self.attention(attn_norm, rope, mask, cache, hooks))
         x = hooks.at("resid_mid", x)
         ffn_norm = hooks.at("ffn_norm", self.ffn_norm(x))
-        x = x + hooks.at("ffn_out", self.feed_forward(ffn_norm))
+        x = x + hooks.at("ffn_out", self.feed_forward(ffn_norm, hooks))
         return hooks.at("resid_post", x)
 
 
@@ -181,6 +181,12 @@ class Transformer(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.tok_embeddings.weight.dtype
 
+    def width(self, site: str) -> int:
+        """Entries of an activation at `site`. ValueError where the model has no such site."""
+        check_sites(site, self.params.n_layers)
+        widths = {"attn_heads": self.params.n_heads * self.params.head_dim, "ffn_hidden": self.params.hidden_dim}
+        return widths.get(site.rpartition(".")[2], self.params.dim)
+
     def new_cache(self, batch_size: int, capacity: int) -> KVCache:
         """An empty KV cache for `batch_size` rows of up to `capacity` tokens, on the model's device and in its dtype."""
         return KVCache(self.params, batch_size, capacity, self.device, self.dtype)
@@ -220,7 +226,7 @@ class Transformer(nn.Module):
 
     @contextmanager
     def hooks(self, fns: Mapping[str, Hook | Sequence[Hook]]) -> Iterator[None]:
-        """Within the block, call each `fn(x: (B, T, D))` at its site: None to read, a tensor to replace.
+        """Within the block, call each `fn(x: (B, T, width))` at its site: None to read, a tensor to replace.
 
         Belongs to the calling thread or task alone (a context variable), so concurrent requests on one model never see each
         other's hooks; nested blocks add up, the outer first. Raises ValueError for an unknown site.
@@ -229,10 +235,13 @@ class Transformer(nn.Module):
         with self._hooks.adding(fns):
             yield
 
-    def capture(self, tokens: Tensor, sites: Sequence[str], mask: Tensor | None = None) -> dict[str, Tensor]:
-        """Activations (B, T, D) of each site; computation stops after the last one asked for, and the head is never run."""
+    def capture(self, tokens: Tensor, sites: str | Iterable[str], mask: Tensor | None = None) -> dict[str, Tensor]:
+        """Activations (B, T, width) of each site; computation stops after the last one asked for, and the head is never run.
+
+        A string counts as one site. Raises ValueError for an unknown one.
+        """
         captured: dict[str, Tensor] = {}
-        wanted = set(sites)
+        wanted = set(as_sites(sites))
 
         def reader(site: str) -> Hook:
             def read(x: Tensor) -> None:

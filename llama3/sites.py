@@ -8,7 +8,18 @@ from torch import Tensor
 
 Hook = Callable[[Tensor], Tensor | None]
 
-LAYER_SITES = ("resid_pre", "attn_norm", "attn_out", "resid_mid", "ffn_norm", "ffn_out", "resid_post")
+LAYER_SITES = (
+    "resid_pre",
+    "attn_norm",
+    "attn_heads",
+    "attn_out",
+    "resid_mid",
+    "ffn_norm",
+    "ffn_hidden",
+    "ffn_out",
+    "resid_post",
+)
+"""In the order of a forward pass. `attn_heads` is what `wo` reads, `ffn_hidden` what `w2` reads."""
 MODEL_SITES = ("embed", "final_norm")
 
 
@@ -16,9 +27,14 @@ class CaptureDone(Exception):
     """Raised by the reader of the last site asked for, to skip the rest of the forward pass."""
 
 
-def check_sites(sites: Iterable[str], n_layers: int) -> None:
+def as_sites(sites: str | Iterable[str]) -> tuple[str, ...]:
+    """A string counts as one site."""
+    return (sites,) if isinstance(sites, str) else tuple(sites)
+
+
+def check_sites(sites: str | Iterable[str], n_layers: int) -> None:
     """ValueError naming the first site that a model of `n_layers` does not have."""
-    for site in sites:
+    for site in as_sites(sites):
         head, _, rest = site.partition(".")
         layer, _, name = rest.partition(".")
         if site in MODEL_SITES or (
@@ -51,7 +67,7 @@ class SiteHooks:
         return self._layers.get(index, NO_HOOKS)
 
     def at(self, name: str, x: Tensor) -> Tensor:
-        """Apply the hooks of this site to `x` (B, T, D)."""
+        """Apply the hooks of this site to `x` (B, T, width)."""
         for fn in self.fns.get(name, ()):
             replaced = fn(x)
             if replaced is not None:

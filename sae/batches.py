@@ -15,6 +15,8 @@ from torch import Tensor
 
 from core.artifact import Artifact, open_artifact
 
+CONSTANT = 1e-6  # spread over mean, below which rows in float32 differ by their rounding alone
+
 
 class Statistics:
     """Exact statistics of the training rows x, and of z under each norm (see sae.shuffle.write_statistics)."""
@@ -37,6 +39,16 @@ class Statistics:
     def total_variance(self, norm: str) -> float:
         """Variance of z, summed over its d entries."""
         return float(self._tensors["variance" if norm == "none" else f"{norm}_variance"].sum())
+
+    def refuse_constant(self, norm: str) -> None:
+        """ValueError where all rows are the same under `norm`, up to float32's rounding."""
+        variance, centre = self.total_variance(norm), float(self.centre(norm).square().sum())
+        if not variance > CONSTANT**2 * centre:
+            under = "" if norm == "none" else f" under --norm {norm}"
+            raise ValueError(
+                f"all {self.count:,} training rows are the same{under}: variance {variance:.3g}, squared mean {centre:.3g}; "
+                "nothing can be learned from them. Check the model, the site and the corpus"
+            )
 
     def scale(self, norm: str) -> float:
         """`sqrt(d) / E||x||` for `dataset`, else 1. ValueError where all rows are zero."""

@@ -17,8 +17,10 @@ from typing import Literal
 
 import torch
 
+from capture.store import Activations, open_activations
 from core.artifact import MANIFEST, Manifest, building, open_artifact
 from core.cli import StageConfig, run_stage
+from core.norms import row_norms
 from core.runtime import Runtime
 from sae.formats import FORMATS, finding
 from sae.model import SAE, load
@@ -51,12 +53,9 @@ def run(config: ConvertConfig, runtime: Runtime) -> None:
     sae = read(config.sae)
     inputs = []
     if config.activations:
-        artifact = open_artifact(config.activations, "activations")
-        if (width := artifact.manifest.provenance["d_model"]) != sae.cfg.d_model:
-            raise ValueError(f"--activations {config.activations}: width {width}, but the SAE's is {sae.cfg.d_model}")
-        inputs.append(artifact)
-        site = {"site": artifact.manifest.provenance["sites"][0]} if len(artifact.manifest.provenance["sites"]) == 1 else {}
-        sae.cfg = replace(sae.cfg, provenance=sae.cfg.provenance | artifact.manifest.provenance | site)
+        activations = _read_by(sae, config.activations)
+        inputs.append(activations.artifact)
+        sae.cfg = replace(sae.cfg, provenance=sae.cfg.provenance | activations.provenance)
     kind = "sae" if config.to == "sae" else f"sae in the format of {config.to}"
     content = {} if config.to == "sae" else FORMATS[config.to].write(sae)
     provenance = sae.cfg.provenance | {"source_hash": sae.weights_hash}
@@ -67,6 +66,20 @@ def run(config: ConvertConfig, runtime: Runtime) -> None:
                 names, sae_hash = sae.publish(builder)
             builder.finish(names, {"n_latents": sae.cfg.n_latents}, {"sae_hash": sae_hash})
     log.info("%s: %s", config.out, compare(sae, read(config.out)))
+
+
+def _read_by(sae: SAE, path: Path) -> Activations:
+    """The activations that the SAE reads: those of the folder's only site; where there are several, of the SAE's own."""
+    sites = open_artifact(path, "activations").manifest.provenance["sites"]
+    site = sites[0] if len(sites) == 1 else sae.cfg.provenance.get("site")
+    if site not in sites:
+        raise ValueError(
+            f"--activations {path}: holds {', '.join(sites)}; the SAE's site is {site!r}; give a folder of the site it reads"
+        )
+    activations = open_activations(path, site)
+    if activations.d_model != sae.cfg.d_model:
+        raise ValueError(f"--activations {path}: width {activations.d_model}, but the SAE's is {sae.cfg.d_model}")
+    return activations
 
 
 def read(path: Path) -> SAE:
@@ -96,7 +109,7 @@ def _apart(a: torch.Tensor, b: torch.Tensor) -> float:
     """The difference of two rows [N, m] as a share of their norm, which 9 of 10 rows do not exceed: in few, rounding moves a
     latent across its threshold or out of the best k.
     """
-    shares = torch.linalg.vector_norm(a - b, dim=1) / torch.linalg.vector_norm(a, dim=1).clamp_min(1e-30)
+    shares = row_norms(a - b) / row_norms(a).clamp_min(torch.finfo(torch.float64).tiny)
     return float(shares.quantile(0.9, interpolation="higher"))
 
 

@@ -22,9 +22,9 @@ from torch import Tensor
 from capture.store import Corpus, open_corpus
 from core.artifact import building, check_provenance, open_artifact
 from core.cli import Progress, StageConfig, run_stage
+from core.norms import row_norms
 from core.runtime import Runtime
 from llama3 import Tokenizer, Transformer, load_model, load_tokenizer
-from llama3.sites import check_sites
 from sae.evaluation import Baselines, baselines, figures, markdown, plot_densities
 from sae.model import SAE, load
 from sae.split import held_out
@@ -70,10 +70,6 @@ class Subject:
     batch_tokens: int
 
     @property
-    def site(self) -> str:
-        return str(self.sae.cfg.provenance["site"])
-
-    @property
     def bos(self) -> list[int]:
         """The tokens put before each sentence, at which nothing is counted or replaced."""
         return [self.tokenizer.bos_id] if self.sae.cfg.provenance.get("bos") == "feed" else []
@@ -85,7 +81,7 @@ class Subject:
 
     def kept(self, x: Tensor, real: Tensor) -> Tensor:
         """Tokens of `x` (B, T, D) that count, bool (B, T): real, no BOS, of normal norm. `real` (B, T) is False at padding."""
-        kept: Tensor = real & (torch.linalg.vector_norm(x.float(), dim=-1) <= self.max_norm)
+        kept = real & (row_norms(x) <= self.max_norm)
         kept[:, : len(self.bos)] = False
         return kept
 
@@ -144,9 +140,8 @@ def open_subject(config: EvaluateConfig, device: torch.device) -> Subject:
     wanted = sae.cfg.provenance | {"d_model": sae.cfg.d_model}
     check_provenance(f"--model {config.model}", wanted, {"tokenizer_hash": tokenizer.hash}, ["tokenizer_hash"])
     model = load_model(config.model, device)
-    found = {"model_hash": model.weights_hash, "d_model": model.params.dim}
-    check_provenance(f"--model {config.model}", wanted, found, ["d_model", "model_hash"])
-    check_sites([str(wanted.get("site"))], model.params.n_layers)
+    check_provenance(f"--model {config.model}", wanted, {"model_hash": model.weights_hash}, ["model_hash"])
+    check_provenance(f"--model {config.model}", wanted, {"d_model": model.width(sae.site)}, ["d_model"])
     return Subject(sae, model, tokenizer, config.batch_tokens)
 
 
@@ -226,7 +221,7 @@ def _fit(subject: Subject, corpus: Corpus, ids: Tensor, runtime: Runtime) -> Cov
     for lane, lane_batches in _lanes(subject, corpus, ids, runtime, "mean and covariance"):
         parts[lane] = Covariance.none(subject.sae.cfg.d_model)
         for batch in lane_batches:
-            x = subject.model.capture(batch.tokens, [subject.site])[subject.site]
+            x = subject.model.capture(batch.tokens, [subject.sae.site])[subject.sae.site]
             parts[lane].add(x[subject.kept(x, batch.real)].float())
     whole: Covariance = _merged(parts, runtime)
     return whole
@@ -274,7 +269,7 @@ def evaluate_batch(subject: Subject, batch: Batch, rivals: Baselines, tally: Tal
 
 def _logits(subject: Subject, batch: Batch, hook: Callable[[Tensor], Tensor | None]) -> Tensor:
     """No mask is needed: padding stands on the right, where a causal model does not look from a real token."""
-    with subject.model.hooks({subject.site: hook}):
+    with subject.model.hooks({subject.sae.site: hook}):
         logits: Tensor = subject.model(batch.tokens)
     return logits
 
@@ -295,7 +290,7 @@ def _conditions(config: EvaluateConfig, subject: Subject, corpus: Corpus, sample
         "model": provenance.get("model"),
         "model_dtype": str(subject.model.dtype).removeprefix("torch."),
         "sae_dtype": str(subject.sae.W_enc.dtype).removeprefix("torch."),
-        "site": subject.site,
+        "site": subject.sae.site,
         "bos": "fed, not counted" if subject.bos else "none",
         "max_length": provenance.get("max_length"),
         "max_norm": provenance.get("max_norm"),

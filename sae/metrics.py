@@ -1,59 +1,43 @@
-"""Where training tells how it goes: `metrics.jsonl` always, Weights & Biases if asked for."""
+"""Where training writes how it goes: `metrics.jsonl` always, Weights & Biases if asked for."""
 
-import importlib
-import json
 import math
-import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from core import files
+from core.lines import LineWriter, read_lines, sealed
+from sae.wandb import Wandb
 
-WandbMode = Literal["auto", "off", "offline", "online"]
-
-
-class Wandb:
-    """A Weights & Biases run in `folder`. A copy for looking at; nothing is ever read back from it."""
-
-    def __init__(self, folder: Path, mode: WandbMode, config: dict[str, Any]) -> None:
-        if mode == "auto":
-            mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
-        wandb = importlib.import_module("wandb")  # half a second, for those who use it
-        self._run = wandb.init(project="llama3-sae", dir=folder, mode=mode, config=config, settings=wandb.Settings(silent=True))
-
-    def log(self, line: dict[str, Any]) -> None:
-        self._run.log(line, step=line["step"])
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-class NoWandb:
-    """Takes everything and does nothing."""
-
-    def log(self, line: dict[str, Any]) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+ADVICE = "rename it, and the same command goes on with a new one; weights and checkpoints do not depend on it"
 
 
 class Metrics:
-    """`metrics.jsonl`, a line per `write`; lines behind the step that training continues from are removed first."""
+    """`metrics.jsonl`, one line per `write`; lines after the step that training resumes from are removed first.
 
-    def __init__(self, path: Path, resumed_step: int, wandb: Wandb | NoWandb) -> None:
-        self._path, self._wandb = path, wandb
-        kept = [line for line in _read_lines(path) if line["step"] <= resumed_step]
-        files.publish(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+    Each line ends with its checksum, `xxh3` (core/lines.py).
+    """
+
+    def __init__(self, path: Path, resumed_step: int) -> None:
+        """ValueError where a line of an earlier run is damaged."""
+        self._copy: Wandb | None = None
+        kept = [line for line in read_lines(path, ADVICE).records if line.get("step", math.inf) <= resumed_step]
+        files.publish(path, b"".join(map(sealed, kept)))
+        self._lines = LineWriter(path, ADVICE)
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line. Numbers that do not exist (0 / 0) become null."""
         line = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in line.items()}
-        files.append_line(self._path, json.dumps(line))
-        self._wandb.log(line)
+        self._lines.write(line)
+        if self._copy is not None:
+            self._copy.check()
+
+    def copy_to(self, copy: Wandb) -> None:
+        """Have `copy` follow this file."""
+        self._copy = copy
 
     def close(self) -> None:
-        self._wandb.close()
+        if self._copy is not None:
+            self._copy.close()
 
 
 class NoMetrics:
@@ -64,16 +48,3 @@ class NoMetrics:
 
     def close(self) -> None:
         pass
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of an earlier run; what a crash cut short is left out."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and "step" in line:
-            lines.append(line)
-    return lines

@@ -4,6 +4,7 @@ Shapes: N rows (any leading shape), d model width, n latents, K entries per row 
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -17,6 +18,7 @@ import xxhash
 from torch import Tensor, nn
 
 from core.artifact import Builder, building, open_artifact
+from core.norms import LARGEST, unit_rows
 from core.product import linear
 from core.runtime import Runtime, Solo
 from sae.sparse import decode, encode_at
@@ -26,6 +28,7 @@ ARCHITECTURES = ("topk", "batchtopk", "relu", "jumprelu", "matryoshka")
 # Pre-activations held at once where no gradient is asked for. On a CPU 16 MB stay in the last level of cache, and malloc gives
 # the same pages again; on a GPU larger blocks keep it busy.
 CPU_ELEMENTS, GPU_ELEMENTS = 2**22, 2**29
+SMALLEST_FACTOR = 1e-30  # of a scale: what is multiplied with it or divided by it stays within float32
 
 
 class Latents(NamedTuple):
@@ -47,7 +50,7 @@ def layer_normalised(x: Tensor, eps: float) -> Normalised:
     """`(x - mean(x)) / (std(x) + eps)` of each row of `x` [..., d], unbiased std."""
     mean = x.mean(-1, keepdim=True)
     centred = x - mean
-    std = (centred.square().sum(-1, keepdim=True) / (x.shape[-1] - 1)).sqrt()
+    std = (centred.square().sum(-1, keepdim=True) / max(1, x.shape[-1] - 1)).sqrt()
     scale = 1 / (std + eps)
     return Normalised(centred * scale, mean, scale)
 
@@ -96,8 +99,9 @@ class SAEConfig:
             raise ValueError(f"norm {self.norm!r} is not known; expected dataset, layer or none")
         if not 1 <= self.k <= self.n_latents:
             raise ValueError(f"k must be between 1 and the number of latents, {self.n_latents}; found {self.k}; lower --k")
-        if not self.scale > 0:
-            raise ValueError(f"scale must be positive; found {self.scale}")
+        for name in ("scale", "norm_eps"):
+            if not SMALLEST_FACTOR <= (found := getattr(self, name)) <= 1 / SMALLEST_FACTOR:
+                raise ValueError(f"{name} must lie between {SMALLEST_FACTOR:g} and {1 / SMALLEST_FACTOR:g}; found {found}")
 
 
 class SAE(nn.Module):
@@ -156,7 +160,7 @@ class SAE(nn.Module):
     @torch.no_grad()
     def normalise_decoder_(self) -> None:
         """Give each latent's row of `W_dec` unit norm."""
-        self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True))
+        self.W_dec.copy_(unit_rows(self.W_dec))
 
     @torch.no_grad()
     def remove_parallel_gradient_(self) -> None:
@@ -208,12 +212,14 @@ class SAE(nn.Module):
     def encode(self, x: Tensor, h_bias: Tensor | None = None) -> Latents:
         """The active latents of raw rows `x` [..., d]; `h_bias` [n_latents] is added to `h` first, as steering may want.
 
-        ValueError where `x` holds NaN or infinity, or has another width.
+        ValueError where `x` holds NaN, infinity or numbers whose squares float32 cannot sum up, or has another width.
         """
         if x.shape[-1] != self.cfg.d_model:
             raise ValueError(f"expected rows of width {self.cfg.d_model}, found {x.shape[-1]}")
-        if not bool(torch.isfinite(x).all()):
-            raise ValueError("activations hold NaN or infinite values, which no top-k can rank; find where they come from")
+        largest = float(x.float().abs().amax()) if x.numel() else 0.0
+        if not largest <= LARGEST:  # NaN is the largest of all, and not below anything
+            what = f"{largest:.3g}, whose square float32 cannot hold" if math.isfinite(largest) else "NaN or infinite values"
+            raise ValueError(f"activations hold {what}; expected numbers up to {LARGEST:g}. Find where they come from")
         rows = self.normalise(x).z.reshape(-1, self.cfg.d_model)
         if torch.is_grad_enabled():
             step = len(rows)
@@ -267,6 +273,13 @@ class SAE(nn.Module):
     def weights_hash(self) -> str:
         """Identity of the SAE: xxh3-128 of its tensors' bytes in order of name; of the file it was read from, where it was."""
         return self._stored_hash or _hash_tensors(self._tensors(None))
+
+    @property
+    def site(self) -> str:
+        """The hook site that it reads. ValueError where its provenance names none."""
+        if site := self.cfg.provenance.get("site"):
+            return str(site)
+        raise ValueError("the SAE's provenance names no site; sae.convert --activations adds that of the folder it is given")
 
     def _tensors(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
         return {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}

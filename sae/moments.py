@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 BLOCK_ROWS = 256  # float64 copies of so many rows stay in the cache
+SMALLEST_DISTANCE = 1e-150  # far below that of any two different rows in float32, and its inverse can be summed up
 MEDIAN_TOLERANCE, MEDIAN_ROUNDS = 1e-6, 100  # relative to the first mean distance; each round goes over all rows
 
 
@@ -64,7 +65,7 @@ def geometric_median(rows: Tensor) -> Tensor:
         for block in torch.split(rows, BLOCK_ROWS):
             block = block.double()
             distances = torch.linalg.vector_norm(block - point, dim=1)
-            weights = 1 / distances.clamp_min(torch.finfo(torch.float64).eps)
+            weights = 1 / distances.clamp_min(SMALLEST_DISTANCE)
             pulled += weights @ block
             weight += weights.sum()
             distance += float(distances.sum())

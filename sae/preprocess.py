@@ -68,8 +68,6 @@ def run(config: PreprocessConfig, runtime: Runtime) -> None:
     """Write the batches folder; on a half-finished one, continue."""
     activations = open_activations(config.activations, config.site or None)
     provenance = activations.provenance | {
-        "site": activations.site,
-        "d_model": activations.d_model,
         "validation_fraction": config.validation_fraction,
         "split_seed": config.seed,
     }

@@ -17,6 +17,7 @@ from torch import Tensor
 from capture.store import Activations, Chunk
 from core.artifact import Builder
 from core.cli import progress
+from core.norms import row_norms
 from core.runtime import Runtime
 from sae.scratch import bucket_name, chunk_name
 from sae.split import held_out
@@ -127,15 +128,10 @@ def scatter_chunk(plan: Plan, chunk: Chunk, repeated: Tensor | None = None) -> d
     order = bucket.argsort(stable=True)
     offsets = torch.zeros(plan.n_buckets + 1, dtype=torch.long)
     offsets[1:] = torch.bincount(bucket, minlength=plan.n_buckets).cumsum(0)
-    bins, bin_counts = torch.unique(norms.view(torch.int32) >> NORM_SHIFT, return_counts=True)
+    bits = norms.clamp(max=torch.finfo(torch.float32).max).float().view(torch.int32)
+    bins, bin_counts = torch.unique(bits >> NORM_SHIFT, return_counts=True)
     n_left_out = torch.tensor(len(chunk.activations) - len(rows))
     return {"x": rows[order], "offsets": offsets, "bins": bins, "bin_counts": bin_counts, "repeated_rows": n_left_out}
-
-
-def row_norms(rows: Tensor) -> Tensor:
-    """Euclidean norm of each row, float32 [R]."""
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32)
-    return norms
 
 
 def read_bucket(plan: Plan, bucket: int) -> Tensor:

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from core.artifact import Builder
 from core.cli import progress
+from core.norms import LARGEST, SMALLEST, row_norms
 from core.runtime import Runtime
+from sae.batches import Statistics
 from sae.model import SAEConfig, layer_normalised
 from sae.moments import BLOCK_ROWS, Moments, geometric_median
-from sae.scatter import Plan, bucket_rows, read_bucket, row_norms
+from sae.scatter import Plan, bucket_rows, read_bucket
 from sae.scratch import bucket_name, read_scratch
 
 
@@ -43,6 +45,11 @@ def _finish_bucket(plan: Plan, bucket: int, name: str, limit: float, builder: Bu
     rows = read_bucket(plan, bucket)
     norms = row_norms(rows)
     kept = (norms <= limit).nonzero()[:, 0]
+    if len(kept) and (largest := float(norms[kept].max())) > LARGEST:
+        raise ValueError(
+            f"activations hold a finite row of norm {largest:.3g}, whose squares float32 cannot sum up; expected norms up to "
+            f"{LARGEST:g}. Drop such rows with --max-norm-ratio 10, or check the model and the site"
+        )
     order = kept[torch.randperm(len(kept), generator=plan.generator("bucket", bucket))]
     dropped = len(rows) - len(kept)
     rows = rows[order]
@@ -61,7 +68,7 @@ def _statistics(rows: Tensor, norms: Tensor) -> dict[str, Tensor]:
         raw.merge(Moments.of(block))
         layer.merge(Moments.of(layer_normalised(block.float(), SAEConfig.norm_eps).z))
     return {
-        "norm_sum": norms.double().sum(),
+        "norm_sum": norms.sum(),
         "mean": raw.mean,
         "m2": raw.m2,
         "layer_mean": layer.mean,
@@ -128,6 +135,11 @@ def write_statistics(plan: Plan, median_rows: int, builder: Builder) -> list[str
     assert raw is not None
     assert layer is not None
     mean_norm = norm_sum / raw.count
+    if 0 < mean_norm < SMALLEST:
+        raise ValueError(
+            f"the mean norm of the activations is {mean_norm:.3g}, whose squares float32 cannot hold; expected at least "
+            f"{SMALLEST:g}. Check the model and the site"
+        )
     scale = math.sqrt(len(raw.mean)) / mean_norm if mean_norm else 1.0
     statistics = {
         "count": torch.tensor(raw.count),
@@ -139,6 +151,7 @@ def write_statistics(plan: Plan, median_rows: int, builder: Builder) -> list[str
         "layer_mean": layer.mean,
         "layer_variance": layer.variance,
     }
+    Statistics(statistics).refuse_constant("none")
     if median_rows:
         rows = first_rows(plan, median_rows)
         median = geometric_median(rows)

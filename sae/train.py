@@ -12,6 +12,7 @@ checkpoint of the current step, then exit; the same command continues from the n
 and `density_histogram` (see Trainer.firing_histograms), `activations_per_s` of all ranks, `floor_share`, and `val_...`.
 """
 
+import contextlib
 import logging
 import math
 import time
@@ -29,10 +30,11 @@ from core.runtime import Runtime
 from sae.batches import Batches
 from sae.checkpoint import Checkpoints, StopWish, stop_signals
 from sae.hyperparameters import Hyperparameters
-from sae.metrics import Metrics, NoMetrics, NoWandb, Wandb, WandbMode
+from sae.metrics import Metrics, NoMetrics
 from sae.model import load
 from sae.plan import plan
 from sae.trainer import NotFinite, StepResult, Trainer
+from sae.wandb import Wandb, WandbMode, wanted
 
 log = logging.getLogger("sae.train")
 
@@ -64,7 +66,9 @@ class TrainConfig(StageConfig, Hyperparameters):
     plan: bool = machine(False)
     """Only say what the run would need: memory, disk, time."""
     wandb: WandbMode = machine("auto")
-    """Weights & Biases: auto (online where WANDB_API_KEY is set, else offline), off, offline, online."""
+    """Weights & Biases: auto, off, offline, online. auto is what WANDB_DISABLED or WANDB_MODE says, else online where
+    WANDB_API_KEY is set, else offline. A process of its own makes the copy, so that no server delays training; WANDB_PROJECT,
+    WANDB_NAME and the other WANDB_ variables hold."""
 
     def __post_init__(self) -> None:
         Hyperparameters.__post_init__(self)
@@ -93,41 +97,41 @@ def run(config: TrainConfig, runtime: Runtime) -> None:
     if config.init_from:
         inputs.append(open_artifact(config.init_from, "sae"))
         begin_with = load(config.init_from, dtype=getattr(torch, config.dtype))
-    with building(config.out / "sae", "sae", config, runtime, inputs, batches.provenance) as builder:
-        if builder.complete:
-            log.info("%s: already complete", config.out)
-            return
-        trainer = Trainer(config, runtime, batches, config.seed, config.latent_parallel, begin_with)
-        checkpoints = Checkpoints(config.out / "checkpoints", config.keep, config, runtime, trainer.mesh)
-        state = checkpoints.newest(trainer.first, trainer.n_local)
-        if state is not None:
-            trainer.load_state(state)
-            log.info("continuing behind step %s of %s", f"{trainer.step:,}", f"{trainer.total_steps:,}")
-        trainer.check_replicas()
-        metrics = _open_metrics(config, runtime, trainer.step)
-        try:
-            with stop_signals() as wish:
+    with contextlib.ExitStack() as at_last:  # a copy for looking at may take a moment, when the SAE lies on the disk
+        with building(config.out / "sae", "sae", config, runtime, inputs, batches.provenance) as builder:
+            if builder.complete:
+                log.info("%s: already complete", config.out)
+                return
+            trainer = Trainer(config, runtime, batches, config.seed, config.latent_parallel, begin_with)
+            checkpoints = Checkpoints(config.out / "checkpoints", config.keep, config, runtime, trainer.mesh)
+            state = checkpoints.newest(trainer.first, trainer.n_local)
+            if state is not None:
+                trainer.load_state(state)
+                log.info("continuing behind step %s of %s", f"{trainer.step:,}", f"{trainer.total_steps:,}")
+            trainer.check_replicas()
+            metrics = _open_metrics(config, runtime, trainer.step)
+            at_last.callback(metrics.close)
+            with contextlib.closing(checkpoints), stop_signals() as wish:
                 line = _fit(config, runtime, trainer, checkpoints, metrics, wish)
-        finally:
-            checkpoints.close()
-            metrics.close()
-        sae = trainer.whole(line["l0"])
-        names, sae_hash = sae.publish(builder) if runtime.is_main else ([], "")
-        counts = {"n_latents": config.n_latents, "steps": trainer.step, "tokens": trainer.tokens}
-        builder.finish(names, counts, sae.cfg.provenance | {"sae_hash": sae_hash})
-    log.info(
-        "%s: %s latents after %s steps and %s tokens, fvu %.4f, l0 %.1f, dead %.2f %%",
-        config.out / "sae", f"{config.n_latents:,}", f"{trainer.step:,}", f"{trainer.tokens:,}",
-        line.get("val_fvu", line["fvu"]), line["l0"], 100 * line["dead_fraction"],
-    )  # fmt: skip
+            sae = trainer.whole(line["l0"])
+            names, sae_hash = sae.publish(builder) if runtime.is_main else ([], "")
+            counts = {"n_latents": config.n_latents, "steps": trainer.step, "tokens": trainer.tokens}
+            builder.finish(names, counts, sae.cfg.provenance | {"sae_hash": sae_hash})
+        log.info(
+            "%s: %s latents after %s steps and %s tokens, fvu %.4f, l0 %.1f, dead %.2f %%",
+            config.out / "sae", f"{config.n_latents:,}", f"{trainer.step:,}", f"{trainer.tokens:,}",
+            line.get("val_fvu", line["fvu"]), line["l0"], 100 * line["dead_fraction"],
+        )  # fmt: skip
 
 
 def _open_metrics(config: TrainConfig, runtime: Runtime, step: int) -> Metrics | NoMetrics:
     if not runtime.is_main:
         return NoMetrics()
     files.make_folder(config.out)
-    wandb = NoWandb() if config.wandb == "off" else Wandb(config.out, config.wandb, config_record(config))
-    return Metrics(config.out / "metrics.jsonl", step, wandb)
+    metrics = Metrics(config.out / "metrics.jsonl", step)
+    if (mode := wanted(config.wandb)) != "off":
+        metrics.copy_to(Wandb(config.out, mode, config_record(config), step))
+    return metrics
 
 
 def _fit(

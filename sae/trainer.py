@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from core.norms import row_norms, unit_rows
 from core.runtime import Mesh, Runtime, Solo
 from sae.batches import Batches, Rows, Schedule
 from sae.descent import descent
@@ -75,6 +76,7 @@ class Trainer:
         self.config, self.runtime, self.batches = config, runtime, batches
         self.mesh = runtime.mesh(latent_parallel)
         statistics = batches.statistics
+        statistics.refuse_constant(config.norm)
         self.schedule = Schedule(len(batches.train), batches.batch_rows, config.batch_size, seed)
         all_steps = self.schedule.steps_per_epoch * config.epochs
         self.total_steps = min(config.max_steps or all_steps, all_steps)
@@ -163,7 +165,7 @@ class Trainer:
             loss=main / (n_rows * d),
             aux_loss=aux / (n_rows * d),
             penalty=penalty / n_rows,
-            fvu=main / n_rows / self.total_variance if self.total_variance else math.nan,
+            fvu=main / n_rows / self.total_variance,
             l0=l0 / n_rows,
             dead_fraction=n_dead / config.n_latents,
             lr=lr,
@@ -227,7 +229,7 @@ class Trainer:
             part = losses(self.sae, self.sae.normalise(x).z, recipe, dead, n_dead, Mesh(Solo(), latent), self.first)
             sums += torch.stack((part.main, part.aux)).double()
         main, aux = (data.sum_(sums) / n_rows).tolist()
-        fvu = main / self.total_variance if self.total_variance else math.nan
+        fvu = main / self.total_variance
         return {"val_loss": main / d, "val_aux_loss": aux / d, "val_fvu": fvu}
 
     def out_of_patience(self, val_loss: float) -> bool:
@@ -285,8 +287,8 @@ class Trainer:
             gathered = tensor if name == "b_pre" else group.all_gather(tensor).flatten(0, 1)
             tensors[name] = gathered.detach().cpu().clone()
         if not config.unit_decoder:
-            norms = torch.linalg.vector_norm(tensors["W_dec"], dim=1).clamp_min(torch.finfo(tensors["W_dec"].dtype).tiny)
-            tensors["W_dec"] /= norms[:, None]
+            norms = row_norms(tensors["W_dec"]).to(tensors["W_dec"].dtype)
+            tensors["W_dec"] = unit_rows(tensors["W_dec"])
             tensors["W_enc"] *= norms[:, None]
             tensors["b_enc"] *= norms
         sae.load_state_dict(tensors, assign=True)

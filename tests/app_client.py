@@ -16,20 +16,24 @@ from inference.handlers import Handlers
 
 
 @contextlib.contextmanager
-def served(handlers: Handlers, password: str | None = None) -> Iterator[str]:
-    """The app in this process, on a free port; yields its address.
+def served(handlers: Handlers, password: str | None = None, **flags: Any) -> Iterator[str]:
+    """The app in this process, on a free port, with further `flags` of AppConfig; yields its address.
 
     What its server leaves unclosed is collected at the end, where warnings are ignored: in a later test each would be an error,
     raised wherever Python happens to collect it.
     """
     with without_warnings():  # Gradio uses what pandas and others have deprecated
-        blocks, address = serve(handlers, AppConfig(port=0), password)
+        blocks, address = serve(handlers, AppConfig(port=0, **flags), password)
     try:
         yield address.rstrip("/")
     finally:
         with without_warnings():
+            server = blocks.server
+            server.force_exit = True  # it would wait for clients that hold their connection, such as a page's heartbeat
             blocks.close(verbose=False)
-            del blocks
+            server.thread.join(timeout=60)
+            assert not server.thread.is_alive(), "the app's server did not end"
+            del blocks, server
             gc.collect()
 
 

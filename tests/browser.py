@@ -33,11 +33,11 @@ def chromium() -> str:
 
 
 @contextlib.contextmanager
-def open_browser() -> Iterator[Browser]:
-    """Debian's Chromium under Playwright, without its own background traffic."""
+def open_browser(*arguments: str) -> Iterator[Browser]:
+    """Debian's Chromium under Playwright, without its own background traffic, with further `arguments`."""
     path = chromium()
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=list(ARGUMENTS))
+        browser = playwright.chromium.launch(executable_path=path, args=[*ARGUMENTS, *arguments])
         try:
             yield browser
         finally:

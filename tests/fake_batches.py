@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -24,6 +25,8 @@ import tyro
 Answer = Callable[[str, str], str]
 
 GOOD = '{"title": "storms at sea", "common_semantic": "Storms at sea.", "certainty": 0.8}'
+TRUE_TIME = time.time
+"""The clock of the server's machine, whatever a test makes of the client's."""
 ERRORS = {429: "rate_limit_error", 500: "api_error", 529: "overloaded_error"}
 
 
@@ -45,6 +48,10 @@ class BatchServer:
         self.injected: Counter[str] = Counter()
         self.looks_until_ended = 2
         self.bytes_per_token = 5.0
+        self.ahead_s = 0.0
+        """How far the server's clock, in `created_at` and in the header Date, is ahead of the client's."""
+        self.creates: list[str] = []
+        """What befalls the next creates: "ok", a status, "accepted, cut" and the like; behind its end, what `faults` draws."""
         self.invalid: set[str] = set()
         """Ends of custom ids whose requests are answered with invalid_request_error."""
         self.keys: set[str] = set()
@@ -76,9 +83,12 @@ class BatchServer:
         with self._lock:
             self._random.shuffle(results)
             name = f"msgbatch_{len(self.batches):06d}"
-            now = datetime.now(UTC)
+            now = self.now()
             self.batches[name] = {"requests": requests, "results": results, "looks": 0, "created": now, "archived": None}
         return self.shown(name)
+
+    def now(self) -> datetime:
+        return datetime.fromtimestamp(TRUE_TIME() + self.ahead_s, UTC)
 
     def _result(self, request: dict[str, Any]) -> dict[str, Any]:
         custom_id = request["custom_id"]
@@ -160,10 +170,16 @@ class _Handler(BaseHTTPRequestHandler):
     def _create(self, requests: list[dict[str, Any]]) -> None:
         state = self.server_state
         state.calls["create"] += 1
-        if not state.draw(state.faults * 2):  # creates are few, so they fail more often
+        if state.creates:
+            kind = state.creates.pop(0)
+        elif not state.draw(state.faults * 2):  # creates are few, so they fail more often
             self._json(state.create(requests))
             return
-        kind = state.choose(["429", "500", "529", "hang", "accepted, cut", "accepted, 500", "accepted, hang", "cut"])
+        else:
+            kind = state.choose(["429", "500", "529", "hang", "accepted, cut", "accepted, 500", "accepted, hang", "cut"])
+        if kind == "ok":
+            self._json(state.create(requests))
+            return
         state.injected[kind] += 1
         if kind.startswith("accepted"):
             state.create(requests)
@@ -240,6 +256,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header("retry-after", "0")
         self.end_headers()
         self.wfile.write(content)
+
+    def date_time_string(self, timestamp: float | None = None) -> str:
+        return format_datetime(self.server_state.now(), usegmt=True)
 
     def log_message(self, *arguments: object) -> None:
         pass

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 
-from capture.store import open_corpus
+from capture.store import open_activations, open_corpus
 from core.artifact import building, open_artifact
 from core.cli import StageConfig
 from core.runtime import Runtime, Solo
@@ -142,7 +142,7 @@ def make_activations(path: Path, corpus: Path, model: Path, rows: torch.Tensor |
 
 def make_sae(path: Path, activations: Path, n_latents: int, k: int, **provenance: object) -> Path:
     """An SAE whose encoder is exact in float32 on rows of small integers; its last two latents can never fire."""
-    found = open_artifact(activations, "activations").manifest.provenance | {"site": SITE} | provenance
+    found = open_activations(activations, SITE).provenance | provenance
     cfg = SAEConfig(d_model=found["d_model"], n_latents=n_latents, k=k, norm="none", provenance=found)
     sae = SAE(cfg)
     generator = torch.Generator().manual_seed(1)

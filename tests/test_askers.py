@@ -2,9 +2,11 @@
 
 import io
 import json
+import random
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 
 from core.artifact import verify
 from core.cli import parse
+from interpretability.asking import SAVED
 from interpretability.explain import ExplainConfig, chosen, run
 from interpretability.records import read_explanations
 from tests import written_latents as written
@@ -36,12 +39,17 @@ class ChatHandler(BaseHTTPRequestHandler):
             said = self.script.pop(0) if self.script else GOOD
             self.seen.append(body | {"path": self.path, "key": self.headers.get("authorization", "")})
         status, text = (said, "") if isinstance(said, int) else (200, said)
+        if isinstance(said, tuple):
+            status, text = said
         reply: Any = {"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}
         if text == "length":
             reply["choices"][0]["finish_reason"] = "length"
         elif text == "no chat":
             reply = {"error": KEY}
-        content = json.dumps(reply).encode() if status == 200 else f"no: {self.headers.get('authorization')}".encode()
+        elif isinstance(text, dict):
+            reply = {"choices": [text]}
+        refusal = text or f"no: {self.headers.get('authorization')}"
+        content = json.dumps(reply).encode() if status == 200 else refusal.encode()
         self.send_response(status)
         self.send_header("content-length", str(len(content)))
         self.end_headers()
@@ -84,7 +92,8 @@ def openai(top: Path, out: Path, url: str, *flags: str) -> ExplainConfig:
 def test_a_server_is_asked_again_where_it_is_busy(top: Path, tmp_path: Path, server: tuple[str, type[ChatHandler]]) -> None:
     url, handler = server
     handler.script[:] = [429, 503, GOOD, "length", "no chat", "It is about {ships."]
-    run(openai(top, tmp_path / "out", url), solo())
+    with pytest.raises(ValueError, match=r"3 of 4 answers failed \(75%\), more than --max-failed-share 0.1"):
+        run(openai(top, tmp_path / "out", url), solo())
     found = read_explanations(tmp_path / "out")
     states = Counter(explanation.state for explanation in found.values())
     assert states == {"valid": 1, "failed": 4}
@@ -96,6 +105,87 @@ def test_a_server_is_asked_again_where_it_is_busy(top: Path, tmp_path: Path, ser
         ("/v1/chat/completions", "m", f"Bearer {KEY}")
     }
     verify(tmp_path / "out")
+
+
+@pytest.mark.parametrize(("share", "ends_well"), [("0.24", False), ("0.25", True), ("1", True), ("0", False)])
+def test_more_failures_than_allowed_end_with_an_error_and_all_results(
+    top: Path, tmp_path: Path, server: tuple[str, type[ChatHandler]], share: str, ends_well: bool
+) -> None:
+    """One of four answers fails; the latent that never fires was not asked about. Given again, the command says the same."""
+    url, handler = server
+    handler.script[:] = ["no answer"]
+    for _ in range(2):
+        with nullcontext() if ends_well else pytest.raises(ValueError, match=f"1 of 4 .*--max-failed-share {share}"):
+            run(openai(top, tmp_path / "out", url, "--max-failed-share", share), solo())
+        assert Counter(found.state for found in read_explanations(tmp_path / "out").values()) == {"valid": 3, "failed": 2}
+        verify(tmp_path / "out")
+    assert len(handler.seen) == 4
+    run(openai(top, tmp_path / "out", url, "--max-failed-share", "0.5"), solo())
+
+
+def test_saved_replies_are_damaged_by_no_bit_unnoticed(
+    top: Path, memory_path: Path, server: tuple[str, type[ChatHandler]]
+) -> None:
+    url, handler = server
+    handler.script[:] = [GOOD, 401]
+    with pytest.raises(ValueError, match="HTTP 401"):
+        run(openai(top, memory_path / "out", url), solo())
+    path, asked = memory_path / "out" / SAVED, len(handler.seen)
+    whole = path.read_bytes()
+    for place in random.Random(1).sample(range(8 * len(whole)), 100):
+        path.write_bytes(whole[: place // 8] + bytes([whole[place // 8] ^ 1 << place % 8]) + whole[place // 8 + 1 :])
+        with pytest.raises(ValueError, match=rf"{SAVED}: line 1 does not fit its checksum.*nothing was asked"):
+            run(openai(top, memory_path / "out", url), solo())
+    path.write_bytes(whole)
+    assert len(handler.seen) == asked
+    run(openai(top, memory_path / "out", url), solo())
+    assert len(handler.seen) == asked + 3
+
+
+def test_parameters_that_a_server_refuses_are_spared_once(
+    top: Path, tmp_path: Path, server: tuple[str, type[ChatHandler]], caplog: pytest.LogCaptureFixture
+) -> None:
+    url, handler = server
+    handler.script[:] = [
+        (400, "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."),
+        (422, '{"detail":[{"type":"extra_forbidden","loc":["body","seed"],"msg":"Extra inputs are not permitted"}]}'),
+    ]
+    run(openai(top, tmp_path / "out", url, "--attempts", "1"), solo())
+    assert len(handler.seen) == 2 + 4
+    assert [{"max_tokens", "max_completion_tokens", "seed", "temperature"} & set(call) for call in handler.seen] == [
+        {"max_tokens", "seed", "temperature"}, {"max_completion_tokens", "seed", "temperature"},
+        *[{"max_completion_tokens", "temperature"}] * 4,
+    ]  # fmt: skip
+    assert handler.seen[-1]["max_completion_tokens"] == 2048
+    assert caplog.text.count("refuses the parameter") == 2
+
+
+@pytest.mark.parametrize("refusal", ["max_tokens is too large: 2048", "Extra inputs are not permitted: model"])
+def test_other_refusals_end_at_once(top: Path, tmp_path: Path, server: tuple[str, type[ChatHandler]], refusal: str) -> None:
+    url, handler = server
+    handler.script[:] = [(400, refusal)]
+    with pytest.raises(ValueError, match="HTTP 400: "):
+        run(openai(top, tmp_path / "out", url), solo())
+    assert all({"max_tokens", "seed", "temperature"} <= set(call) for call in handler.seen)
+
+
+def test_content_in_parts_and_reasoning_without_an_answer(
+    top: Path, tmp_path: Path, server: tuple[str, type[ChatHandler]]
+) -> None:
+    url, handler = server
+    parts = [{"type": "thinking", "text": "{"}, {"type": "text", "text": GOOD[:20]}, {"type": "text", "text": GOOD[20:]}]
+    handler.script[:] = [
+        {"message": {"content": parts}, "finish_reason": "stop"},
+        {"message": {"content": None, "reasoning_content": f"Perhaps {GOOD}"}, "finish_reason": "stop"},
+        {"message": {"content": "", "reasoning": "Let me"}, "finish_reason": "length"},
+        {"message": {"content": [5]}, "finish_reason": "stop"},
+    ]
+    run(openai(top, tmp_path / "out", url, "--max-failed-share", "1"), solo())
+    found = [e for e in read_explanations(tmp_path / "out").values() if e.reason != "never fired"]
+    assert [(e.state, e.reason, e.reply) for e in found] == [
+        ("valid", "", ""), ("failed", "the model gave its reasoning and no answer", f"Perhaps {GOOD}"),
+        ("failed", "cut off at --max-tokens", "Let me"), ("failed", "the server's reply is no chat completion", found[3].reply),
+    ]  # fmt: skip
 
 
 def test_refusals_end_at_once_and_do_not_tell_the_key(top: Path, tmp_path: Path, server: tuple[str, type[ChatHandler]]) -> None:
@@ -138,7 +228,7 @@ def test_cost_of_a_server(
 def test_a_llama_in_this_process(top: Path, tmp_path: Path) -> None:
     """A random model rambles: nothing it says is stored as an explanation, and what does not fit its context is told."""
     roomy = tiny_llama(tmp_path / "roomy", max_seq_len=16_384)
-    flags = ("--backend", "llama", "--max-tokens", "5", "--examples", "2", "--latents", "0-2")
+    flags = ("--backend", "llama", "--max-tokens", "5", "--examples", "2", "--latents", "0-2", "--max-failed-share", "1")
     run(config(top, tmp_path / "out", "--model", str(roomy), *flags), solo())
     found = read_explanations(tmp_path / "out")
     assert list(found) == [0, 1, 2]
@@ -156,6 +246,8 @@ def test_a_llama_in_this_process(top: Path, tmp_path: Path) -> None:
     (["--backend", "llama"], "--model is missing"),
     (["--latents", "3-9", "--backend", "token_statistics"], "'3-9' is no latent or range of latents from 0 to 4"),
     (["--max-tokens", "0"], "--max-tokens must be at least 1"),
+    (["--max-failed-share", "1.1"], "--max-failed-share must be from 0 to 1"),
+    (["--max-failed-share", "nan"], "--max-failed-share"),
 ])  # fmt: skip
 def test_bad_flags(top: Path, tmp_path: Path, flags: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):

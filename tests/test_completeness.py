@@ -208,7 +208,9 @@ def test_the_stage_by_a_language_model(made: Made, tmp_path: Path, monkeypatch: 
         return Fake(builder, asked)
 
     monkeypatch.setattr(completeness, "asker_of", fake)
-    completeness.run(config(made, tmp_path / "out", backend="openai", judge_model="judge"), solo())
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"1 of 4 answers failed .*--max-failed-share 0.1"):
+            completeness.run(config(made, tmp_path / "out", backend="openai", judge_model="judge"), solo())
     rows = [json.loads(line) for line in (tmp_path / "out" / ROWS_FILE).read_text().splitlines()]
     first = {found["concept"]: found["features"][0]["latent"] for found in rows}
     assert {found["concept"]: found["naming"] for found in rows} == {

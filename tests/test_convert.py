@@ -306,8 +306,9 @@ def test_sites_and_hooks() -> None:
     assert hook_name("layers.3.attn_norm") is None
     assert hook_name("final_norm") is None
     assert site_of_hook("blocks.11.hook_resid_pre") == "layers.11.resid_pre"
-    assert site_of_hook("blocks.11.attn.hook_z") == "layers.11.attn_heads"
     assert site_of_hook("blocks.11.attn.hook_q") is None
+    for site, hook in (("layers.3.ffn_hidden", "blocks.3.mlp.hook_post"), ("layers.3.attn_heads", "blocks.3.attn.hook_z")):
+        assert (hook_name(site), site_of_hook(hook)) == (hook, site)
 
 
 # the libraries themselves: `pytest -m peers`, where benchmarks/requirements.txt is installed ---------------------------

@@ -26,6 +26,7 @@ from core.artifact import (
     verify,
 )
 from core.cli import StageConfig
+from core.lines import read_lines, sealed
 from core.runtime import Runtime, Solo
 from tests.faults import ForkServer, fail_at
 
@@ -89,6 +90,27 @@ def operations(folder: Path) -> list[str]:
     build(folder)
     files.before_operation = fail_at(0)
     return seen
+
+
+def test_a_finished_folder_that_records_less_is_left_alone(tmp_path: Path) -> None:
+    """As an earlier version leaves it; a half-finished one is not continued, and another value is refused in any case."""
+    for name in ("done", "half"):
+        with building(tmp_path / name, "things", Config(), ALONE, provenance={"model_hash": "m1"}) as builder:
+            if name == "done":
+                builder.finish([], {})
+    now = {"model_hash": "m1", "batch_tokens": 64}
+    with building(tmp_path / "done", "things", Config(), ALONE, provenance=now) as builder:
+        assert builder.complete
+    with (
+        pytest.raises(ValueError, match="batch_tokens None"),
+        building(tmp_path / "half", "things", Config(), ALONE, provenance=now),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match="model_hash 'm1'"),
+        building(tmp_path / "done", "things", Config(), ALONE, provenance=now | {"model_hash": "m2"}),
+    ):
+        pass
 
 
 def test_what_a_build_leaves(tmp_path: Path, clean: dict[str, bytes]) -> None:
@@ -411,12 +433,61 @@ def test_a_kill_while_a_file_is_replaced_leaves_no_record_of_the_old_one(tmp_pat
     assert n > 15
 
 
-def test_torn_and_foreign_journal_lines_are_skipped(tmp_path: Path, clean: dict[str, bytes]) -> None:
+def test_a_torn_last_line_of_a_journal_is_cut_off(tmp_path: Path, clean: dict[str, bytes]) -> None:
     half_build(str(tmp_path))
     with (tmp_path / ".journal-0.jsonl").open("ab") as journal:
-        journal.write(b'[1, 2]\n{"name": ["x"], "bytes": 1, "checksum": "", "rows": 0}\n\xff\xfe\n{"name": "three.bin", "byt')
+        journal.write(b'{"name": "three.bin", "byt')
     build(tmp_path)
     assert snapshot(tmp_path) == clean
+
+
+def test_no_single_bit_of_a_journal_alters_an_artifact(memory_path: Path, clean: dict[str, bytes]) -> None:
+    """Each is refused by name, and without the journal the same command makes the same bytes."""
+    half_build(str(memory_path))
+    journal = memory_path / ".journal-0.jsonl"
+    whole = journal.read_bytes()
+    before = snapshot(memory_path)
+    for place in range(8 * len(whole)):
+        journal.write_bytes(flipped(whole, place // 8, place % 8))
+        with pytest.raises(ValueError, match=r"journal-0\.jsonl: line 1 .*remove it") as refused:
+            build(memory_path)
+        assert "\n" not in str(refused.value)
+    journal.unlink()
+    assert snapshot(memory_path) == {name: content for name, content in before.items() if name != journal.name}
+    build(memory_path)
+    assert snapshot(memory_path) == clean
+
+
+@pytest.mark.parametrize("line", [{"name": "x"}, {"name": ["x"], "bytes": 1, "checksum": "", "rows": 0}])
+def test_a_line_that_is_no_record_is_refused(tmp_path: Path, line: dict[str, Any]) -> None:
+    half_build(str(tmp_path))
+    with (tmp_path / ".journal-0.jsonl").open("ab") as journal:
+        journal.write(sealed(line))
+    with pytest.raises(ValueError, match=r"journal-0\.jsonl: line 2 is no record"):
+        build(tmp_path)
+
+
+def test_a_journal_without_checksums_counts_where_it_fits_its_files(tmp_path: Path, clean: dict[str, bytes]) -> None:
+    """Of an earlier release; what was altered in it, or belongs to a file that was, is made again."""
+    half_build(str(tmp_path))
+    journal = tmp_path / ".journal-0.jsonl"
+    record = read_lines(journal, "").records[0]
+    for old in (record, record | {"checksum": "0" * 32}, record | {"rows": 1}):
+        journal.write_text(json.dumps(old) + "\n")
+        with building(tmp_path, "things", Config(), ALONE, provenance={"model_hash": "m1"}) as builder:
+            assert bool(builder.has("one.bin")) is (old["checksum"] == record["checksum"])
+    journal.write_text(json.dumps(record) + "\n")
+    build(tmp_path)
+    assert snapshot(tmp_path) == clean
+
+
+def test_a_finished_file_that_was_altered_is_not_read(tmp_path: Path) -> None:
+    with building(tmp_path, "things", Config(), ALONE) as builder:
+        builder.publish("one.bin", b"12345")
+        assert builder.read("one.bin") == b"12345"
+        (tmp_path / "one.bin").write_bytes(b"12845")
+        with pytest.raises(ValueError, match=r"one\.bin: damaged: .*remove it"):
+            builder.read("one.bin")
 
 
 def test_check_provenance_names_both_values() -> None:

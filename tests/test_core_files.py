@@ -99,16 +99,6 @@ def test_publish_is_cut_by_a_kill_at_every_operation(tmp_path: Path, fork_server
     assert os.listdir(tmp_path) == ["a"]
 
 
-def test_journal_closes_a_torn_line_before_the_next(tmp_path: Path) -> None:
-    journal = tmp_path / "journal"
-    files.append_line(journal, "one")
-    with journal.open("ab") as file:
-        file.write(b'{"torn": ')
-    files.append_line(journal, "two")
-    files.append_line(journal, "three")
-    assert journal.read_text().splitlines() == ["one", '{"torn": ', "two", "three"]
-
-
 def publish_too_much(path: str) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))  # Python ignores SIGXFSZ, so that writes fail with EFBIG
     with pytest.raises(OSError, match=rf"file too large: {path} needs at least [\d,]+ bytes, .*ulimit -f") as caught:

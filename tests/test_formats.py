@@ -204,6 +204,18 @@ def test_a_threshold_that_was_never_set_is_said(x: Tensor, tmp_path: Path, caplo
     torch.testing.assert_close(dense_codes(sae, x), h.relu(), rtol=1e-5, atol=1e-5)
 
 
+def test_a_latent_without_a_direction_stays_silent(x: Tensor, tmp_path: Path) -> None:
+    """Where rows get unit norm, one of zeros would divide by zero."""
+    empty = LINEAR["decoder.weight"].clone()
+    empty[:, 7] = 0
+    files = changed("AutoEncoder", "ae.pt", **{"decoder.weight": empty})
+    sae = read(PUBLISHED["AutoEncoder"]._replace(files=files).write(tmp_path))
+    f, _ = PUBLISHED["AutoEncoder"].computed(x)
+    f[:, 7] = 0
+    torch.testing.assert_close(dense_codes(sae, x), f, rtol=1e-5, atol=1e-5)
+    assert bool(torch.isfinite(sae(x)).all())
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_damaged_file_is_named(name: str, tmp_path: Path) -> None:
     """Cut, overwritten and empty: one line with the file's name each time."""

@@ -61,6 +61,20 @@ def reference_greedy(model: Transformer, prompt: Sequence[int], n: int) -> list[
     return out[len(prompt) :]
 
 
+@pytest.mark.parametrize("site", ["layers.1.attn_heads", "layers.1.ffn_hidden"])
+def test_edits_inside_a_layer_reach_every_pass(site: str, tmp_path: Path) -> None:
+    """Four lengths in one batch with a cache, against whole passes under the same edit; heads wider than the model."""
+    folder = tiny_llama(tmp_path, seed=3, head_dim=12)
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    ids = [tokenizer.encode(prompt, bos=True) for prompt in PROMPTS]
+    shift = torch.randn(model.width(site), generator=torch.Generator().manual_seed(5))
+    edit: Mapping[str, Hook] = {site: lambda x: x + shift}
+    texts = [[p.token_id for p in row] for row in by_row(generate(model, tokenizer, ids, GREEDY, lambda _: edit), 4)]
+    with model.hooks(edit):
+        assert texts == [reference_greedy(model, prompt, 12) for prompt in ids]
+    assert texts != [[p.token_id for p in row] for row in by_row(generate(model, tokenizer, ids, GREEDY), 4)]
+
+
 # --- text -----------------------------------------------------------------------------------------------------------------
 
 

@@ -19,7 +19,7 @@ from llama3.args import ModelArgs, RopeScaling
 from llama3.cache import attention_mask
 from llama3.model import Transformer, fold_mask, grouped_attention
 from llama3.rope import apply_rotary_emb, as_factors, frequencies, precompute_freqs_cis
-from llama3.sites import LAYER_SITES, NO_HOOKS
+from llama3.sites import LAYER_SITES, NO_HOOKS, SiteHooks
 from tests.tiny import tiny_args
 
 V = 61
@@ -309,23 +309,46 @@ def test_padding_takes_no_room_in_the_context() -> None:
 SITES = ["embed", *[f"layers.{i}.{name}" for i in range(3) for name in LAYER_SITES], "final_norm"]
 
 
+def with_input_of(reader: Any, part: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """What the submodule `reader` of `part` is given in `part(*arguments)`, and what that returns."""
+    seen: list[Tensor] = []
+    handle = reader.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    out = part(*arguments)
+    handle.remove()
+    return seen[0], out
+
+
 def reference_sites(model: Transformer, tokens: Tensor) -> dict[str, Tensor]:
     """Every site computed from the model's parts, step by step."""
     rope, x = as_factors(model.freqs_cis[: tokens.shape[1]]), model.tok_embeddings(tokens)
     sites = {"embed": x}
-    for i, layer in enumerate(model.layers):
-        values = {"resid_pre": x, "attn_norm": layer.attention_norm(x)}  # type: ignore[operator]
-        values["attn_out"] = layer.attention(values["attn_norm"], rope, None, None)  # type: ignore[operator]
+    for i in range(model.params.n_layers):
+        layer: Any = model.layers[i]
+        values = {"resid_pre": x, "attn_norm": layer.attention_norm(x)}
+        attention, feed_forward = layer.attention, layer.feed_forward
+        values["attn_heads"], values["attn_out"] = with_input_of(
+            attention.wo, attention, values["attn_norm"], rope, None, None, NO_HOOKS
+        )
         values["resid_mid"] = x + values["attn_out"]
-        values["ffn_norm"] = layer.ffn_norm(values["resid_mid"])  # type: ignore[operator]
-        values["ffn_out"] = layer.feed_forward(values["ffn_norm"])  # type: ignore[operator]
+        values["ffn_norm"] = layer.ffn_norm(values["resid_mid"])
+        values["ffn_hidden"], values["ffn_out"] = with_input_of(feed_forward.w2, feed_forward, values["ffn_norm"], NO_HOOKS)
         x = values["resid_post"] = values["resid_mid"] + values["ffn_out"]
         sites |= {f"layers.{i}.{name}": value for name, value in values.items()}
     return sites | {"final_norm": model.norm(x)}
 
 
-def test_every_site_reads_the_right_tensor_in_prefill_and_decode() -> None:
-    model, tokens = make_model(), some_tokens(2, 6)
+def test_widths_of_the_sites() -> None:
+    model = make_model(head_dim=12)  # 4 heads; d_model 32, SwiGLU width 96
+    widths = {site.rpartition(".")[2]: model.width(site) for site in SITES}
+    assert (widths.pop("attn_heads"), widths.pop("ffn_hidden")) == (48, 96)
+    assert set(widths.values()) == {32}
+    with pytest.raises(ValueError, match=r"'layers\.3\.ffn_hidden'"):
+        model.width("layers.3.ffn_hidden")
+
+
+@pytest.mark.parametrize("overrides", [{}, {"head_dim": 12}], ids=["heads as wide as the model", "wider heads"])
+def test_every_site_reads_the_right_tensor_in_prefill_and_decode(overrides: dict[str, int]) -> None:
+    model, tokens = make_model(**overrides), some_tokens(2, 6)
     expected = reference_sites(model, tokens)
     assert list(expected) == SITES
     read: dict[str, list[Tensor]] = {site: [] for site in SITES}
@@ -335,7 +358,7 @@ def test_every_site_reads_the_right_tensor_in_prefill_and_decode() -> None:
         for t in (4, 5):
             model(tokens[:, t : t + 1], cache=cache)
     for site in SITES:
-        assert [tuple(part.shape) for part in read[site]] == [(2, 4, 32), (2, 1, 32), (2, 1, 32)]
+        assert [tuple(part.shape) for part in read[site]] == [(2, n, model.width(site)) for n in (4, 1, 1)]
         torch.testing.assert_close(torch.cat(read[site], dim=1), expected[site], rtol=0, atol=1e-4)
     assert model.capture(tokens, SITES).keys() == set(SITES)
 
@@ -343,9 +366,9 @@ def test_every_site_reads_the_right_tensor_in_prefill_and_decode() -> None:
 @pytest.mark.parametrize("site", SITES)
 def test_every_site_can_be_edited_in_prefill_and_decode(site: str) -> None:
     """An edit must reach the logits, the same way with the cache as without, and be gone after the block."""
-    model, tokens = make_model(), some_tokens(2, 6)
+    model, tokens = make_model(head_dim=12), some_tokens(2, 6)
     plain = model(tokens)
-    shift = torch.randn(32, generator=torch.Generator().manual_seed(5))
+    shift = torch.randn(model.width(site), generator=torch.Generator().manual_seed(5))
     with model.hooks({site: lambda x: x + shift}):
         whole = model(tokens)
         cache = model.new_cache(2, 6)
@@ -408,13 +431,35 @@ def test_capture_runs_nothing_after_the_last_site(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(model.layers[2], "forward", must_not_run)
     monkeypatch.setattr(model.norm, "forward", must_not_run)
     monkeypatch.setattr(model.output, "forward", must_not_run)
-    wanted = ["layers.1.ffn_norm", "embed", "layers.0.resid_post"]
+    wanted = ["layers.1.ffn_norm", "embed", "layers.0.resid_post", "layers.0.ffn_hidden", "layers.1.attn_heads"]
     captured = model.capture(tokens, wanted)
     assert set(captured) == set(wanted)
     for site in wanted:
         torch.testing.assert_close(captured[site], expected[site], rtol=0, atol=1e-5)
     with pytest.raises(AssertionError, match="ran after"):
         model.capture(tokens, ["layers.1.ffn_out"])
+
+
+def test_a_string_counts_as_one_site() -> None:
+    model, tokens = make_model(), some_tokens(1, 4)
+    site = "layers.1.resid_post"
+    one, several = model.capture(tokens, site), model.capture(tokens, iter([site]))
+    assert list(one) == list(several) == [site]
+    assert torch.equal(one[site], several[site])
+    with pytest.raises(ValueError, match=r"'layers\.7\.embed'"):
+        model.capture(tokens, "layers.7.embed")
+
+
+def test_editing_what_a_matrix_reads_is_editing_what_it_writes() -> None:
+    """Zeros into wo and w2 are zeros out of attention and feed-forward."""
+    model, tokens = make_model(head_dim=12), some_tokens(1, 4)
+    for inner, outer in (("attn_heads", "attn_out"), ("ffn_hidden", "ffn_out")):
+        logits = []
+        for name in (inner, outer):
+            with model.hooks({f"layers.1.{name}": torch.zeros_like}):
+                logits.append(model(tokens))
+        assert torch.equal(*logits)
+        assert not torch.equal(logits[0], model(tokens))
 
 
 def test_capture_skips_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -489,8 +534,9 @@ def test_compiled_layer_stack_is_one_graph() -> None:
     compiled = torch.compile(model, backend=count)
     torch.testing.assert_close(compiled(tokens), model(tokens), rtol=0, atol=1e-4)
     assert graphs == [2], "both layers belong into one graph, and nothing else makes another"
-    with model.hooks({"layers.1.resid_post": lambda x: x * 2}):
-        torch.testing.assert_close(compiled(tokens), model(tokens), rtol=0, atol=1e-4)
+    for name in ("resid_post", "attn_heads", "ffn_hidden"):
+        with model.hooks({f"layers.1.{name}": lambda x: x * 2}):
+            torch.testing.assert_close(compiled(tokens), model(tokens), rtol=0, atol=1e-4)
     torch.testing.assert_close(compiled(tokens), model(tokens), rtol=0, atol=1e-4)
     graphs.clear()
     cache = model.new_cache(2, 4)
@@ -500,14 +546,16 @@ def test_compiled_layer_stack_is_one_graph() -> None:
     torch._dynamo.reset()
 
 
-def test_layer_stack_compiles_without_a_graph_break() -> None:
+@pytest.mark.parametrize("name", ["", "attn_heads", "ffn_hidden"])
+def test_layer_stack_compiles_without_a_graph_break(name: str) -> None:
     """`fullgraph` raises at the first break. The model itself has one before its layers: it reads the active hooks."""
     model = make_model()
+    hooks = SiteHooks({name: (lambda x: x * 2,)}) if name else NO_HOOKS
 
     def stack(x: Tensor) -> Tensor:
         rope = as_factors(model.freqs_cis[: x.shape[1]])
         for layer in model.layers:
-            x = layer(x, rope, None, None, NO_HOOKS)
+            x = layer(x, rope, None, None, hooks)
         return x
 
     x = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(0))

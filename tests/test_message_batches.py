@@ -12,6 +12,7 @@ import pytest
 
 from core.artifact import verify
 from core.cli import parse
+from core.lines import sealed
 from interpretability.asking import Reply, Request, writable
 from interpretability.batch_api import DEFAULT_MODEL, LIST_PRICES, open_client
 from interpretability.batch_journal import JOURNAL
@@ -234,8 +235,8 @@ def test_a_batch_of_somebody_else_that_looks_alike_is_not_taken(tmp_path: Path) 
 
         with building(tmp_path / "late", "replies", config, solo()) as builder, open_client(config) as client:
             BatchJob(builder, config, requests(4), client)
-            with journal.open("a") as file:  # as a kill between intent and create leaves it
-                file.write(json.dumps({"event": "intent", "number": 0, "time": 0.0, "keys": ["r0", "r1", "r2", "r3"]}) + "\n")
+            with journal.open("ab") as file:  # as a kill between intent and create leaves it
+                file.write(sealed({"event": "intent", "number": 0, "before": [], "keys": ["r0", "r1", "r2", "r3"]}))
             before = len(server.batches)
             job = BatchJob(builder, config, requests(4), client)
             job.run()

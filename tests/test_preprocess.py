@@ -250,7 +250,7 @@ def test_medians_are_those_of_the_first_training_rows(activations: Path, tmp_pat
 
 
 def test_one_sentence_is_enough(tmp_path: Path) -> None:
-    acts = make_activations(tmp_path / "acts", torch.ones(3, D), [3])
+    acts = make_activations(tmp_path / "acts", torch.eye(3, D), [3])
     run(config(acts, tmp_path / "out", batch_rows=1024, memory=4.0, validation_fraction=0.05), ALONE)
     counts = verify(tmp_path / "out").counts
     assert (counts["train_rows"], counts["train_batches"], counts["train_partial_batch_rows"]) == (3, 1, 3)
@@ -261,6 +261,61 @@ def test_nothing_left_for_training_is_said_in_one_line(tmp_path: Path) -> None:
     acts = make_activations(tmp_path / "acts", torch.ones(3, D), [3])
     with pytest.raises(ValueError, match=r"no row is left for training \(3 read, 3 held out, 0 of abnormal norm, 0 repeated\)"):
         run(config(acts, tmp_path / "out", validation_fraction=0.999999), ALONE)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.3, 1e-3, 1e15])
+def test_constant_rows_are_refused(value: float, tmp_path: Path) -> None:
+    acts = make_activations(tmp_path / "acts", torch.full((70, D), value), [7] * 10)
+    with pytest.raises(ValueError, match="training rows are the same"):
+        run(config(acts, tmp_path / "out", memory=4.0), ALONE)
+
+
+def test_rows_that_differ_by_rounding_alone_are_constant(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    nearly = 1 + 2e-7 * torch.rand(70, D, generator=generator).round()
+    barely = 1 + 1e-3 * torch.randn(70, D, generator=generator)
+    with pytest.raises(ValueError, match="training rows are the same"):
+        run(config(make_activations(tmp_path / "a", nearly, [7] * 10), tmp_path / "nearly"), ALONE)
+    run(config(make_activations(tmp_path / "b", barely, [7] * 10), tmp_path / "barely"), ALONE)
+
+
+@pytest.mark.parametrize("flush", [False, True])
+@pytest.mark.parametrize("size", [1e-15, 1e-8, 1e8, 1e15])
+def test_rows_of_any_size_have_the_same_statistics(size: float, flush: bool, tmp_path: Path) -> None:
+    """Of z under `dataset`, on processors that take subnormal numbers for 0 too."""
+    rows = 1 + torch.randn(70, D, generator=torch.Generator().manual_seed(0))
+    found = []
+    assert torch.set_flush_denormal(flush) or not flush
+    try:
+        for factor in (1.0, size):
+            acts = make_activations(tmp_path / f"{factor}", rows * factor, [7] * 10)
+            run(config(acts, tmp_path / f"{factor}-out", median_rows=50), ALONE)
+            found.append(Batches(tmp_path / f"{factor}-out").statistics)
+    finally:
+        torch.set_flush_denormal(False)
+    one, other = found
+    assert other.scale("dataset") * size == pytest.approx(one.scale("dataset"), rel=1e-5)
+    assert other.total_variance("dataset") == pytest.approx(one.total_variance("dataset"), rel=1e-5)
+    for which in ("mean", "geometric_median"):
+        torch.testing.assert_close(other.centre("dataset", which), one.centre("dataset", which), rtol=1e-4, atol=1e-5)
+
+
+def test_rows_whose_squares_float32_cannot_hold(tmp_path: Path, rows: Tensor) -> None:
+    """Few are dropped for their norm; where they are kept, or all are so, they are not called infinite."""
+    few = rows.clone()
+    few[5] = 3e38
+    acts = make_activations(tmp_path / "few", few, LENGTHS)
+    run(config(acts, tmp_path / "out", max_norm_ratio=10.0), ALONE)
+    assert verify(tmp_path / "out").counts["abnormal_rows"] == 1
+    with pytest.raises(ValueError, match=r"e\+38.*--max-norm-ratio") as kept:
+        run(config(acts, tmp_path / "kept"), ALONE)
+    acts = make_activations(tmp_path / "all", (rows.float() * 1e37), LENGTHS)
+    with pytest.raises(ValueError, match=r"finite row of norm .*e\+3") as every:
+        run(config(acts, tmp_path / "every", max_norm_ratio=10.0), ALONE)
+    assert not any("NaN" in str(caught.value) for caught in (kept, every))
+    acts = make_activations(tmp_path / "tiny", (rows.float() * 1e-20), LENGTHS)
+    with pytest.raises(ValueError, match=r"mean norm .*e-20"):
+        run(config(acts, tmp_path / "none"), ALONE)
 
 
 def test_a_row_that_is_not_finite_is_named(tmp_path: Path, rows: Tensor) -> None:

@@ -52,6 +52,31 @@ def test_whole_answers_are_read(text: str, certainty: float) -> None:
     assert (answer.title, answer.explanation, answer.certainty) == ("storms at sea", "Storms at sea.", certainty)
 
 
+@pytest.mark.parametrize(("text", "how"), [
+    (GOOD, ""),
+    (GOOD.replace("Storms at", "Storms\n\tat"), "a raw line break or tab in it"),
+    (f"[{GOOD}]", "the one object of a list"),
+    (f"```json\n[{GOOD}]\n```", "the one object of a list"),
+    (f'The "answer": {GOOD}', "a name before it"),
+    (GOOD + " Here {curly} stands for a word.", "braces behind it"),
+    (f'The "answer": {GOOD.replace("Storms at", "Storms" + chr(10) + "at")} as in {{x}}',
+     "a name before it, a raw line break or tab in it, braces behind it"),
+])  # fmt: skip
+def test_replies_are_read_as_what_they_mean_and_how_is_said(text: str, how: str) -> None:
+    answer = parse("semantic", text)
+    assert (answer.title, answer.explanation, answer.certainty) == ("storms at sea", "Storms at sea.", 0.8)
+    assert answer.details == ({"read_as": how} if how else {})
+
+
+@pytest.mark.parametrize("text", [
+    GOOD.replace("Storms at", "Storms\x1b at"), f"[{GOOD}, {GOOD}]", f"[[{GOOD}]]", f"Both: [{GOOD}]",
+    f'{{"the "answer": {GOOD}', f"{GOOD} and {{", f'{GOOD} or {{ "title": "x', f"{GOOD} or {{'title': 'x'}}",
+])  # fmt: skip
+def test_what_may_mean_more_than_one_thing_fails(text: str) -> None:
+    with pytest.raises(MalformedReply):
+        parse("semantic", text)
+
+
 def test_the_five_pieces() -> None:
     answer = parse("title", "Here:\n" + json.dumps(TITLE))
     assert (answer.title, answer.explanation, answer.certainty) == ("storms at sea", "Storms at sea.", None)
@@ -89,7 +114,7 @@ def malformed(n: int) -> Iterator[str]:
         lambda: with_value("title", generator.choice([None, 5, "", "\udfff", ["a"]])),
         lambda: json.dumps({"answer": whole}),
         lambda: json.dumps({"answer": whole})[:-1],
-        lambda: json.dumps([whole]),
+        lambda: json.dumps([whole, whole]),
         lambda: GOOD.replace('"', "'"),
         lambda: GOOD.replace("{", "").replace("}", ""),
         lambda: '{"a":' * generator.randrange(1, 3000) + GOOD,

@@ -326,7 +326,7 @@ def test_refuses_folders_of_another_sae(folders: Path, flag: str) -> None:
     assert not (folders / "report").exists()
 
 
-@pytest.mark.parametrize("text", ["[1]", '{"step": 1}', "{"])
+@pytest.mark.parametrize("text", ["[1]\n", '{"step": 1}\n', "{}}\n"])
 def test_refuses_damaged_metrics(folders: Path, text: str) -> None:
     (folders / "run" / "metrics.jsonl").write_text(text)
     with pytest.raises(ValueError, match=r"metrics\.jsonl: line 1 "):

@@ -1,5 +1,6 @@
 """The SAE's equations, kernels, losses and folder, each against something slow and obvious."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -295,10 +296,31 @@ def test_encode_refuses_what_cannot_be_ranked(bad: float) -> None:
         make_sae().encode(x[:, 1:])
 
 
+def test_encode_says_that_a_finite_value_is_too_large() -> None:
+    x = rows(4, 12)
+    x[2, 3] = -3e38
+    with pytest.raises(ValueError, match=r"3e\+38") as caught:
+        make_sae().encode(x)
+    assert "NaN" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [1e-40, 1e-30, 1e-12, 1.0, 1e30])
+def test_decoder_rows_of_any_size_get_unit_norm(size: float) -> None:
+    sae = make_sae()
+    plain = sae.W_dec.detach().clone()
+    with torch.no_grad():
+        sae.W_dec.mul_(size)
+        sae.W_dec[3] = 0
+    sae.normalise_decoder_()
+    plain[3] = 0
+    torch.testing.assert_close(sae.W_dec.detach(), plain, rtol=1e-3, atol=1e-3 if size < 1e-38 else 1e-6)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"k": 41}, "k must be between 1 and the number of latents, 40; found 41"), ({"norm": "batch"}, "norm 'batch'"),
-     ({"architecture": "gated"}, "'gated'"), ({"scale": 0.0}, "scale must be positive")],
+     ({"architecture": "gated"}, "'gated'"), ({"scale": 0.0}, "scale must lie between"),
+     ({"scale": float("inf")}, "found inf"), ({"scale": 1e-38}, "1e-38"), ({"norm_eps": 0.0}, "norm_eps must")],
 )  # fmt: skip
 def test_config_refuses_what_makes_no_sense(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -325,6 +347,14 @@ def test_save_and_load_are_exact(tmp_path: Path) -> None:
     with safe_open(tmp_path / "sae" / "sae.safetensors", "pt") as file:
         assert set(file.keys()) == {"W_enc", "W_dec", "b_enc", "b_pre"}
         assert file.get_slice("W_dec").get_shape() == file.get_slice("W_enc").get_shape() == [40, 12]
+
+
+def test_the_site_is_that_of_the_provenance() -> None:
+    cfg = SAEConfig(d_model=4, n_latents=8, k=2, provenance={"site": "layers.1.ffn_hidden"})
+    assert SAE(cfg).site == "layers.1.ffn_hidden"
+    for provenance in ({}, {"site": None}):
+        with pytest.raises(ValueError, match=r"site.* sae\.convert --activations"):
+            _ = SAE(replace(cfg, provenance=provenance)).site
 
 
 def test_save_in_half_precision_keeps_its_own_identity(tmp_path: Path) -> None:

@@ -218,7 +218,10 @@ def test_a_language_model_judges(top: Path, explanations: Path, tmp_path: Path, 
 
     with BatchServer(answer=answer) as server:
         flags = ("--backend", "anthropic", "--base-url", server.url, "--yes", "--poll-s", "0.01", "--tests", "detection")
-        run(config(top, explanations, tmp_path / "scores", *flags, "--latents", "0-9"), solo())
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"answers failed .*--max-failed-share 0.1"):
+                run(config(top, explanations, tmp_path / "scores", *flags, "--latents", "0-9"), solo())
+        run(config(top, explanations, tmp_path / "scores", *flags, "--latents", "0-9", "--max-failed-share", "0.5"), solo())
     rows = [json.loads(line) for line in (tmp_path / "scores" / "scores.jsonl").read_text().splitlines()]
     assert len(rows) >= 10
     assert json.loads((tmp_path / "scores" / "scores.json").read_text())["judge"] == f"anthropic {DEFAULT_MODEL}"

@@ -169,6 +169,20 @@ def test_promoted_tokens_against_a_written_out_product(folders: Folders, top: Pa
     assert plain == found.promoted[:3] != other  # at final_norm the norm's weight is behind us already
 
 
+@pytest.mark.parametrize(("site", "out"), [("attn_heads", "attn_out"), ("ffn_hidden", "ffn_out")])
+def test_promoted_tokens_of_a_site_inside_a_layer_go_through_its_matrix(folders: Folders, site: str, out: str) -> None:
+    model, tokenizer, site, out = (
+        load_model(folders.model),
+        load_tokenizer(folders.model),
+        f"layers.1.{site}",
+        f"layers.1.{out}",
+    )
+    direction = torch.randn(1, model.width(site), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), model.hooks({site: lambda x: direction.expand(1, 1, -1)}):
+        written = model.capture(torch.zeros(1, 1, dtype=torch.long), out)[out][0]
+    assert promoted_by(model, site, direction, tokenizer, 5) == promoted_by(model, SITE, written, tokenizer, 5)
+
+
 def digest(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.is_file()}
 
@@ -368,27 +382,76 @@ def check_background(top: TopSentences, sentences: list[torch.Tensor], texts: li
         assert [row["jaccard"] for row in together] == pytest.approx([share[i] for i in expected], rel=1e-6)
 
 
-def test_straight_from_the_model_gives_the_same_folder(tmp_path: Path) -> None:
+def captured(root: Path, *flags: str) -> Folders:
+    """A corpus whose activations were captured by the stage itself, and an SAE of their provenance."""
+    made = make_folders(root, random_texts(60), integers=False)
+    argv = ["--model", str(made.model), "--corpus", str(made.corpus), "--out", str(root / "acts"), "--sites", SITE]
+    argv += ["--max-length", "100", "--device", "cpu", "--threads", "1", *flags]
+    capture_activations(parse(ActivationsConfig, "", argv), solo())
+    return made._replace(activations=root / "acts", sae=make_sae(root / "sae2", root / "acts", 64, 6))
+
+
+def live_flags(folders: Folders) -> list[str]:
+    return ["--sae", str(folders.sae), "--model", str(folders.model), "--corpus", str(folders.corpus)]
+
+
+def run_live(folders: Folders, out: Path) -> None:
+    run(parse(TopSentencesConfig, "", [*live_flags(folders), "--out", str(out), "--device", "cpu", "--threads", "1"]), solo())
+
+
+@pytest.mark.parametrize(
+    ("storage", "flags"),
+    [
+        ("bf16", []),
+        ("int8", []),
+        ("fp32", ["--batch-tokens", "40"]),
+        ("fp32", ["--max-padding", "0.5", "--bos", "feed"]),
+        ("bf16", ["--chunk-sentences", "7", "--batch-tokens", "64"]),
+        ("int8", ["--chunk-sentences", "7", "--batch-tokens", "64", "--max-padding", "0", "--bos", "feed"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else value,
+)
+def test_straight_from_the_model_gives_the_same_folder(tmp_path: Path, storage: str, flags: list[str]) -> None:
     """Stored by capture.activations and read back, or never stored, by one rank or two: the same tables to the last bit."""
-    stored = make_folders(tmp_path, random_texts(60), integers=False)
-    capture = parse(ActivationsConfig, "", [
-        "--model", str(stored.model), "--corpus", str(stored.corpus), "--out", str(tmp_path / "acts"), "--sites", SITE,
-        "--max-length", "100", "--device", "cpu", "--threads", "1",
-    ])  # fmt: skip
-    capture_activations(capture, solo())
-    captured = stored._replace(activations=tmp_path / "acts", sae=tmp_path / "sae2")
-    make_sae(captured.sae, captured.activations, 64, 6)
-    run(config(captured, tmp_path / "from-disk"), solo())
-    argv = ["--sae", str(captured.sae), "--model", str(captured.model), "--corpus", str(captured.corpus)]
-    run(parse(TopSentencesConfig, "", [*argv, "--out", str(tmp_path / "live"), "--device", "cpu", "--threads", "1"]), solo())
+    folders = captured(tmp_path, "--storage", storage, *flags)
+    run(config(folders, tmp_path / "from-disk"), solo())
+    run_live(folders, tmp_path / "live")
     one, other = digest(tmp_path / "from-disk"), digest(tmp_path / "live")
     assert {name: one[name] for name in one if name != "manifest.json"} == {
         name: other[name] for name in other if name != "manifest.json"
     }
     left, right = (open_artifact(tmp_path / name).manifest for name in ("from-disk", "live"))
     assert (left.counts, left.provenance) == (right.counts, right.provenance)
-    on_two_ranks(*argv, "--out", str(tmp_path / "two"))
-    assert digest(tmp_path / "two") == other
+    assert left.provenance["dtype"] == storage
+    if not flags:
+        on_two_ranks(*live_flags(folders), "--out", str(tmp_path / "two"))
+        assert digest(tmp_path / "two") == other
+
+
+def test_an_sae_of_version_0_1_is_read_with_the_settings_of_that_version(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folders = captured(tmp_path)
+    run_live(folders, tmp_path / "recorded")
+    assert not caplog.records
+    sae = load(folders.sae)
+    for name in ("chunk_sentences", "batch_tokens", "max_padding"):
+        del sae.cfg.provenance[name]
+    sae.save(tmp_path / "old")
+    run_live(folders._replace(sae=tmp_path / "old"), tmp_path / "assumed")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "chunk_sentences 2048, batch_tokens 8192, max_padding 0.05" in caplog.text
+    recorded, assumed = (open_artifact(tmp_path / name).manifest for name in ("recorded", "assumed"))
+    assert recorded.provenance == assumed.provenance
+    assert recorded.files == assumed.files
+
+
+def test_an_sae_without_a_site_is_refused(folders: Folders, tmp_path: Path) -> None:
+    sae = load(folders.sae)
+    del sae.cfg.provenance["site"]
+    sae.save(tmp_path / "sae")
+    with pytest.raises(ValueError, match=r"site.* sae\.convert --activations"):
+        run(config(folders._replace(sae=tmp_path / "sae"), tmp_path / "top"), solo())
 
 
 def test_another_model_is_refused_when_it_is_asked_live(folders: Folders, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def tiny_sae(model_path: Path, site: str, n_latents: int = 48, k: int = 6, seed:
         "model_hash": model.weights_hash, "tokenizer_hash": tokenizer.hash, "site": site, "dtype": "fp32", "bos": "none"
     }  # fmt: skip
     sae = SAE(
-        SAEConfig(d_model=model.params.dim, n_latents=n_latents, k=k, norm=norm, scale=scale, provenance=provenance)
+        SAEConfig(d_model=model.width(site), n_latents=n_latents, k=k, norm=norm, scale=scale, provenance=provenance)
     ).requires_grad_(False)
     sae.initialise_(generator=torch.Generator().manual_seed(seed))
     sae.b_pre.copy_(sae.normalise(x).z.mean(0))

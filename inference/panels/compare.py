@@ -9,7 +9,7 @@ from inference import views
 from inference.handlers import Handlers, Slots
 from inference.limits import MAX_PROMPT_CHARACTERS, Knobs
 from inference.panels.edits import Edits
-from inference.panels.events import AT_ONCE, GENERATION, QUICK, buttons, client, script, skips, waiting, while_going
+from inference.panels.events import AT_ONCE, GENERATION, QUICK, buttons, client, script, sent, skips, waiting, while_going
 from inference.session import Feature
 from inference.workbench import Snapshot
 
@@ -56,8 +56,9 @@ class Compare:
         generation.then(self._finish, [self.snapshot, self.lens, edits.slots], finished, **QUICK)
         self.stop.click(self._stop, None, None, **AT_ONCE)
 
-    def _choose(self, event: gr.EventData) -> str:
-        return str(event.prompt)[:MAX_PROMPT_CHARACTERS]
+    def _choose(self, event: gr.EventData) -> Any:
+        prompt = sent(event, "prompt")
+        return prompt[:MAX_PROMPT_CHARACTERS] if isinstance(prompt, str) else gr.skip()
 
     def _generate(self, request: gr.Request, prompts: str, slots: Slots, *values: Any) -> Iterator[Sequence[Any]]:
         """Every answer says what the buttons are: of two that reach the page together Gradio shows the later one alone."""

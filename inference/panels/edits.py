@@ -8,7 +8,7 @@ import gradio as gr
 from inference import views
 from inference.handlers import N_SLOTS, NO_SLOTS, Controls, Handlers, Slots
 from inference.limits import MAX_NEW_TOKENS, STRENGTHS, Knobs
-from inference.panels.events import QUICK, folded, mark, script, skips
+from inference.panels.events import QUICK, folded, mark, script, sent, skips
 from inference.session import Feature
 from inference.steering import MAX_RECIPE_CHARACTERS, MODES, PLACES
 
@@ -70,7 +70,7 @@ class Edits:
 
     def _add(self, event: gr.EventData, slots: Slots, *controls: Any) -> Sequence[Any]:
         try:
-            new, row = self._handlers.add(event.latent, event.site, slots)
+            new, row = self._handlers.add(sent(event, "latent"), sent(event, "site"), slots)
         except ValueError as error:
             return (*skips(len(self.changed)), views.status(str(error), "error"))
         values = [Controls(*controls[i : i + 3]) for i in range(0, len(controls), 3)]

@@ -1,4 +1,4 @@
-"""What the panels share: how their events queue, whose they are, folds, and the small updates that more than one makes."""
+"""What the panels share: how their events queue and what comes with them, folds, small updates that more than one makes."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,16 +14,12 @@ QUEUE_SIZE = 64
 QUICK_AT_ONCE = 8
 MAX_THREADS = RUNNING + WAITING + 2 * QUICK_AT_ONCE
 """A generation that waits for its turn holds a thread of the server, and must not keep small requests from theirs."""
-QUICK: dict[str, Any] = {
-    "show_progress": "hidden",
-    "concurrency_limit": QUICK_AT_ONCE,
-    "concurrency_id": "quick",
-    "api_visibility": "private",
-}
-AT_ONCE: dict[str, Any] = {"show_progress": "hidden", "queue": False, "api_visibility": "private"}
-GENERATION: dict[str, Any] = {
-    "show_progress": "hidden", "concurrency_limit": None, "concurrency_id": "generate", "api_visibility": "private",
-}  # fmt: skip
+OURS: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "preprocess": False}
+"""Of every event. Values are checked by `limits`, whose line is shown where the eye is; Gradio's own
+check prints a traceback on the server and gives the page no reason."""
+QUICK: dict[str, Any] = {**OURS, "concurrency_limit": QUICK_AT_ONCE, "concurrency_id": "quick"}
+AT_ONCE: dict[str, Any] = {**OURS, "queue": False}
+GENERATION: dict[str, Any] = {**OURS, "concurrency_limit": None, "concurrency_id": "generate"}
 T = TypeVar("T")
 
 
@@ -47,6 +43,26 @@ def client(request: gr.Request) -> str:
     """The page that sent a request: Gradio draws a hash for every page that is loaded."""
     assert request.session_hash is not None
     return request.session_hash
+
+
+def sent(event: gr.EventData, name: str) -> Any:
+    """What a part of the page says about an event of its own; None where it does not say that."""
+    try:
+        return getattr(event, name)
+    except (AttributeError, TypeError):  # it says other things, or nothing
+        return None
+
+
+def inputs_of(blocks: gr.Blocks) -> dict[int, tuple[str, ...]]:
+    """For each event that the server answers, by its number, the JSON types of its inputs.
+
+    "state" stands for what the server itself keeps.
+    """
+    return {number: tuple(map(_kind, event.inputs)) for number, event in blocks.fns.items() if event.fn is not None}
+
+
+def _kind(component: Any) -> str:
+    return "state" if component.stateful else str(component.api_info()["type"])
 
 
 def skips(n: int) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ import gradio as gr
 from inference import views
 from inference.handlers import BY_LABEL, BY_TEXT, Handlers
 from inference.limits import MAX_PROMPT_CHARACTERS
-from inference.panels.events import QUICK, mark, script, skips
+from inference.panels.events import QUICK, mark, script, sent, skips
 from inference.session import Feature
 from inference.workbench import Snapshot
 
@@ -65,7 +65,7 @@ class Finder:
         opening.then(None, None, None, js=mark("card", loading=False))
 
     def _open(self, event: gr.EventData, snapshot: Snapshot | None) -> Sequence[Any]:
-        return self._shown(event.latent, event.site, snapshot)
+        return self._shown(sent(event, "latent"), sent(event, "site"), snapshot)
 
     def _open_first(self, site: str, scope: str, query: str, snapshot: Snapshot | None) -> Sequence[Any]:
         found = self._handlers.first(site, scope, query)

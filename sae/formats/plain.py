@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from core.norms import row_norms, unit_rows
 from sae.model import SAE, SAEConfig
 
 
@@ -29,9 +30,9 @@ class Plain(NamedTuple):
 
     def unit_rows(self) -> "Plain":
         """The same function with rows of `W_dec` of norm 1 and latents that many times larger."""
-        norms = torch.linalg.vector_norm(self.W_dec, dim=1)
+        norms = row_norms(self.W_dec).float()
         threshold = None if self.threshold is None else self.threshold * norms
-        return Plain(self.W_enc * norms[:, None], self.b_enc * norms, self.W_dec / norms[:, None], self.b_dec, threshold)
+        return Plain(self.W_enc * norms[:, None], self.b_enc * norms, unit_rows(self.W_dec), self.b_dec, threshold)
 
     def absorbed(self, sign: int = -1) -> "Plain":
         """For encoders that do not subtract `b_dec`: `b_enc - W_enc b_dec` in place of `b_enc`; with `sign` 1 the way back."""
