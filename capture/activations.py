@@ -29,6 +29,7 @@ from core.artifact import Builder, building
 from core.cli import Progress, StageConfig, machine, run_stage
 from core.runtime import Runtime
 from llama3 import Tokenizer, Transformer, load_model, load_tokenizer
+from llama3.hub import model_name
 from llama3.sites import as_sites, check_sites
 from llama3.tokenizer import Bos
 
@@ -159,7 +160,7 @@ def _check(config: ActivationsConfig, model: Transformer, tokenizer: Tokenizer) 
 
 def _provenance(config: ActivationsConfig, model: Transformer, tokenizer: Tokenizer, corpus: Corpus) -> dict[str, Any]:
     return {
-        "model": "demo" if config.model == "demo" else Path(config.model).resolve().name,
+        "model": model_name(config.model),
         "model_hash": model.weights_hash,
         "tokenizer_hash": tokenizer.hash,
         "sites": list(config.sites),

@@ -74,3 +74,14 @@ def _fetch(repository: str, files: tuple[str, ...]) -> Path:
     except Exception as error:  # the errors of the HTTP library below, which changes with the version of huggingface_hub
         reason = f"the download failed ({type(error).__name__}: {str(error).splitlines()[0][:100]}); give the command again"
     raise ValueError(f"{repository}: {reason}")
+
+
+def model_name(path: str | Path) -> str:
+    """What a manifest calls the model at `path`: a Hub id keeps its owner, also where its folder in the Hub's cache is given; a
+    folder or file goes by its own name.
+    """
+    if not Path(path).exists():
+        return str(path)
+    resolved = Path(path).resolve()
+    cached = re.search(r"/models--(.+?)/snapshots/", f"{resolved.as_posix()}/")
+    return cached[1].replace("--", "/", 1) if cached else resolved.name
