@@ -6,12 +6,13 @@ Shapes: n latents, d model width.
 """
 
 import json
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from core.norms import row_norms, unit_rows
 from sae.architectures import architecture, names
 from sae.model import SAE, SAEConfig
 
@@ -32,10 +33,10 @@ class Plain(NamedTuple):
 
     def unit_rows(self) -> "Plain":
         """The same function with rows of `W_dec` of norm 1 and latents that many times larger."""
-        norms = torch.linalg.vector_norm(self.W_dec, dim=1)
+        norms = row_norms(self.W_dec).float()
         threshold = None if self.threshold is None else self.threshold * norms
-        W_enc, W_dec = self.W_enc * norms[:, None], self.W_dec / norms[:, None]
-        return self._replace(W_enc=W_enc, b_enc=self.b_enc * norms, W_dec=W_dec, threshold=threshold)
+        W_enc, b_enc = self.W_enc * norms[:, None], self.b_enc * norms
+        return self._replace(W_enc=W_enc, b_enc=b_enc, W_dec=unit_rows(self.W_dec), threshold=threshold)
 
     def gate(self) -> tuple[Tensor, Tensor]:
         """Rows [n, d] and bias [n] of a gate that is open where a latent exceeds its threshold."""
@@ -45,11 +46,16 @@ class Plain(NamedTuple):
         return self.W_enc / factor[:, None], (self.b_enc - self.threshold) / factor
 
     @classmethod
-    def gated(cls, W_gate: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor) -> dict[str, Tensor]:
-        """The other way round: what to give for the encoder of a gated SAE, `W_gate` [n, d] and [n] each."""
+    def gated(cls, gate: tuple[Tensor, Tensor], r_mag: Tensor, b_mag: Tensor, W_dec: Tensor, b_dec: Tensor) -> "Plain":
+        """The other way round: what to hold of a file's gate, rows [n, d] and bias [n], and the path of the values.
+        ValueError as from `plain_of`.
+        """
+        W_gate, b_gate = gate
+        _check({"W_gate": W_gate, "b_gate": b_gate, "r_mag": r_mag, "b_mag": b_mag, "W_dec": W_dec, "b_dec": b_dec})
+        W_gate, b_gate, r_mag, b_mag = (tensor.float() for tensor in (W_gate, b_gate, r_mag, b_mag))
         factor = r_mag.exp()
         threshold = b_mag - factor * b_gate
-        return {"W_enc": W_gate * factor[:, None], "b_enc": b_mag, "threshold": threshold, "r_mag": r_mag}
+        return plain_of(W_gate * factor[:, None], b_mag, W_dec, b_dec, threshold)._replace(r_mag=r_mag.cpu())
 
     def absorbed(self, sign: int = -1) -> "Plain":
         """For encoders that do not subtract `b_dec`: `b_enc - W_enc b_dec` in place of `b_enc`; with `sign` 1 the way back."""
@@ -107,17 +113,44 @@ def tensor_names(name: str) -> set[str]:
     return set(sae.plain()) - {"b_pre"} | {"b_dec"}
 
 
-def sae_of(plain: Plain, architecture: str, k: int, provenance: dict[str, Any], norm: str = "none", eps: float = 1e-6) -> SAE:
-    """The SAE whose tensors these are. ValueError where their shapes do not fit together, or a number is not finite."""
-    shape = tuple(plain.W_dec.shape)
-    n, d = shape if len(shape) == 2 else (0, 0)
-    wanted = {"W_enc": (n, d), "W_dec": (n, d), "b_dec": (d,)}
-    for name, tensor in plain._asdict().items():
-        if tensor is not None and (tuple(tensor.shape) != wanted.get(name, (n,)) or not tensor.numel()):
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, which does not fit a decoder of {list(shape)}")
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+def plain_of(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, threshold: Tensor | None = None) -> Plain:
+    """The tensors of a file, as they are stored here; a threshold may be one number for all latents.
+    ValueError where their shapes do not fit together, or a number is not finite.
+    """
+    if threshold is not None and threshold.numel() == 1:
+        threshold = threshold.reshape(1).expand(len(W_dec))
+    plain = Plain(W_enc, b_enc, W_dec, b_dec, threshold)
+    _check({name: tensor for name, tensor in plain._asdict().items() if tensor is not None})
+    return plain.on_cpu()
+
+
+def _check(tensors: Mapping[str, Tensor]) -> None:
+    n, d = tensors["W_dec"].shape
+    for name, tensor in tensors.items():
+        wanted = (n, d) if name.startswith("W_") else (d,) if name == "b_dec" else (n,)
+        if tuple(tensor.shape) != wanted or not tensor.numel():
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, which does not fit a decoder of {[n, d]}")
+        if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name} holds NaN or infinite values")
-    cfg = SAEConfig(d_model=d, n_latents=n, k=k, architecture=architecture, norm=norm, norm_eps=eps, provenance=provenance)
+
+
+class Norm(NamedTuple):
+    """What is done to rows before the encoder and undone after the decoder; as in `SAEConfig`."""
+
+    norm: str = "none"
+    scale: float = 1.0
+    norm_eps: float = 1e-6
+
+
+PLAIN = Norm()
+
+
+def sae_of(plain: Plain, name: str, k: int | None, provenance: dict[str, Any], norm: Norm = PLAIN) -> SAE:
+    """The SAE of architecture `name` of these tensors. `k` is None where the layout has none: not all architectures set one."""
+    assert k is not None or not architecture(name).sets_k, name
+    n, d = plain.W_dec.shape
+    parts: dict[str, Any] = {"d_model": d, "n_latents": n, "k": 1 if k is None else k, **norm._asdict()}
+    cfg = SAEConfig(**parts, architecture=name, provenance=provenance)
     with torch.device("meta"):
         sae = SAE(cfg)
     tensors = {name: tensor for name, tensor in plain._asdict().items() if tensor is not None}
@@ -126,21 +159,5 @@ def sae_of(plain: Plain, architecture: str, k: int, provenance: dict[str, Any], 
     return sae.requires_grad_(False)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """ValueError where the file is not a JSON object."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not a JSON object ({error})") from None
-
-
 def as_json(values: dict[str, Any]) -> bytes:
     return (json.dumps(values, indent=1) + "\n").encode()
-
-
-def taken(tensors: dict[str, Tensor], path: Path, *names: str) -> list[Tensor]:
-    """The tensors of these names. ValueError where one is missing, or there are others that would change what is computed."""
-    missing, strange = sorted(set(names) - set(tensors)), sorted(set(tensors) - set(names))
-    if missing or strange:
-        raise ValueError(f"{path}: expected tensors {', '.join(names)}; missing: {missing}, not known: {strange}")
-    return [tensors[name] for name in names]
