@@ -1,5 +1,17 @@
 """Sparse autoencoders: model, preprocessing, training, evaluation."""
 
-from sae.model import SAE, Latents, Normalised, SAEConfig, load
+from typing import TYPE_CHECKING
+
+from core import lazy_exports
 
 __all__ = ["SAE", "Latents", "Normalised", "SAEConfig", "load"]
+
+if TYPE_CHECKING:
+    from sae.model import SAE, Latents, Normalised, SAEConfig, load
+else:
+    __getattr__, __dir__ = lazy_exports(
+        __name__,
+        {
+            "sae.model": ("SAE", "SAEConfig", "Latents", "Normalised", "load"),
+        },
+    )
