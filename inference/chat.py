@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from core.cli import machine, run_stage
 from core.runtime import Runtime
 from inference.dialogue import prepare, style_of
-from inference.row import new_row
+from inference.row import hooks_of, new_row
 from inference.session import Session, open_session
 from inference.steering import Recipe
-from inference.terminal import Output, SamplingConfig, interruptible, watched_lines, watched_record
+from inference.terminal import Output, SamplingConfig, interruptible
 from llama3.chat_format import Message
 from llama3.generate import generate
 
@@ -102,7 +102,7 @@ def _answer(config: ChatConfig, session: Session, recipe: Recipe, messages: list
     rows = [new_row(session, messages[-1].content, turn.ids)]
     turns = sum(message.role == "user" for message in messages)
     watch = config.watcher(session, rows, turns - 1, out.fresh_line)
-    hooks = config.hooks(session, recipe, rows, watch)
+    hooks = hooks_of(session, recipe, rows, watch)
     try:
         for piece in generate(session.model, session.tokenizer, [rows[0].ids], sampling, hooks):
             text = piece.text if rows[0].text else piece.text.lstrip()  # a plain transcript's answer begins with a space
@@ -115,13 +115,13 @@ def _answer(config: ChatConfig, session: Session, recipe: Recipe, messages: list
         rows[0] = replace(rows[0], finished="interrupted")  # what was said so far stays in the conversation
     row = rows[0]
     answer = row.text.strip()
+    watched = watch.result(session.tokenizer, row.ids, start=row.prompt_length) if watch else None
     if config.json:
         record = {"message": row.prompt, "answer": answer, "finished": row.finished, "steered": bool(recipe.edits)}
-        record |= watched_record(session, row, 0, watch, row.prompt_length) if watch else {}
+        record |= watched.record() if watched else {}
         out.say(json.dumps(record, ensure_ascii=False) + "\n")
     else:
-        lines = watched_lines(session, row, 0, watch, row.prompt_length) if watch else ()
-        out.say("\n" + "".join(f"{line}\n" for line in lines))
+        out.say(f"\n{watched}\n" if watched else "\n")
     return answer
 
 
