@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 from core.artifact import verify
 from sae.convert import ConvertConfig, compare, dense_codes, read, run
 from sae.formats import FORMATS
-from sae.formats.saelens import hook_name, site_of
+from sae.formats.sites import hook_name, site_of_hook
 from sae.model import SAE, SAEConfig, load
 from tests.sae_folders import ALONE, SITE, make_activations
 
@@ -73,13 +74,16 @@ def as_sparsify(folder: Path, x: Tensor) -> Computed:
 
 
 def as_dictionary_learning(folder: Path, x: Tensor) -> Computed:
-    """AutoEncoderTopK, BatchTopKSAE, AutoEncoder and JumpReluAutoEncoder."""
+    """AutoEncoderTopK, BatchTopKSAE, AutoEncoder, AutoEncoderNew and JumpReluAutoEncoder."""
     kind = json.loads((folder / "config.json").read_text())["trainer"]["dict_class"]
     t = torch.load(folder / "ae.pt", weights_only=True)
     if kind == "JumpReluAutoEncoder":
         h = x @ t["W_enc"] + t["b_enc"]
         f = (h * (h > t["threshold"])).relu()
         return f, f @ t["W_dec"] + t["b_dec"]
+    if kind == "AutoEncoderNew":
+        f = (x @ t["encoder.weight"].T + t["encoder.bias"]).relu()
+        return f, f @ t["decoder.weight"].T + t["decoder.bias"]
     bias = t["bias" if kind == "AutoEncoder" else "b_dec"]
     f = ((x - bias) @ t["encoder.weight"].T + t["encoder.bias"]).relu()
     if kind == "AutoEncoderTopK":
@@ -117,6 +121,20 @@ def test_export_computes_the_same_and_comes_back(to: str, architecture: str, x: 
     assert convert(theirs, "sae", tmp_path / "back") == tmp_path / "back"  # done already: nothing happens
     assert back.cfg.provenance["site"] == SITE
     assert back.cfg.norm == "none"
+
+
+@pytest.mark.parametrize(("to", "architecture"), EXPRESSIBLE)
+def test_rows_of_another_norm_are_kept(to: str, architecture: str, x: Tensor, tmp_path: Path) -> None:
+    """Imported SAEs have decoder rows of any norm; the latents that go out are those that come back."""
+    sae = make_sae(architecture)
+    with torch.no_grad():
+        sae.W_dec *= torch.rand(40, 1, generator=torch.Generator().manual_seed(5)) + 0.5
+    sae.save(tmp_path / "ours")
+    theirs = convert(tmp_path / "ours", to, tmp_path / "theirs")
+    f, x_hat = FORMULAS[to](theirs, x)
+    torch.testing.assert_close(f * SCALE, dense_codes(sae, x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(x_hat, sae(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dense_codes(read(theirs), x) * SCALE, dense_codes(sae, x), rtol=1e-4, atol=1e-5)
 
 
 def test_a_layer_norm_goes_to_saelens_alone(x: Tensor, tmp_path: Path) -> None:
@@ -182,7 +200,7 @@ def foreign(tmp_path: Path, to: str, architecture: str = "topk") -> Path:
 def test_a_folder_of_another_library_is_read(to: str, x: Tensor, tmp_path: Path) -> None:
     sae = read(foreign(tmp_path, to))
     torch.testing.assert_close(sae(x), make_sae("topk")(x), rtol=1e-4, atol=1e-4)
-    assert sae.cfg.provenance.get("site") == (SITE if to == "saelens" else None)
+    assert sae.cfg.provenance.get("site") == (None if to == "sparsify" else SITE)
 
 
 def test_saelens_conventions_are_undone(x: Tensor, tmp_path: Path) -> None:
@@ -202,12 +220,12 @@ def test_saelens_conventions_are_undone(x: Tensor, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("to", "change", "message"),
     [
-        ("saelens", {"architecture": "gated"}, "architecture 'gated' cannot be read"),
-        ("saelens", {"normalize_activations": "expected_average_only_in"}, "keeps its scale elsewhere"),
-        ("saelens", {"architecture": "jumprelu"}, r"missing: \['threshold'\]"),
+        ("saelens", {"architecture": "gated"}, "architecture is 'gated'"),
+        ("saelens", {"normalize_activations": "expected_average_only_in"}, "keeps its factor elsewhere"),
+        ("saelens", {"architecture": "jumprelu"}, r"k \(5\) is not known"),
         ("sparsify", {"transcode": True}, "transcode is True"),
         ("sparsify", {"activation": "groupmax"}, "activation is 'groupmax'"),
-        ("dictionary_learning", {"trainer": {"dict_class": "GatedAutoEncoder"}}, "dict_class 'GatedAutoEncoder'"),
+        ("dictionary_learning", {"trainer": {"dict_class": "GatedAutoEncoder"}}, "dict_class is 'GatedAutoEncoder'"),
     ],
 )
 def test_what_cannot_be_computed_is_refused(to: str, change: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -250,9 +268,9 @@ def test_damaged_and_dangerous_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a JSON object"):
         read(folder)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no SAE of a known format"):
+    with pytest.raises(ValueError, match="holds no SAE of a known layout"):
         read(tmp_path / "empty")
-    with pytest.raises(ValueError, match="no such folder"):
+    with pytest.raises(ValueError, match="no such folder or file"):
         read(tmp_path / "nowhere")
 
 
@@ -264,15 +282,33 @@ def test_a_conversion_that_went_wrong_is_noticed() -> None:
         compare(sae, other)
 
 
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("Llama-3.2-3B", "meta-llama/Llama-3.2-3B"),
+        ("Meta-Llama-3-8B-Instruct", "meta-llama/Meta-Llama-3-8B-Instruct"),
+        ("someone/Llama-3.2-3B", "someone/Llama-3.2-3B"),
+        ("Llama-3.2-3B-poems", "Llama-3.2-3B-poems"),
+        ("tiny", "tiny"),
+        (None, None),
+    ],
+)
+def test_an_export_names_the_model_as_the_hub_does(model: str | None, name: str | None) -> None:
+    sae = make_sae("topk")
+    sae.cfg = replace(sae.cfg, provenance={"site": SITE, "model": model})
+    assert json.loads(FORMATS["saelens"].write(sae)["cfg.json"])["metadata"]["model_name"] == name
+    assert json.loads(FORMATS["dictionary_learning"].write(sae)["config.json"])["trainer"]["lm_name"] == name
+
+
 def test_sites_and_hooks() -> None:
     assert hook_name("layers.3.resid_post") == "blocks.3.hook_resid_post"
     assert hook_name("layers.0.ffn_out") == "blocks.0.hook_mlp_out"
     assert hook_name("layers.3.attn_norm") is None
     assert hook_name("final_norm") is None
-    assert site_of("blocks.11.hook_resid_pre") == "layers.11.resid_pre"
-    assert site_of("blocks.11.attn.hook_q") is None
+    assert site_of_hook("blocks.11.hook_resid_pre") == "layers.11.resid_pre"
+    assert site_of_hook("blocks.11.attn.hook_q") is None
     for site, hook in (("layers.3.ffn_hidden", "blocks.3.mlp.hook_post"), ("layers.3.attn_heads", "blocks.3.attn.hook_z")):
-        assert (hook_name(site), site_of(hook)) == (hook, site)
+        assert (hook_name(site), site_of_hook(hook)) == (hook, site)
 
 
 # the libraries themselves: `pytest -m peers`, where benchmarks/requirements.txt is installed ---------------------------
@@ -303,9 +339,11 @@ LIBRARIES = {"saelens": by_saelens, "sparsify": by_sparsify, "dictionary_learnin
 @pytest.mark.parametrize(("to", "architecture"), EXPRESSIBLE)
 def test_the_library_itself_computes_the_same(to: str, architecture: str, x: Tensor, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("SPARSIFY_DISABLE_TRITON", "1")
-    for norm in ("dataset", "layer") if to == "saelens" else ("dataset",):
+    cases = [("dataset", 1.0), ("dataset", 0.6)] + [("layer", 1.0)] * (to == "saelens")
+    for norm, length in cases:
         sae = make_sae(architecture, norm)
-        folder = tmp_path / norm
+        sae.W_dec *= length
+        folder = tmp_path / f"{norm} {length}"
         folder.mkdir()
         for name, content in FORMATS[to].write(sae).items():
             (folder / name).write_bytes(content)

@@ -6,12 +6,12 @@ Shapes: n latents, d model width.
 """
 
 import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from core.norms import row_norms, unit_rows
 from sae.model import SAE, SAEConfig
 
 
@@ -27,6 +27,12 @@ class Plain(NamedTuple):
     def on_cpu(self) -> "Plain":
         """As they are stored: float32, contiguous, without gradients."""
         return Plain(*(part if part is None else part.detach().float().cpu().contiguous() for part in self))  # type: ignore[arg-type]
+
+    def unit_rows(self) -> "Plain":
+        """The same function with rows of `W_dec` of norm 1 and latents that many times larger."""
+        norms = row_norms(self.W_dec).float()
+        threshold = None if self.threshold is None else self.threshold * norms
+        return Plain(self.W_enc * norms[:, None], self.b_enc * norms, unit_rows(self.W_dec), self.b_dec, threshold)
 
     def absorbed(self, sign: int = -1) -> "Plain":
         """For encoders that do not subtract `b_dec`: `b_enc - W_enc b_dec` in place of `b_enc`; with `sign` 1 the way back."""
@@ -51,17 +57,40 @@ def fold(sae: SAE, what: str) -> Plain:
     return plain.on_cpu()
 
 
-def sae_of(plain: Plain, architecture: str, k: int, provenance: dict[str, Any], norm: str = "none", eps: float = 1e-6) -> SAE:
-    """The SAE whose tensors these are. ValueError where their shapes do not fit together, or a number is not finite."""
-    shape = tuple(plain.W_dec.shape)
-    n, d = shape if len(shape) == 2 else (0, 0)
+def plain_of(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, threshold: Tensor | None = None) -> Plain:
+    """The tensors of a file, as they are stored here; a threshold may be one number for all latents.
+    ValueError where their shapes do not fit together, or a number is not finite.
+    """
+    n, d = W_dec.shape
+    if threshold is not None and threshold.numel() == 1:
+        threshold = threshold.reshape(1).expand(n)
+    plain = Plain(W_enc, b_enc, W_dec, b_dec, threshold)
     wanted = {"W_enc": (n, d), "b_enc": (n,), "W_dec": (n, d), "b_dec": (d,), "threshold": (n,)}
     for name, tensor in plain._asdict().items():
         if tensor is not None and (tuple(tensor.shape) != wanted[name] or not tensor.numel()):
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, which does not fit a decoder of {list(shape)}")
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, which does not fit a decoder of {[n, d]}")
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name} holds NaN or infinite values")
-    cfg = SAEConfig(d_model=d, n_latents=n, k=k, architecture=architecture, norm=norm, norm_eps=eps, provenance=provenance)
+    return plain.on_cpu()
+
+
+class Norm(NamedTuple):
+    """What is done to rows before the encoder and undone after the decoder; as in `SAEConfig`."""
+
+    norm: str = "none"
+    scale: float = 1.0
+    norm_eps: float = 1e-6
+
+
+PLAIN = Norm()
+
+
+def sae_of(plain: Plain, architecture: str, k: int | None, provenance: dict[str, Any], norm: Norm = PLAIN) -> SAE:
+    """The SAE whose tensors these are. `k` is None where the layout has none: relu and jumprelu do not select by it."""
+    assert k is not None or architecture in ("relu", "jumprelu"), architecture
+    n, d = plain.W_dec.shape
+    parts: dict[str, Any] = {"d_model": d, "n_latents": n, "k": 1 if k is None else k, **norm._asdict()}
+    cfg = SAEConfig(**parts, architecture=architecture, provenance=provenance)
     with torch.device("meta"):
         sae = SAE(cfg)
     tensors = {"W_enc": plain.W_enc, "b_enc": plain.b_enc, "W_dec": plain.W_dec, "b_pre": plain.b_dec}
@@ -71,21 +100,5 @@ def sae_of(plain: Plain, architecture: str, k: int, provenance: dict[str, Any], 
     return sae.requires_grad_(False)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """ValueError where the file is not a JSON object."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not a JSON object ({error})") from None
-
-
 def as_json(values: dict[str, Any]) -> bytes:
     return (json.dumps(values, indent=1) + "\n").encode()
-
-
-def taken(tensors: dict[str, Tensor], path: Path, *names: str) -> list[Tensor]:
-    """The tensors of these names. ValueError where one is missing, or there are others that would change what is computed."""
-    missing, strange = sorted(set(names) - set(tensors)), sorted(set(tensors) - set(names))
-    if missing or strange:
-        raise ValueError(f"{path}: expected tensors {', '.join(names)}; missing: {missing}, not known: {strange}")
-    return [tensors[name] for name in names]
