@@ -99,8 +99,7 @@ def _answer(config: ChatConfig, session: Session, recipe: Recipe, messages: list
     turn = prepare(session, messages, style_of(config.style, config.model, session.tokenizer), config.max_new_tokens)
     if turn.dropped:
         log.info("the context is full: the oldest %d message(s) are left out", turn.dropped)
-    sampling = config.sampling()
-    sampling = replace(sampling, stop=(*sampling.stop, *turn.stop), stop_ids=turn.stop_ids)
+    sampling = turn.ended(config.sampling())
     rows = [new_row(session, messages[-1].content, turn.ids)]
     turns = sum(message.role == "user" for message in messages)
     watch = config.watcher(session, rows, turns - 1, out.fresh_line)

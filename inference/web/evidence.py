@@ -14,16 +14,20 @@ N_OPEN = 4
 """Sentences that are in sight at once; a click shows the others."""
 
 
+def shaded(text: str, part: float, title: str) -> str:
+    """A piece of text whose background is as strong as `part`, 0 to 1; `title` is its tooltip."""
+    return f'<span class="tok" style="--v:{part:.3f}" title="{escape(title)}">{escape(text)}</span>'
+
+
 def tokens(pieces: Sequence[str], values: Sequence[float], largest: float) -> str:
     """Text with each token shaded by its value, from none at 0 to full at `largest`; the value itself is its tooltip."""
     out = []
     for piece, value in zip(pieces, values, strict=True):
-        text = escape(piece)
         if value <= 0 or largest <= 0:
-            out.append(text)
+            out.append(escape(piece))
             continue
         part = min(1.0, value / largest)
-        out.append(f'<span class="tok" style="--v:{part:.3f}" title="{value:.3g}, {part:.0%} of the maximum">{text}</span>')
+        out.append(shaded(piece, part, f"{value:.3g}, {part:.0%} of the maximum"))
     return "".join(out)
 
 

@@ -5,7 +5,7 @@ page's own controls and come with every request, three values a row, in the orde
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -166,7 +166,7 @@ class Handlers:
         said = [Message("user" if role == "user" else "assistant", text) for role, text in messages]
         turn = prepare(self.session, [*opening, *said], self.style, sampling.max_new_tokens)
         row = new_row(self.session, "", turn.ids)
-        request = Request((row,), recipe, replace(sampling, stop=(*turn.stop, *sampling.stop), stop_ids=turn.stop_ids))
+        request = Request((row,), recipe, turn.ended(sampling))
         return ((row.text.strip(), turn.dropped) for row in answer(self.session, request))
 
 
