@@ -70,10 +70,9 @@ def hit_rows(hits: Sequence[Hit], value: str) -> list[dict[str, object]]:
     """Features that were found as rows of a table, their number under the heading `value`; sites where there are several."""
     several = len({hit.feature.site for hit in hits}) > 1
     tokens = any(hit.token for hit in hits)
-    return [
-        ({"site": hit.feature.site} if several else {})
-        | {"latent": hit.latent, value: hit.value}
-        | ({"token": hit.token} if tokens else {})
-        | {"label": hit.label}
-        for hit in hits
-    ]
+    rows: list[dict[str, object]] = []
+    for hit in hits:
+        site: dict[str, object] = {"site": hit.feature.site} if several else {}
+        token = {"token": hit.token} if tokens else {}
+        rows.append(site | {"latent": hit.latent, value: hit.value} | token | {"label": hit.label})
+    return rows

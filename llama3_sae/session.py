@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from inference.session import Session as Loaded
 from inference.steering import Recipe
 from inference.terminal import SamplingConfig
 from inference.watch import Watch, Watched
-from llama3.chat_format import ROLES, Message
+from llama3.chat_format import ROLES, Message, Role
 from llama3.generate import Sampling
 from llama3.model import Transformer
 from llama3.tokenizer import Tokenizer
@@ -53,8 +53,9 @@ def open(
 
     ValueError where a part is missing or belongs to another model or SAE.
     """
-    folders = {name: _paths(given) for name, given in (("sae", sae), ("top", top), ("explanations", explanations))}
-    config = InferenceConfig(model=str(model), **folders, strengths=_paths(strengths))
+    config = InferenceConfig(
+        model=str(model), sae=_paths(sae), top=_paths(top), explanations=_paths(explanations), strengths=_paths(strengths)
+    )
     return Session(open_session(config, pick_device(device, 0)), config.model)
 
 
@@ -100,9 +101,9 @@ class Session:
     @overload
     def capture(self, text: str, site: str | None = None) -> Tensor: ...
     @overload
-    def capture(self, text: str, site: Sequence[str]) -> dict[str, Tensor]: ...
+    def capture(self, text: str, site: list[str] | tuple[str, ...]) -> dict[str, Tensor]: ...
     @torch.no_grad()
-    def capture(self, text: str, site: str | Sequence[str] | None = None) -> Tensor | dict[str, Tensor]:
+    def capture(self, text: str, site: str | list[str] | tuple[str, ...] | None = None) -> Tensor | dict[str, Tensor]:
         """Activations [T, width] at one site, a row for each of `tokens(text)`; for a list of sites a tensor for each.
 
         None is the site that the (first) SAE reads.
@@ -317,4 +318,4 @@ def _message(said: Said) -> Message:
     role, content = (said.get("role"), said.get("content")) if isinstance(said, Mapping) else said[:2]
     if role not in ROLES or not isinstance(content, str):
         raise ValueError(f"a message has a role ({', '.join(ROLES)}) and content (text); found {said!r:.80}")
-    return Message(role, content)
+    return Message(cast(Role, role), content)
