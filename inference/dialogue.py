@@ -31,7 +31,7 @@ class Turn(NamedTuple):
 
     def ended(self, sampling: Sampling) -> Sampling:
         """`sampling` that ends where this answer does too."""
-        return replace(sampling, stop=(*sampling.stop, *self.stop), stop_ids=self.stop_ids)
+        return replace(sampling, stop=(*sampling.stop, *self.stop), stop_ids=sampling.stop_ids | self.stop_ids)
 
 
 def prepare(session: Session, messages: Sequence[Message], style: Style, room: int) -> Turn:

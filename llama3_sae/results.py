@@ -1,7 +1,5 @@
 """What a session returns: small values that print as tables, and in a notebook as HTML."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, overload
@@ -83,7 +81,7 @@ class TextFeatures(Sequence[TokenFeatures]):
             for one in token.latents or (None,)
         ]
 
-    def to_pandas(self) -> pandas.DataFrame:
+    def to_pandas(self) -> "pandas.DataFrame":
         """`rows` as a pandas DataFrame. ValueError where pandas is not installed."""
         try:
             import pandas
@@ -97,7 +95,7 @@ class TextFeatures(Sequence[TokenFeatures]):
         for row in self.rows():
             here = row.pop("position")
             share = row["share"]
-            token = "" if here == last else row["token"]
+            token = "" if here == last else row["token"].strip() or "␣"
             shown.append(row | {"token": token, "share": None if share is None else f"{share:.0%}".rjust(5)})
             last = here
         return shown

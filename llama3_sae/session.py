@@ -155,9 +155,10 @@ class Session:
         turns; `site` keeps to one of them.
         """
         wanted, against = _texts(positive), _texts(negative)
-        if bool(text.strip()) == bool(wanted):
+        words = text.strip()
+        if bool(words) == bool(wanted) or (words and against):
             raise ValueError("give either words to search for, or prompts: search(positive=[...], negative=[...])")
-        by, query, found = "words", repr(text), [by_words(of, text, n) for of in self._saes(site)] if text else []
+        by, query, found = "words", repr(text), [by_words(of, text, n) for of in self._saes(site)] if words else []
         if not any(found):
             by, positives = "prompts", wanted or [text]
             query = ", ".join(map(repr, positives)) + (f", not on {', '.join(map(repr, against))}" if against else "")

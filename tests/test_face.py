@@ -163,14 +163,15 @@ def test_search_by_words_then_by_what_fires(session: ls.Session) -> None:
     assert len(prompts) == 5
     share = (by_hand(session, "the storm tore the roof")[1:].amax(0) / session.saes[0].max_values).nan_to_num(0).clamp(max=1)
     assert prompts[0].value == pytest.approx(float(share.max()), rel=1e-5)
-    against = session.search(positive=TEXT, negative=[SENTENCES[2]], n=3)
+    against = session.search("  ", positive=TEXT, negative=[SENTENCES[2]], n=3)
+    assert against.by == "prompts"
     plain = session.search(positive=[TEXT], n=40)
     assert against[0].value <= {hit.latent: hit.value for hit in plain}[against[0].latent]
     assert repr(against).splitlines()[1].split() == ["latent", "score", "token", "label"]
     assert "<table>" in words._repr_html_()
 
 
-@pytest.mark.parametrize("how", [{}, {"text": " "}, {"text": "sea", "positive": ["sea"]}, {"negative": ["sea"]}])
+@pytest.mark.parametrize("how", [{}, {"text": " "}, {"text": "sea", "positive": ["sea"]}, {"negative": ["sea"]}, {"text": "sea", "negative": ["sky"]}])
 def test_search_wants_words_or_prompts(session: ls.Session, how: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="positive"):
         session.search(**how)
@@ -231,6 +232,8 @@ def test_chat_answers_as_the_terminal_does(
     flags = ["--system", "Be kind.", "--steer", "3:12", "--seed", "2", "--max-new-tokens", "12", "--json"]
     inference.chat.run(parse(ChatConfig, "", [*paths.flags, *flags]), alone())
     assert json.loads(capsys.readouterr().out)["answer"] == answer.text
+    stopped = session.steer({3: 12}).chat(said, seed=2, max_new_tokens=12, stop_ids=frozenset(answer.ids[-3:]))
+    assert len(stopped.ids) < len(answer.ids)
     for bad in ([], [("system", "Be kind.")], [{"role": "user"}], [("king", "hello")]):
         with pytest.raises(ValueError, match="message"):
             session.chat(bad)
