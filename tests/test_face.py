@@ -171,7 +171,16 @@ def test_search_by_words_then_by_what_fires(session: ls.Session) -> None:
     assert "<table>" in words._repr_html_()
 
 
-@pytest.mark.parametrize("how", [{}, {"text": " "}, {"text": "sea", "positive": ["sea"]}, {"negative": ["sea"]}, {"text": "sea", "negative": ["sky"]}])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"text": " "},
+        {"text": "sea", "positive": ["sea"]},
+        {"negative": ["sea"]},
+        {"text": "sea", "negative": ["sky"]},
+    ],
+)
 def test_search_wants_words_or_prompts(session: ls.Session, how: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="positive"):
         session.search(**how)
