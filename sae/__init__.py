@@ -9,9 +9,4 @@ __all__ = ["SAE", "Latents", "Normalised", "SAEConfig", "load"]
 if TYPE_CHECKING:
     from sae.model import SAE, Latents, Normalised, SAEConfig, load
 else:
-    __getattr__, __dir__ = lazy_exports(
-        __name__,
-        {
-            "sae.model": ("SAE", "SAEConfig", "Latents", "Normalised", "load"),
-        },
-    )
+    __getattr__, __dir__ = lazy_exports(__name__, {"sae.model": __all__})
