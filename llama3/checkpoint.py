@@ -9,8 +9,9 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from core.text import read_json
 from llama3.hub import TOKENIZER_FILES, locate
-from llama3.layouts import Layout, find_layout, interleave_, read_json
+from llama3.layouts import Layout, find_layout, interleave_
 from llama3.model import Transformer
 from llama3.tokenizer import N_SPECIAL_TOKENS, Tokenizer
 from llama3.tokenizer_json import read_tokenizer_json

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from core.text import parse_json, read_text
 from sae.model import SAE, SAEConfig
 
 
@@ -74,7 +75,7 @@ def sae_of(plain: Plain, architecture: str, k: int, provenance: dict[str, Any], 
 def read_json(path: Path) -> dict[str, Any]:
     """ValueError where the file is not a JSON object."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(parse_json(read_text(path)))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: not a JSON object ({error})") from None
 
