@@ -21,6 +21,7 @@ from nltk.tokenize.punkt import (
     PunktLanguageVars,
     PunktParameters,
     PunktSentenceTokenizer,
+    PunktToken,
     PunktTrainer,
     load_punkt_params,
 )
@@ -77,8 +78,16 @@ class _Patterns(PunktLanguageVars):  # type: ignore[misc]
         )
         words = {"NonWord": self._re_non_word_chars, "MultiChar": self._re_multi_char_punct, "WordStart": self._re_word_start}
         self._re_word_tokenizer = re.compile(self._word_tokenize_fmt % words, re.UNICODE | re.VERBOSE)
-        closing = PunktLanguageVars.re_boundary_realignment
-        self.re_boundary_realignment = re.compile(closing.pattern, re.MULTILINE)
+        self.re_boundary_realignment = re.compile(PunktLanguageVars.re_boundary_realignment.pattern, re.MULTILINE)
+
+
+class _Token(PunktToken):  # type: ignore[misc]
+    """NLTK's token, whose patterns have the same clock."""
+
+    _RE_ELLIPSIS = re.compile(PunktToken._RE_ELLIPSIS.pattern)
+    _RE_NUMERIC = re.compile(PunktToken._RE_NUMERIC.pattern)
+    _RE_INITIAL = re.compile(PunktToken._RE_INITIAL.pattern)
+    _RE_ALPHA = re.compile(PunktToken._RE_ALPHA.pattern)
 
 
 class Splitter:
@@ -87,7 +96,7 @@ class Splitter:
     def __init__(self, parameters: PunktParameters, joins: bool) -> None:
         """`joins`: mend what Punkt has no means for, by the rules for English in this file."""
         parameters.ortho_context = _Orthography(parameters.ortho_context)
-        self._punkt = PunktSentenceTokenizer(parameters, lang_vars=_Patterns())
+        self._punkt = PunktSentenceTokenizer(parameters, lang_vars=_Patterns(), token_cls=_Token)
         self._joins = joins
         self.hash = xxhash.xxh3_64_hexdigest(json.dumps(_as_json(parameters)).encode())
 

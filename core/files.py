@@ -113,7 +113,7 @@ def _check_alone(path: Path, alone: bool) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Create `path` with its parents, so that they outlive a power cut. ValueError where a file, or a link to nothing, lies there."""
+    """Create `path` with its parents, so that they outlive a power cut. ValueError where a file or a dead link is there."""
     missing = []
     while not path.exists():
         if path.is_symlink():

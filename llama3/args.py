@@ -64,7 +64,10 @@ class ModelArgs:
 
     def _swiglu_width(self) -> int:
         """Two thirds of `4 dim`, times `ffn_dim_multiplier`, rounded up to `multiple_of` (Meta's `FeedForward`)."""
-        width = int(self.ffn_dim_multiplier * int(8 * self.dim / 3))
+        try:
+            width = int(self.ffn_dim_multiplier * int(8 * self.dim / 3))
+        except OverflowError:
+            raise ValueError("dim and ffn_dim_multiplier make a hidden layer wider than any number") from None
         return self.multiple_of * -(-width // self.multiple_of)
 
     @classmethod
