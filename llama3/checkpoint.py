@@ -29,6 +29,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
     layout = find_layout(folder)
     _check_tokenizer_model(layout)
     files = [open_weights(file) for file in layout.files]
+    _check_size(layout, files)
     with torch.device("meta"):
         model = Transformer(layout.args)
     places = _places(layout, files, model)
@@ -56,6 +57,23 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             _check_vocabulary(file, found.n_vocab)
             return found
     raise ValueError(f"{folder}: holds no tokenizer: expected tokenizer.model (Meta) or tokenizer.json (Hugging Face)")
+
+
+def _check_size(layout: Layout, files: list[WeightFile]) -> None:
+    """ValueError where a configuration describes more than the files can hold, before anything of that size is made."""
+    held = [math.prod(entry.shape) for file in files for entry in file.entries.values()]
+    args, numbers = layout.args, sum(held)
+    widest = max(("vocab_size", "hidden_dim"), key=lambda name: getattr(args, name))
+    for what, described, there in (
+        (f"n_layers {args.n_layers:,}", args.n_layers, len(held)),
+        (f"dim {args.dim:,} and {widest} {getattr(args, widest):,}", args.dim * getattr(args, widest), numbers),
+        (f"n_heads {args.n_heads:,} of head_dim {args.head_dim:,}", args.n_heads * args.head_dim * args.dim, numbers),
+    ):
+        if described > there:
+            raise ValueError(
+                f"{layout.files[0].parent}: the configuration says {what}, more than the {len(held)} tensors ({numbers:,} "
+                f"numbers) of {len(files)} weight file(s) can hold; wrong params.json or config.json, or files missing"
+            )
 
 
 class Place(NamedTuple):

@@ -179,7 +179,7 @@ def test_no_clock_ends_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_document_that_cannot_be_cut_is_named(monkeypatch: pytest.MonkeyPatch, processes: int) -> None:
     how = replace(SENTENCES, unit="passage", tokens="many")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"document d3 \(36 characters\) cannot be cut: TypeError"):
+    with pytest.raises(ValueError, match=r"document d3 \(50 characters\) cannot be cut: TypeError"):
         list(cut(iter(documents(4)[3:]), how, processes))
 
 
