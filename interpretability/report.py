@@ -145,7 +145,7 @@ def _write(config: ReportConfig, inputs: Inputs, builder: Builder, runtime: Runt
     for index, first in enumerate(range(0, top.n_latents, WORDS_BLOCK)):
         beside(f"words/{index:05d}", features.words(range(first, min(first + WORDS_BLOCK, top.n_latents))))
     title = " · ".join(str(top.provenance[name]) for name in ("model", "site") if name in top.provenance)
-    styles, scripts = ("theme.css", "report.css"), ("dom.js", "charts.js", "report.js")
+    styles, scripts = ("theme.css", "report.css"), ("dom.js", "charts.js", "sentences.js", "report.js")
     page = render("report.html", title, contents(config, inputs, features), styles, scripts, inside)
     builder.publish(REPORT_FILE, page.encode())
     if inputs.map:
