@@ -233,10 +233,11 @@ def as_plot(record: Mapping[str, Any]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows, tokens = record["grid"], record["tokens"]
-    grid = np.zeros((len(rows), len(tokens)))
+    rows, used = record["grid"], np.flatnonzero(np.any([sae["used"] for sae in record["saes"]], axis=0))
+    grid = np.zeros((len(rows), len(record["tokens"])))
     for line, row in zip(grid, rows, strict=True):
         line[row["positions"]] = row["attributions"]
+    grid, tokens = grid[:, used], [record["tokens"][position] for position in used]
     width = min(MAX_WIDTH, 4.5 + 0.34 * len(tokens))
     figure = Figure(figsize=(width, 1.9 + 0.26 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -245,9 +246,9 @@ def as_plot(record: Mapping[str, Any]) -> bytes:
     image = axis.imshow(grid, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
     # No mathematics in labels: "$" is a character of the text.
     axis.set_yticks(range(len(rows)), [f"{row['title'][:SHOWN_LABEL]} #{row['latent']}" for row in rows], parse_math=False)
-    names = [_cell(token).strip() for token in tokens]
+    names = [token.strip().replace("\n", "↵") for token in tokens]
     axis.set_xticks(range(len(tokens)), names, rotation=60, ha="right", parse_math=False)
-    axis.set_title(f"Attribution: {_cell(asked(record))}", parse_math=False)
+    axis.set_title(f"Attribution: {asked(record)}", parse_math=False)
     figure.colorbar(image, ax=axis, shrink=0.8)
     picture = io.BytesIO()
     with warnings.catch_warnings():  # a character that no installed font has is drawn as a box

@@ -88,7 +88,7 @@ function scatter() {
   const range = [low - pad, high + pad], to = v => (v - range[0]) / (range[1] - range[0]), x = v => M + (S - M - 8) * to(v), y = v => S - M + 8 - (S - M) * to(v), ticks = niceTicks(...range, 4);
   return figure("Each feature that was set to 0", `ablation above attribution, ${objective.unit}`, s("svg", {viewBox: `0 0 ${S} ${S}`, role: "img", "aria-label": "Attribution and ablation of each feature"},
     ticks.map(t => [s("line", {class: "grid", x1: x(t), x2: x(t), y1: y(range[0]), y2: y(range[1])}), s("line", {class: "grid", x1: x(range[0]), x2: x(range[1]), y1: y(t), y2: y(t)}),
-      s("text", {x: M - 6, y: y(t) + 4, "text-anchor": "end"}, digits(t, 2)), s("text", {x: x(t), y: y(range[0]) + 16, "text-anchor": "middle"}, digits(t, 2))]),
+      s("text", {x: M - 6, y: y(t) + 4, "text-anchor": "end"}, digits(t + 0, 2)), s("text", {x: x(t), y: y(range[0]) + 16, "text-anchor": "middle"}, digits(t + 0, 2))]),
     s("line", {class: "diagonal", x1: x(range[0]), y1: y(range[0]), x2: x(range[1]), y2: y(range[1])}),
     features.map(row => s("circle", {class: row.attribution < 0 ? "dot against" : "dot", cx: x(row.attribution), cy: y(row.effect), r: 4,
       "data-tip": `${row.title || "latent"} #${row.latent} at ${quoted(row.tokens[strongestAt(row)])}: ${signed(row.attribution)} predicted, ${signed(row.effect)} measured`}))));
