@@ -18,13 +18,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from core.artifact import Artifact, building, open_artifact
 from core.cli import StageConfig, run_stage
+from core.files import Content
 from core.runtime import Runtime
 from interpretability.causal.ablation import ablated
 from interpretability.causal.attribution import attribute
@@ -95,7 +96,7 @@ def run(config: AttributeConfig, runtime: Runtime) -> None:
     ids = prompt_ids(opened, config.prompt)
     objective = objective_of(config, opened.tokenizer)
     saes = [known.sae for known in opened.known]
-    provenance = {
+    provenance: dict[str, Any] = {
         "model": str(saes[0].cfg.provenance.get("model", "")),
         "model_hash": opened.model.weights_hash,
         "tokenizer_hash": opened.tokenizer.hash,
@@ -113,7 +114,7 @@ def run(config: AttributeConfig, runtime: Runtime) -> None:
             found = measure(config, opened, ids, objective)
             record = contents(found, config.prompt, provenance["model"])
             html = page(record, found)
-            written = [json_text(record).encode(), parquet_bytes(NODES_SCHEMA, [node_rows(found)])]
+            written: list[Content] = [json_text(record).encode(), parquet_bytes(NODES_SCHEMA, [node_rows(found)])]
             written += [as_table(record).encode(), as_plot(record), html.encode()]
             for name, content in zip(names, written, strict=True):
                 builder.publish(name, content)

@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from core.artifact import Artifact, building, open_artifact
+from core.artifact import building, open_artifact
 from core.cli import Progress, StageConfig, run_stage
 from core.runtime import Runtime
 from interpretability.causal.records import (
@@ -30,7 +30,6 @@ from interpretability.causal.records import (
     STEERABILITY_FILE,
     STEERABILITY_SCHEMA,
     Steerability,
-    SteeredFeature,
     read_steered,
 )
 from interpretability.causal.turned_up import Latents, TurnedUp
@@ -141,7 +140,7 @@ def measure(ready: Latents, n_latents: int, rows: int, runtime: Runtime) -> Stee
 
 def as_table(found: Steerability, explanations: Mapping[int, Explanation], rows: Sequence[Mapping[str, Any]]) -> str:
     """The most steerable latents in Markdown, and how well the figures predict steering where that was measured."""
-    order = np.argsort(-found.output_score, kind="stable")[:SHOWN].tolist()
+    order = found.order()[:SHOWN]
     head = "| latent | label | output score | its rise | change of confidence |\n" + "|---" * 5 + "|"
     lines = [f"# Which features steer\n\nThe {len(order)} of the largest output score.\n", head]
     for latent in order:
@@ -150,8 +149,8 @@ def as_table(found: Steerability, explanations: Mapping[int, Explanation], rows:
         lines.append(f"| {latent} | {title} | {figures} |")
     if rows:
         lines += [
-            f"\n## Against measured steering\n\n{rows[0]['features']} features, each at its best strength: what steering raised "
-            "over random directions of the same length. Spearman with a 95 % bootstrap interval over features; the median "
+            f"\n## Against measured steering\n\n{rows[0]['features']} features, each at its best strength: what steering "
+            "raised over random directions of the same length. Spearman with a 95 % bootstrap interval over features; the median "
             "effect of the tenth with the largest figure, that of all, and the share of that tenth above it.\n",
             "| figure | effect of steering | Spearman | top tenth | all | above |\n" + "|---" * 6 + "|",
         ]

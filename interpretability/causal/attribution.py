@@ -98,9 +98,7 @@ def _bad(g: Tensor) -> str:
     return f"{int((~torch.isfinite(g)).sum()):,}"
 
 
-def attribute(
-    model: Transformer, saes: Sequence[SAE], tokens: Tensor, objective: Objective, bos: str = "none"
-) -> Attribution:
+def attribute(model: Transformer, saes: Sequence[SAE], tokens: Tensor, objective: Objective, bos: str = "none") -> Attribution:
     """Attribute `objective` on `tokens` (T,) to the active latents of `saes`, each at its own site.
 
     `bos` says whether the first token is BOS ("feed") or text ("none"). ValueError where an SAE has no active
@@ -126,9 +124,7 @@ def attribute(
 
 
 @torch.no_grad()
-def _nodes(
-    sae: SAE, x: Tensor, g: Tensor, keep: Tensor, objective: Objective, logits: Tensor
-) -> tuple[Nodes, Tensor]:
+def _nodes(sae: SAE, x: Tensor, g: Tensor, keep: Tensor, objective: Objective, logits: Tensor) -> tuple[Nodes, Tensor]:
     """The active latents of one SAE where `keep` (T,), and what the objective owes to its error (T,)."""
     norm, latents = sae.normalise(x), sae.encode(x)
     dtype = sae.W_dec.dtype

@@ -91,9 +91,7 @@ def contents(found: Found, prompt: str, model: str) -> dict[str, Any]:
         "active": len(nodes.latent),
         "spearman": spearman(np.array(predicted), np.array(found.effects)),
         "saes": [_sae(found, number) for number in range(len(found.known))],
-        "features": [
-            _feature(found, group, effect, pieces) for group, effect in zip(found.groups, found.effects, strict=True)
-        ],
+        "features": [_feature(found, group, effect, pieces) for group, effect in zip(found.groups, found.effects, strict=True)],
         "grid": _grid(found),
     }
 

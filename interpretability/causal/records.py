@@ -42,7 +42,7 @@ STEERABILITY_SCHEMA = pa.schema(
     }
 )
 MEASURES = tuple(STEERABILITY_SCHEMA.names[1:])
-"""Of steerability; the first is what search ranks by."""
+"""Of steerability. Search ranks by the first, `Steerability.order`."""
 
 
 class SuitePrompt(NamedTuple):
@@ -87,6 +87,11 @@ class Steerability:
     def of(self, latent: int) -> dict[str, float]:
         """The measures of one latent, by name."""
         return {name: float(getattr(self, name)[latent]) for name in MEASURES}
+
+    def order(self) -> list[int]:
+        """All latents, the largest output score first, of equals the lowest latent."""
+        found: list[int] = np.argsort(-self.output_score, kind="stable").tolist()
+        return found
 
 
 def read_steerability(path: Path, sae_hash: str) -> Steerability:

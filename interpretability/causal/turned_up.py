@@ -78,7 +78,7 @@ class Latents:
     def _read(self, prompt: str, ids: Sequence[int], factor: float) -> Prompt:
         model, sae = self._model, self._sae
         if len(ids) < 2:
-            raise ValueError(f"--prompts {prompt!r}: expected two tokens at least, found {len(ids)}; the first is never steered")
+            raise ValueError(f"--prompts {prompt!r}: expected at least two tokens, found {len(ids)}; the first is not steered")
         tokens = torch.tensor([list(ids)], device=model.device)
         past = model.new_cache(1, len(ids))
         seen: list[Tensor] = []

@@ -12,9 +12,7 @@ FEWEST = 10
 """Features below which nothing is said."""
 
 
-def validate(
-    steerability: Steerability, steered: Sequence[SteeredFeature], resamples: int, seed: int
-) -> list[dict[str, Any]]:
+def validate(steerability: Steerability, steered: Sequence[SteeredFeature], resamples: int, seed: int) -> list[dict[str, Any]]:
     """For each of MEASURES and each effect of steering: how well the one ranks the other.
 
     `spearman` comes with its 95 % bootstrap interval over features. `top_decile` is the median effect of the tenth

@@ -126,7 +126,8 @@ function histogram(feature) {
 function facts(i, feature) {
   const rows = [["Score", L.score[i] === null ? null : L.score[i].toFixed(2)], ["Certainty", feature.certainty === null ? null : feature.certainty.toFixed(2)],
     ["Fires on", `${percent(L.density[i])} of tokens`], ["Tokens", whole(feature.firing)], ["Sentences", whole(feature.sentences)],
-    ["Maximum", digits(L.max[i])], ["Mean", digits(feature.mean)], ["Explained by", plain(feature.method) || null]];
+    ["Maximum", digits(L.max[i])], ["Mean", digits(feature.mean)], ["Explained by", plain(feature.method) || null],
+    ...(feature.steers ? [["Output score", digits(feature.steers.output_score)], ["Change of confidence", `${digits(feature.steers.confidence_change)} nats`]] : [])];
   return h("dl", {class: "facts"}, rows.filter(row => row[1] !== null).map(([name, value]) => h("div", null, h("dt", null, name), h("dd", null, value))));
 }
 function examples(feature, i, rows) {
