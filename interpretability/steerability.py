@@ -150,8 +150,8 @@ def as_table(found: Steerability, explanations: Mapping[int, Explanation], rows:
     if rows:
         lines += [
             f"\n## Against measured steering\n\n{rows[0]['features']} features, each at its best strength: what steering "
-            "raised over random directions of the same length. Spearman with a 95 % bootstrap interval over features; the median "
-            "effect of the tenth with the largest figure, that of all, and the share of that tenth above it.\n",
+            "raised over random directions of the same length. Spearman with a 95 % bootstrap interval over features; the "
+            "median effect of the tenth with the largest figure, that of all, and the share of that tenth above it.\n",
             "| figure | effect of steering | Spearman | top tenth | all | above |\n" + "|---" * 6 + "|",
         ]
     for row in rows:

@@ -75,10 +75,15 @@ def singles(nodes: Nodes, n: int | None = None) -> list[Nodes]:
 
 def check_finite_differences(model: Transformer, saes: list[SAE], tokens: Tensor, objective: LogitDifference, n: int) -> None:
     found = attribute(model, saes, tokens, objective)
-    h = 1e-4
+    h = 0.02  # rotary positions are float32 in every model, so a smaller step would measure their rounding
     for node in singles(found.nodes, n):
-        up, down = (objective.scores(changed(model, saes, tokens, node, by)[None])[0] for by in (h, -h))
-        assert float(node.effect) == pytest.approx(float(up - down) / (2 * h), rel=1e-3, abs=1e-7)
+
+        def slope(step: float, node: Nodes = node) -> float:
+            up, down = (objective.scores(changed(model, saes, tokens, node, by)[None])[0] for by in (step, -step))
+            return float(up - down) / (2 * step)
+
+        # Without the term of third order (Richardson).
+        assert float(node.effect) == pytest.approx((4 * slope(h) - slope(2 * h)) / 3, rel=1e-3, abs=2e-5)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES[:2])
@@ -144,7 +149,7 @@ def test_ablation_against_one_at_a_time(doubles: tuple[Transformer, list[SAE], T
     twin = torch.cat([objective.measured(clean, changed(model, saes, tokens, node, -1)[None]) for node in nodes])
     cuts = [Cut(saes[int(node.sae)], node) for node in nodes]
     for rows in (2, 7, 64):
-        torch.testing.assert_close(ablated(model, tokens, cuts, objective, rows), twin, rtol=1e-6, atol=1e-10)
+        torch.testing.assert_close(ablated(model, tokens, cuts, objective, rows), twin, rtol=1e-4, atol=1e-6)
     assert len(ablated(model, tokens, [], objective, 8)) == 0
 
 
@@ -174,7 +179,7 @@ def test_the_forward_pass_is_unchanged(features: list[Features]) -> None:
     model = load_model(str(features[0].model)).eval()
     tokens = torch.tensor(load_tokenizer(str(features[0].model)).encode_prompt(PROMPT))
     with torch.enable_grad():
-        plain = model(tokens[None])[0, -1].detach().double()
+        plain = model(tokens[None], last_only=True)[0, -1].detach().double()
     found = gradients(model, tokens, SITES, LogitDifference(3, 7))
     assert torch.equal(found.logits[0], plain)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -246,7 +251,8 @@ def test_the_stage(features: list[Features], tmp_path: Path, where: str) -> None
     for name in ("attribution.json", "attributions.parquet", "attribution.md", "attribution.html"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     found = read_attribution(tmp_path / "a")
-    assert "".join(found["tokens"]) == PROMPT
+    assert "".join(found["tokens"]) == f"<|begin_of_text|>{PROMPT}"
+    assert all(0 not in row["positions"] for row in found["grid"]), "BOS was never trained on"
     assert [sae["site"] for sae in found["saes"]] == list(SITES)
     assert len(found["features"]) == 20
     sizes = [abs(row["attribution"]) for row in found["features"]]
@@ -282,7 +288,7 @@ def test_a_whole_distribution_needs_no_answer(features: list[Features], tmp_path
     ],
 )
 def test_bad_input(features: list[Features], tmp_path: Path, flags: dict[str, object], fragment: str) -> None:
-    with pytest.raises(ValueError, match=".") as error:
+    with pytest.raises(ValueError, match=r"^.+$") as error:
         stage.run(config(features, tmp_path / "a", **flags), solo())
     assert fragment in str(error.value)
     assert "\n" not in str(error.value)
