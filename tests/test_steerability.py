@@ -191,7 +191,7 @@ def test_a_site_without_a_logit_lens_is_named(features: Features) -> None:
         Latents(model, tokenizer, tiny_sae(features.model, "layers.1.attn_norm"), PROMPTS, 10.0, 20)
 
 
-# Against measured steering -----------------------------------------------------------------------------------------------------
+# Against measured steering ---------------------------------------------------------------------------------------------
 
 
 def planted(noise: float) -> tuple[Steerability, list[SteeredFeature]]:
