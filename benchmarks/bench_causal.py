@@ -4,21 +4,19 @@
     python -m benchmarks.bench_causal --shapes embedded smollm 1b --threads 2
 
 Attribution of all active features of a prompt of 32 tokens stands beside one pass forward and back.
-Ablation of 100 features stands beside the batched forward rate: the same rows through the model
-without a hook; the mark is 0.6 of that rate. Medians of pairs timed one after the other.
+Ablation of 100 features stands beside the batched forward rate: 100 prompts through the model without a
+hook; the mark is 0.6 of that rate. Rates are prompt tokens a second; ratios are medians of neighbouring pairs.
 """
 
-import statistics
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import tyro
 
 from benchmarks.shapes import random_model
-from benchmarks.table import publish, said, seconds
+from benchmarks.table import Row, machine_name, publish, race
 from interpretability.causal.ablation import Cut, ablated
 from interpretability.causal.attribution import attribute
 from interpretability.causal.objectives import LogitDifference
@@ -46,17 +44,6 @@ class BenchConfig:
     """CPU threads; 0 keeps PyTorch's choice."""
 
 
-class Row(NamedTuple):
-    """A line of the table."""
-
-    shape: str
-    measure: str
-    ours_ms: float
-    beside_ms: float
-    ratio: float
-    mark: str
-
-
 def sae_of(model: Transformer, layer: int) -> SAE:
     """A random SAE after `layer`, scaled to activations of any size by its own normalisation of each row."""
     d = model.params.dim
@@ -67,20 +54,7 @@ def sae_of(model: Transformer, layer: int) -> SAE:
     return SAE(cfg).to(model.device).requires_grad_(False)
 
 
-def pairs(
-    rounds: int, ours: Callable[[], object], beside: Callable[[], object], device: torch.device
-) -> tuple[float, float, float]:
-    """Medians of both in seconds, and of the ratios beside / ours of neighbouring timings."""
-    ours(), beside()
-    found = [(seconds(ours, device), seconds(beside, device)) for _ in range(rounds)]
-    return (
-        statistics.median(a for a, _ in found),
-        statistics.median(b for _, b in found),
-        statistics.median(b / a for a, b in found),
-    )
-
-
-def measure(shape: str, config: BenchConfig) -> list[Row]:
+def measure(shape: str, config: BenchConfig) -> Iterator[Row]:
     """Both lines of one shape."""
     device = torch.device(config.device)
     model = random_model(shape, device)
@@ -99,26 +73,19 @@ def measure(shape: str, config: BenchConfig) -> list[Row]:
         for first in range(0, FEATURES, ROWS):
             model(tokens.expand(min(ROWS, FEATURES - first), -1), last_only=True)
 
-    attribution = pairs(config.rounds, lambda: attribute(model, [sae], tokens, OBJECTIVE), one_pass, device)
-    ablation = pairs(config.rounds, lambda: ablated(model, tokens, cuts, OBJECTIVE, ROWS), forward, device)
-    return [
-        Row(shape, f"attribution of {len(nodes.latent)} features over one pass", *_ms(attribution), "at least 0.5"),
-        Row(shape, f"ablation of {FEATURES} features over the forward rate", *_ms(ablation), "at least 0.6"),
-    ]
-
-
-def _ms(found: tuple[float, float, float]) -> tuple[float, float, float]:
-    return 1000 * found[0], 1000 * found[1], found[2]
+    attribution = (lambda: attribute(model, [sae], tokens, OBJECTIVE), one_pass)
+    yield race(f"{shape}: attribution of {len(nodes.latent)} features; one pass", attribution, TOKENS, 0.5, config.rounds)
+    ablation = (lambda: ablated(model, tokens, cuts, OBJECTIVE, ROWS), forward)
+    measure = f"{shape}: ablation of {FEATURES} features; forward alone"
+    yield race(measure, ablation, FEATURES * TOKENS, 0.6, config.rounds)
 
 
 def main(config: BenchConfig) -> None:
     """Measure, print the table, write the JSON."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    rows = [row for shape in config.shapes for row in measure(shape, config)]
-    for row in rows:
-        said(f"{row.shape:9} {row.measure:48} {row.ours_ms:9.1f} ms {row.beside_ms:9.1f} ms  {row.ratio:.2f} ({row.mark})")
-    publish(config.out, [row._asdict() for row in rows])
+    rows = (row for shape in config.shapes for row in measure(shape, config))
+    publish(rows, config.out, config, device=machine_name(config.device != "cpu"))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 const data = JSON.parse($("data").textContent), {tokens, saes, features, grid, objective} = data;
-const quoted = text => `“${visible(text)}”`, signed = value => (value > 0 ? "+" : value < 0 ? "−" : "") + digits(Math.abs(value), 3);
+const quoted = text => `“${visible(text)}”`, three = {minimumSignificantDigits: 3, maximumSignificantDigits: 3};
+const signed = value => (value > 0 ? "+" : value < 0 ? "−" : "") + Math.abs(value).toLocaleString("en", three);
 const sum = values => values.reduce((a, b) => a + b, 0), peak = values => Math.max(...values.map(Math.abs), 1e-12);
 const colour = value => value < 0 ? "var(--cool)" : "var(--heat)";
 const where = data.ablated === "position" ? "at its position" : "at every position of the prompt";
@@ -51,7 +52,7 @@ function showRows() {
   const lines = shown.flatMap(([row, i]) => {
     const at = strongestAt(row), toggle = () => { view.open = view.open === i ? -1 : i; showRows(); };
     const line = h("tr", {class: view.open === i ? "open" : null, onclick: event => { if (!event.target.closest("button")) toggle(); }},
-      h("td", {class: "what"}, h("b", null, name(row)), h("small", null, `${saes.length > 1 ? row.site + " · " : ""}#${row.latent}`)),
+      h("td", {class: "what"}, h("b", null, name(row)), h("small", null, `${saes.length > 1 ? row.site + " · " : ""}#${row.latent}`, h("span", {class: "narrow"}, ` · ${quoted(row.tokens[at].trim())}`))),
       h("td", {class: "token"}, h("span", null, visible(row.tokens[at])), h("small", {class: "soft"}, row.positions.length > 1 ? ` and ${row.positions.length - 1} more` : ` ${row.positions[at]}`)),
       h("td", {class: "r num activation"}, digits(row.activations[at])), h("td", {class: "bars"}, bar(row.attribution)), h("td", {class: "bars"}, bar(row.effect)));
     line.setAttribute("tabindex", "0");
