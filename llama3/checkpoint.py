@@ -93,8 +93,9 @@ def _check_size(layout: Layout, files: list[WeightFile]) -> None:
         (f"n_heads {args.n_heads:,} of head_dim {args.head_dim:,}", args.n_heads * args.head_dim * args.dim, numbers),
     ):
         if described > there:
+            place = layout.files[0] if layout.kind == "GGUF" else layout.files[0].parent
             raise ValueError(
-                f"{layout.files[0] if layout.kind == 'GGUF' else layout.files[0].parent}: the configuration says {what}, more than the {len(held)} tensors ({numbers:,} "
+                f"{place}: the configuration says {what}, more than the {len(held)} tensors ({numbers:,} "
                 f"numbers) of {len(files)} weight file(s) can hold; wrong params.json or config.json, or files missing"
             )
 
