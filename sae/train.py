@@ -109,6 +109,8 @@ def run(config: TrainConfig, runtime: Runtime) -> None:
                 trainer.load_state(state)
                 log.info("continuing behind step %s of %s", f"{trainer.step:,}", f"{trainer.total_steps:,}")
             trainer.check_replicas()
+            if runtime.is_main:
+                builder.claim()  # checkpoints and metrics lie beside the folder
             metrics = _open_metrics(config, runtime, trainer.step)
             at_last.callback(metrics.close)
             with contextlib.closing(checkpoints), stop_signals() as wish:
