@@ -19,6 +19,7 @@ import tyro
 from tqdm import tqdm
 
 from core.runtime import Runtime, environment_rank, open_runtime
+from core.terminal import PrintableFormatter, printable
 
 T = TypeVar("T")
 ConfigT = TypeVar("ConfigT")
@@ -238,13 +239,9 @@ def _origin(message: str, given: list[str], preset: Preset) -> str:
 def set_up_logging(rank: int = 0) -> None:
     """Time, stage and message on stderr; ranks other than 0 speak only to warn."""
     prefix = f"[rank {rank}] " if rank else ""
-    logging.basicConfig(
-        level=logging.WARNING if rank else logging.INFO,
-        format=f"%(asctime)s {prefix}%(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-        force=True,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PrintableFormatter(f"%(asctime)s {prefix}%(name)s: %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING if rank else logging.INFO, handlers=[handler], force=True)
     for chatty in ("httpx", "httpcore", "urllib3", "filelock", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
@@ -286,7 +283,7 @@ def _described(error: Exception) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(text.split()) or type(error).__name__
+    return printable(" ".join(text.split())) or type(error).__name__
 
 
 def run_stage(config_class: type[ConfigT], run: Callable[[ConfigT, Runtime], Any], description: str) -> NoReturn:
@@ -317,6 +314,7 @@ class Progress:
     def update(self, n: int, **notes: Any) -> None:
         """Count `n` more units; `notes` (name=value) are shown beside the rate."""
         self.done += n
+        notes = {name: printable(str(value)) for name, value in notes.items()}
         self._bar.update(n)
         if notes:
             self._bar.set_postfix(notes, refresh=False)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from core.cli import machine
+from core.terminal import printable
 from inference.recipes import SteeringConfig
 from inference.row import Row
 from inference.session import Session
@@ -44,6 +45,9 @@ class SamplingConfig(SteeringConfig):
     """Warn where a watched latent rises above this multiple of its maximum. None: never."""
     json: bool = machine(False)
     """Print one JSON object a line instead of text."""
+    raw: bool = machine(False)
+    """Into a pipe or file, print control characters as they are. A terminal would obey them, so there they are always shown as
+    escapes such as \\x1b; JSON has escapes of its own."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,12 +97,13 @@ class SamplingConfig(SteeringConfig):
 
 
 class Output:
-    """Standard output, UTF-8 in a pipe."""
+    """Standard output, UTF-8 in a pipe. Control characters are shown as escapes; `raw` leaves them as they are in a pipe."""
 
-    def __init__(self) -> None:
+    def __init__(self, raw: bool = False) -> None:
         if sys.stdout is None:
             raise ValueError("standard output is closed; expected a terminal, a file or a pipe")
         self._terminal = sys.stdout.isatty()
+        self._raw = raw and not self._terminal
         self._open_line = False
         if isinstance(sys.stdout, io.TextIOWrapper):
             if self._terminal:
@@ -110,7 +115,7 @@ class Output:
         """Print `text` at once."""
         if text:
             self._open_line = not text.endswith("\n")
-            sys.stdout.write(text)
+            sys.stdout.write(text if self._raw else printable(text))
             sys.stdout.flush()
 
     def fresh_line(self) -> None:
@@ -157,7 +162,7 @@ def watched_lines(session: Session, row: Row, index: int, watch: Watch, start: i
     columns = [watch.values(index, latent, len(row.ids)) for latent in watch.latents]
     for position, piece in list(enumerate(session.tokenizer.pieces(row.ids)))[start:]:
         cells = [_cell(column[position], maximum) for column, maximum in zip(columns, maxima, strict=True)]
-        yield "  ".join([f"{piece.strip() or '␣':<18.18}", *cells]).rstrip()
+        yield "  ".join([f"{printable(piece.strip()) or '␣':<18.18}", *cells]).rstrip()
 
 
 def _cell(value: float | None, maximum: float) -> str:

@@ -26,6 +26,7 @@ from torch import Tensor
 from core.cli import StageConfig, run_stage
 from core.norms import unit_rows
 from core.runtime import Runtime
+from core.terminal import printable, say
 from interpretability.evidence.coactivation import Together, together
 from interpretability.opening import check_sae, open_explanations_of, open_top_of
 from interpretability.records import Explanation, title_of, trust
@@ -326,7 +327,7 @@ def run(config: SearchConfig, runtime: Runtime) -> None:
         hits = search_text(explanations, config.text, config.n)
     shown = [_row(hit, explanations) for hit in hits[: config.n]]
     for line in map(json.dumps, shown) if config.json else _table(shown):
-        print(line)
+        say(line)
     what = "sentences" if config.latents else "features"
     log.info("%d %s found in %s with %d latents, %d shown", len(hits), what, config.sae, sae.cfg.n_latents, len(shown))
 
@@ -340,7 +341,7 @@ def _row(hit: Ranked | Match | Neighbour | Together, explanations: Mapping[int, 
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3f}"
-    return " ".join(map(_cell, value)) if isinstance(value, tuple) else " ".join(str(value).split())
+    return " ".join(map(_cell, value)) if isinstance(value, tuple) else printable(" ".join(str(value).split()))
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

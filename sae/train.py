@@ -27,6 +27,7 @@ from core.artifact import building, config_record, open_artifact
 from core.cli import Progress, StageConfig, machine, run_stage
 from core.product import linear
 from core.runtime import Runtime
+from core.terminal import say
 from sae.batches import Batches
 from sae.checkpoint import Checkpoints, StopWish, stop_signals
 from sae.hyperparameters import Hyperparameters
@@ -91,7 +92,7 @@ def run(config: TrainConfig, runtime: Runtime) -> None:
     if config.plan:
         needs = plan(config, batches, runtime, config.latent_parallel, config.out, config.keep)
         if runtime.is_main:
-            print(needs.text())
+            say(needs.text())
         return
     inputs, begin_with = [batches.artifact], None
     if config.init_from:
