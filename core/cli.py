@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import select
+import signal
 import sys
 import time
 import tomllib
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar, Union, get_args, get_orig
 import tyro
 from tqdm import tqdm
 
+from core.ending import INTERRUPTED, end_at_sigterm
 from core.runtime import Runtime, environment_rank, open_runtime
 from core.terminal import PrintableFormatter, printable
 
@@ -74,7 +76,7 @@ def parse(config_class: type[ConfigT], description: str, argv: Sequence[str] | N
         with contextlib.redirect_stderr(errors), _helping() if {"-h", "--help"} & set(given) else _unfolded():
             return tyro.cli(config_class, args=arguments, description=text, prog=_program())
     except SystemExit as exit_:
-        if not exit_.code:
+        if exit_.code in (0, None, 128 + signal.SIGTERM):
             raise
         message = _one_line(errors.getvalue(), config_class.__name__)
     raise ValueError(message + _origin(message, given, preset))
@@ -264,7 +266,7 @@ def one_line_errors(rank: int = 0) -> Iterator[None]:
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         if not rank:
-            print("interrupted; the same command continues from here", file=sys.stderr, flush=True)
+            print(INTERRUPTED, file=sys.stderr, flush=True)
         raise SystemExit(130) from None
 
 
@@ -290,6 +292,7 @@ def run_stage(config_class: type[ConfigT], run: Callable[[ConfigT, Runtime], Any
     """The `main` of every stage: flags, logging, runtime, `run(config, runtime)`, errors in one line."""
     rank, _, _ = environment_rank()
     set_up_logging(rank)
+    end_at_sigterm()
     with one_line_errors(rank):
         config: Any = parse(config_class, description)
         with open_runtime(config.device, config.threads, config.seed, config.timeout_s) as runtime:

@@ -72,6 +72,12 @@ def publish(path: Path, content: Content) -> Written:
     return Written(size, digest.hexdigest())
 
 
+def replace(path: Path, content: Content) -> Written:
+    """`publish`, for a file outside an artifact with one writer at a time: what killed ones left beside it goes first."""
+    sweep(path.parent, f".{path.name}.*.tmp")
+    return publish(path, content)
+
+
 def append(path: Path, text: bytes, end: int, torn: int = 0) -> int:
     """Append `text` to a file of `end` bytes and fsync it; returns where it ends then. The `torn` bytes behind `end`, which a
     crash left, are cut off first; a last line without its line break gets it.
@@ -135,9 +141,9 @@ def remove(path: Path) -> None:
     _do("unlink", path, lambda: path.unlink(missing_ok=True))
 
 
-def sweep(folder: Path) -> None:
+def sweep(folder: Path, pattern: str = "**/.*.tmp") -> None:
     """Remove the temporaries that killed processes left in `folder` and below."""
-    for stray in folder.rglob(".*.tmp"):
+    for stray in folder.glob(pattern):
         remove(stray)
 
 

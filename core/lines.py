@@ -112,7 +112,7 @@ class LineWriter:
         if found.unchecked:
             log.warning("%s: its lines have no checksums yet; they are taken as they are, and get them now", path)
             text = b"".join(map(sealed, found.records))
-            files.publish(path, text)
+            files.replace(path, text)
             found = Lines(found.records, len(text), 0)
         self.path = path
         self.records = found.records
