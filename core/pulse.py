@@ -10,8 +10,7 @@ import socket
 import sys
 import threading
 from pathlib import Path
-
-import torch.distributed as dist
+from typing import Any
 
 BEAT_S = 2.0
 SILENT_BEATS = 10
@@ -20,9 +19,9 @@ a whole and goes on has missed none."""
 
 
 class Pulse:
-    """This rank's signs of life, and its eye on the next rank that has not left."""
+    """This rank's signs of life in `store`, and its eye on the next rank that has not left."""
 
-    def __init__(self, store: dist.distributed_c10d.Store, rank: int, world_size: int, timeout_s: float) -> None:
+    def __init__(self, store: Any, rank: int, world_size: int, timeout_s: float) -> None:
         self._store, self._rank, self._world = store.clone(), rank, world_size  # the main thread may block the other one
         self._beat_s = min(BEAT_S, timeout_s / SILENT_BEATS)
         self._over = threading.Event()

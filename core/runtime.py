@@ -29,6 +29,7 @@ T = TypeVar("T")
 LOST_PEER = re.compile(r"timed? ?out|clos(ed|ing)|reset by peer|refused|monitoredBarrier|clients joined", re.IGNORECASE)
 """What PyTorch's messages say when a rank ended or does not answer; other RuntimeErrors are bugs and keep their traceback."""
 TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)
+ENDING_S = 1.0  # the connections of a process that is killed break before it counts as ended
 SILENCE_S = 10.0  # ranks reach a collective, and so give up waiting, at different moments
 
 
@@ -168,7 +169,9 @@ def _lost_peer(what: str, timeout: timedelta) -> Iterator[None]:
             raise
         reason = re.sub(r"\S*/gloo/\S+ ", "", str(error).splitlines()[0])
         seconds = timeout.total_seconds()
-        names = ending.also_say()
+        until = time.monotonic() + ENDING_S
+        while not (names := ending.also_say()) and time.monotonic() < until:
+            time.sleep(0.1)
         if not names and TIMED_OUT.search(reason) and (silent := _silent_ranks(min(SILENCE_S, seconds))):
             names = f" (no sign of rank(s) {', '.join(map(str, silent))})"
         raise ConnectionError(

@@ -15,6 +15,7 @@ from llama3.gguf_tokenizer import tokenizer_from_gguf
 from llama3.hub import TOKENIZER_FILES, locate
 from llama3.layouts import Layout, find_layout, interleave_, read_json
 from llama3.model import Transformer
+from llama3.seen import check_seen
 from llama3.tokenizer import N_SPECIAL_TOKENS, Tokenizer
 from llama3.tokenizer_json import read_tokenizer_json
 from llama3.weights import DTYPES, WeightFile, open_weights
@@ -39,7 +40,9 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
         dtype = torch.float32 if device.type == "cpu" else _own_dtype(files)
     _allocate(model, device, dtype)
     with torch.no_grad():
-        model.weights_hash = _fill(layout, files, places, model)
+        hashes = _fill(layout, files, places, model)
+    model.weights_hash = hashes[-1]
+    check_seen(layout.files, hashes)
     _check_finite(model, layout)
     return model.eval()
 
@@ -195,10 +198,10 @@ def _allocate(model: Transformer, device: torch.device, dtype: torch.dtype) -> N
     model.freqs_cis = model.rope_table().to(device)
 
 
-def _fill(layout: Layout, files: list[WeightFile], places: list[dict[str, Place]], model: Transformer) -> str:
-    """Copy every file into the model; returns the hash of their bytes."""
+def _fill(layout: Layout, files: list[WeightFile], places: list[dict[str, Place]], model: Transformer) -> list[str]:
+    """Copy every file into the model; returns the hash of their bytes up to the end of each."""
     parameters: Mapping[str, Tensor] = dict(model.named_parameters())
-    digest = xxhash.xxh3_64()
+    digest, hashes = xxhash.xxh3_64(), []
     for file, part in zip(files, places, strict=True):
         targets = {
             name: parameters[place.parameter].narrow(place.dim, place.start, file.entries[name].shape[place.dim])
@@ -206,6 +209,7 @@ def _fill(layout: Layout, files: list[WeightFile], places: list[dict[str, Place]
         }
         earlier = {name: targets[name].clone() for name, place in part.items() if place.copy}
         file.copy_to(targets, digest)
+        hashes.append(digest.hexdigest())
         for name, expected in earlier.items():
             if not torch.equal(targets[name], expected):
                 raise ValueError(
@@ -216,7 +220,7 @@ def _fill(layout: Layout, files: list[WeightFile], places: list[dict[str, Place]
         for name, parameter in parameters.items():
             if name.endswith(("wq.weight", "wk.weight")):
                 interleave_(parameter, layout.args.head_dim)
-    return digest.hexdigest()
+    return hashes
 
 
 def _check_finite(model: Transformer, layout: Layout) -> None:
