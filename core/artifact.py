@@ -315,6 +315,7 @@ def _begin(path: Path, wanted: Manifest, config: Any, inputs: Sequence[Artifact]
     Returns the manifest there; where it is incomplete, with the files that earlier runs finished.
     """
     begun = wanted
+    files.settle(path)
     if (path / MANIFEST).exists() and not _is_unclaimed(path):
         begun = Manifest.read(path)
         _check_same_command(path, begun, wanted, config, inputs)

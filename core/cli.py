@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar, Union, get_args, get_orig
 import tyro
 from tqdm import tqdm
 
-from core.ending import INTERRUPTED, end_at_sigterm
+from core.ending import INTERRUPTED, end_at_sigterm, lack_of_memory
 from core.runtime import Runtime, environment_rank, open_runtime
 from core.terminal import PrintableFormatter, printable
 
@@ -261,13 +261,23 @@ def one_line_errors(rank: int = 0) -> Iterator[None]:
             raise SystemExit(0) from None
         if os.environ.get("LOG_TRACEBACKS"):
             log.exception("the error in full")
-        where = f" (rank {rank})" if rank else ""
-        print(f"error{where}: {_described(error)}", file=sys.stderr, flush=True)
+        _say_error(_described(error), rank)
+        raise SystemExit(2) from None
+    except (MemoryError, RuntimeError) as error:
+        said = lack_of_memory(error)
+        if not said:
+            raise
+        _say_error(said, rank)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         if not rank:
             print(INTERRUPTED, file=sys.stderr, flush=True)
         raise SystemExit(130) from None
+
+
+def _say_error(text: str, rank: int) -> None:
+    where = f" (rank {rank})" if rank else ""
+    print(f"error{where}: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def _reader_left() -> bool:
@@ -285,7 +295,7 @@ def _described(error: Exception) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return printable(" ".join(text.split())) or type(error).__name__
+    return " ".join(text.split()) or type(error).__name__
 
 
 def run_stage(config_class: type[ConfigT], run: Callable[[ConfigT, Runtime], Any], description: str) -> NoReturn:

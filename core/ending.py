@@ -5,6 +5,7 @@ a traceback out of the middle of a library. Where anything but `python -m` of a 
 """
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -19,19 +20,31 @@ GRACE_S = 5.0
 """Seconds that a process asked to stop may stay in an operation that hears no signals, such as waiting for other ranks."""
 CLOSING_S = 20.0
 """Seconds in which a process that heard it may close what is open; launchers kill after 30."""
+NO_MEMORY = re.compile(r"allocate memory|out of memory|bad_alloc|failed to map segment|start new thread", re.IGNORECASE)
 STDERR = 2
 
 also_say: Callable[[], str] = str
 """What else to say of an end that came from outside: core.runtime names ranks that ended."""
 
 
+def lack_of_memory(error: BaseException) -> str:
+    """What to say of an error whose reason is that memory ran out, in one line; empty for any other."""
+    reason = (str(error).splitlines() or [""])[0]
+    if not isinstance(error, MemoryError) and not (isinstance(error, RuntimeError | ImportError) and NO_MEMORY.search(reason)):
+        return ""
+    reason = re.sub(r"^\[enforce fail at \S+\] \S.*?\. ", "", reason)[:200] or "an allocation failed"
+    return f"out of memory ({reason}); free some, lift the limit (`ulimit -v`), or ask for less at a time"
+
+
 def say_at_interrupt() -> None:
-    """Within imports, Ctrl-C says one line; the process then ends by the signal, as Python does."""
+    """Within imports, Ctrl-C says one line, and so does a lack of memory; then the process ends as Python ends it."""
     before = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if issubclass(kind, KeyboardInterrupt):
             print(INTERRUPTED, file=sys.stderr, flush=True)
+        elif said := lack_of_memory(error):
+            print(f"error: {said}", file=sys.stderr, flush=True)
         else:
             before(kind, error, trace)
 

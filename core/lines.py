@@ -118,6 +118,8 @@ class LineWriter:
         self.records = found.records
         """What the file held when it was opened."""
         self._end, self._torn = found.bytes, found.torn
+        if path.exists():
+            files.sync_folder(path.parent)  # who made it may have been killed before
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line.

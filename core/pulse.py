@@ -14,8 +14,13 @@ from typing import Any
 
 BEAT_S = 2.0
 SILENT_BEATS = 10
-"""Beats of this rank in which the next one gives no sign before it is given up. Beats, not seconds: a job that is suspended as
-a whole and goes on has missed none."""
+FAR_BEATS = 15
+"""Beats of this rank in which the next one gives no sign before it is given up: where its process can be seen to be stopped or
+gone, and where it is on another machine. One that is seen to run may be busy in a library that lets no thread in, and has
+until the time-out. Beats, not seconds: a job that is suspended as a whole and goes on has missed none."""
+ELSEWHERE = "?"
+ENDED = "ZXTt"
+"""What the kernel calls processes that have ended or are stopped."""
 
 
 class Pulse:
@@ -24,6 +29,7 @@ class Pulse:
     def __init__(self, store: Any, rank: int, world_size: int, timeout_s: float) -> None:
         self._store, self._rank, self._world = store.clone(), rank, world_size  # the main thread may block the other one
         self._beat_s = min(BEAT_S, timeout_s / SILENT_BEATS)
+        self._busy_beats = timeout_s / self._beat_s
         self._over = threading.Event()
         self._store.set(f"process {rank}", f"{socket.gethostname()} {os.getpid()}")
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -49,7 +55,7 @@ class Pulse:
                 pulse = self._store.add(f"pulse {watched}", 0)
                 missed = 0 if pulse != last else missed + 1
                 last = pulse
-                if missed >= SILENT_BEATS and not self._over.is_set():
+                if missed >= SILENT_BEATS and missed >= self._patience(watched) and not self._over.is_set():
                     self._give_up(watched, missed)
         except RuntimeError:  # the store is gone, and its launcher with it; the next collective says so
             pass
@@ -58,6 +64,11 @@ class Pulse:
         """The next rank that has not left; this one where all others have."""
         ring = [(self._rank + step) % self._world for step in range(1, self._world)]
         return next((rank for rank in ring if not self._store.check([f"left {rank}"])), self._rank)
+
+    def _patience(self, rank: int) -> float:
+        """Beats after which a silent rank is given up."""
+        state = self._state(rank)
+        return SILENT_BEATS if state in ENDED else FAR_BEATS if state == ELSEWHERE else max(FAR_BEATS, self._busy_beats)
 
     def _give_up(self, rank: int, missed: int) -> None:
         """End this process, and with it the job. The main thread may be inside a collective, which no exception reaches."""
@@ -71,23 +82,20 @@ class Pulse:
 
     def ended_ranks(self) -> list[int]:
         """The ranks on this machine whose process has ended or is stopped."""
-        found, host = [], socket.gethostname()
         try:
-            for rank in range(self._world):
-                if self._store.check([f"process {rank}"]) and not self._store.check([f"left {rank}"]):
-                    name, _, process = self._store.get(f"process {rank}").decode().rpartition(" ")
-                    if name == host and _state(int(process)) in "ZXTt":
-                        found.append(rank)
+            others = [rank for rank in range(self._world) if not self._store.check([f"left {rank}"])]
+            return [rank for rank in others if self._state(rank) in ENDED]
         except RuntimeError:  # the one that holds the store has ended
-            pass
-        return found
+            return []
 
-
-def _state(process: int) -> str:
-    """The letter by which the kernel calls the state of a process; X where there is none, ? where it does not say."""
-    if not Path("/proc/self/stat").exists():
-        return "?"
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][:1]
-    except OSError:
-        return "X"
+    def _state(self, rank: int) -> str:
+        """What the kernel calls the state of a rank's process, a letter; ELSEWHERE where it cannot be asked."""
+        if not self._store.check([f"process {rank}"]):
+            return ELSEWHERE
+        host, _, process = self._store.get(f"process {rank}").decode().rpartition(" ")
+        if host != socket.gethostname() or not Path("/proc/self/stat").exists():
+            return ELSEWHERE
+        try:
+            return Path(f"/proc/{process}/stat").read_text().rpartition(") ")[2][:1] or ELSEWHERE
+        except OSError:
+            return "X"
