@@ -28,6 +28,7 @@ from capture.writer import FileToWrite, Writer
 from core.artifact import Builder, building
 from core.cli import Progress, StageConfig, machine, run_stage
 from core.runtime import Runtime
+from core.terminal import say
 from llama3 import Tokenizer, Transformer, load_model, load_tokenizer
 from llama3.hub import model_name
 from llama3.sites import as_sites, check_sites
@@ -112,7 +113,7 @@ def run(config: ActivationsConfig, runtime: Runtime) -> None:
     needed = runtime.on_main(lambda: plan.need(corpus, tokenizer, how, config.max_length)).part(config.part_of[1])
     if config.plan:
         rates = runtime.gather_objects(plan.probe(corpus, tokenizer, how, config.max_length, config.chunk_sentences))
-        runtime.on_main(lambda: print(plan.describe(needed, plan.free(config.out), rates, corpus.n_sentences)))
+        runtime.on_main(lambda: say(plan.describe(needed, plan.free(config.out), rates, corpus.n_sentences)))
     if not config.remote:
         runtime.on_main(lambda: plan.check_room(needed, config.out))
     if config.plan:
