@@ -28,6 +28,7 @@ from capture.writer import FileToWrite, Writer
 from core.artifact import Builder, building
 from core.cli import Progress, StageConfig, machine, run_stage
 from core.runtime import Runtime
+from core.terminal import say
 from llama3 import Tokenizer, Transformer, load_model, load_tokenizer
 from llama3.hub import model_name
 from llama3.sites import as_sites, check_sites
@@ -112,7 +113,7 @@ def run(config: ActivationsConfig, runtime: Runtime) -> None:
     needed = runtime.on_main(lambda: plan.need(corpus, tokenizer, how, config.max_length)).part(config.part_of[1])
     if config.plan:
         rates = runtime.gather_objects(plan.probe(corpus, tokenizer, how, config.max_length, config.chunk_sentences))
-        runtime.on_main(lambda: print(plan.describe(needed, plan.free(config.out), rates, corpus.n_sentences)))
+        runtime.on_main(lambda: say(plan.describe(needed, plan.free(config.out), rates, corpus.n_sentences)))
     if not config.remote:
         runtime.on_main(lambda: plan.check_room(needed, config.out))
     if config.plan:
@@ -212,7 +213,7 @@ class _Stage:
             Writer(builder, self.config.timeout_s, self.config.queue_depth) as writer,
         ):
             began, seen, counts = time.monotonic(), 0, Counter[str]()
-            for place, tokens in ahead(self._tokenised(todo)):
+            for n_mine, (place, tokens) in enumerate(ahead(self._tokenised(todo)), 1):
                 started = start_chunk(self.how, tokens, writer.check)
                 for site in missing[todo[place]]:
                     name = chunk_name(site, todo[place])
@@ -220,7 +221,9 @@ class _Stage:
                     mine.append(name)
                 counts += started.counts
                 # Places are handed out in order, so this rank's last one tells how far all ranks together have come.
-                bar.update((place + 1 - seen) * total // len(todo), **_notes(counts, writer, time.monotonic() - began))
+                everybody = (place + 1) / n_mine
+                notes = _notes(counts, writer, (time.monotonic() - began) / everybody)
+                bar.update((place + 1 - seen) * total // len(todo), **notes)
                 seen = place + 1
         return mine
 
@@ -251,7 +254,8 @@ class _Stage:
 
 
 def _notes(counts: Counter[str], writer: Writer, seconds: float) -> dict[str, str | int]:
-    """What the progress of one rank shows beside the sentences of all."""
+    """What progress shows beside the sentences of all ranks: rates of all, taken to be as this rank's over its share of the
+    `seconds`; padding and queue of this rank."""
     return {
         "tokens/s": f"{counts['fed'] / seconds:,.0f}",
         "MB/s": f"{writer.bytes / seconds / 1e6:.1f}",

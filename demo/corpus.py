@@ -51,7 +51,7 @@ def write_documents(path: Path, packages: tuple[str, ...] = CorpusConfig.package
     """Write the corpus as JSON Lines, whole or not at all; returns the number of documents."""
     lines = [json.dumps(document._asdict(), ensure_ascii=False).encode() + b"\n" for document in documents(packages)]
     files.make_folder(path.parent)
-    files.publish(path, lines)
+    files.replace(path, lines)
     return len(lines)
 
 

@@ -7,7 +7,6 @@ With --compare each prompt is continued twice, without and with the recipe. Text
 stdout, everything else to stderr; --json keeps texts apart that hold line breaks.
 """
 
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -16,12 +15,14 @@ from typing import Any
 
 from core.cli import machine, run_stage
 from core.runtime import Runtime
-from inference.row import Row, new_row
+from core.terminal import json_line
+from core.text import decode, lines
+from inference.row import Row, grow, hooks_of, new_row
 from inference.session import Session, open_session
 from inference.steering import Recipe
-from inference.terminal import Output, SamplingConfig, interruptible, watched_lines, watched_record
+from inference.terminal import Output, SamplingConfig, interruptible
 from inference.watch import Watch
-from llama3.generate import Sampling, generate
+from llama3.generate import Sampling
 from llama3.tokenizer import Bos
 
 log = logging.getLogger("inference.complete")
@@ -53,7 +54,7 @@ class CompleteConfig(SamplingConfig):
 def run(config: CompleteConfig, runtime: Runtime) -> None:
     """Print a continuation for each prompt."""
     sampling = config.sampling()
-    out = Output()
+    out = Output(config.raw)
     with interruptible():
         prompts = read_prompts(config)
         session = open_session(config, runtime.device)
@@ -73,11 +74,8 @@ def read_prompts(config: CompleteConfig) -> list[str]:
     else:
         if sys.stdin is not None and sys.stdin.isatty():
             log.info("reading prompts, one a line, until Ctrl-D")
-        try:
-            text = sys.stdin.buffer.read().decode("utf-8") if sys.stdin is not None else ""
-        except UnicodeDecodeError as error:
-            raise ValueError(f"standard input is not UTF-8 text (byte {error.start}); convert it first") from None
-        prompts = [text.rstrip("\n")] if config.whole else text.splitlines()
+        text = decode(sys.stdin.buffer.read(), "standard input") if sys.stdin is not None else ""
+        prompts = [text.rstrip("\n")] if config.whole else lines(text)
     prompts = [prompt for prompt in prompts if prompt.strip()]
     if not prompts:
         raise ValueError("the prompt is empty; give --prompt TEXT, or one prompt a line on standard input")
@@ -93,11 +91,10 @@ def _complete(
     for recipe in recipes:
         rows = list(batch)
         watch = config.watcher(session, rows, sampling.first_row, out.fresh_line)
-        hooks = config.hooks(session, recipe, rows, watch)
+        hooks = hooks_of(session, recipe, rows, watch)
         if streaming:
             out.say(f"{_heading(config, recipe)}{rows[0].prompt}")
-        for piece in generate(session.model, session.tokenizer, [row.ids for row in rows], sampling, hooks):
-            rows[piece.row] = rows[piece.row].grown(piece)
+        for piece in grow(session, rows, sampling, hooks):
             if streaming:
                 out.say(piece.text)
         if streaming:
@@ -107,7 +104,7 @@ def _complete(
         for recipe, rows, watch in done:
             row = rows[index]
             if config.json:
-                out.say(json.dumps(_record(session, row, index, recipe, watch), ensure_ascii=False) + "\n")
+                out.say(json_line(_record(session, row, index, recipe, watch)) + "\n")
             else:
                 out.say(f"{_heading(config, recipe)}{row.prompt}{row.text}\n{_table(session, row, index, watch)}")
 
@@ -119,11 +116,11 @@ def _heading(config: CompleteConfig, recipe: Recipe) -> str:
 def _record(session: Session, row: Row, index: int, recipe: Recipe, watch: Watch | None) -> dict[str, Any]:
     record: dict[str, Any] = {"prompt": row.prompt, "completion": row.text, "finished": row.finished}
     record["steered"] = bool(recipe.edits)
-    return record | (watched_record(session, row, index, watch) if watch else {})
+    return record | (watch.result(session.tokenizer, row.ids, index).record() if watch else {})
 
 
 def _table(session: Session, row: Row, index: int, watch: Watch | None) -> str:
-    return "".join(f"{line}\n" for line in watched_lines(session, row, index, watch)) if watch else ""
+    return f"{watch.result(session.tokenizer, row.ids, index)}\n" if watch else ""
 
 
 if __name__ == "__main__":

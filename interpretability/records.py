@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from core.artifact import Artifact, open_artifact
+from core.text import parse_json
 
 TOP_FILE = "top_sentences.parquet"
 LATENTS_FILE = "latents.parquet"
@@ -343,7 +344,7 @@ def read_explanations(path: Path) -> dict[int, Explanation]:
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                explanation = Explanation(**json.loads(line))
+                explanation = Explanation(**parse_json(line))
             except (ValueError, TypeError):
                 raise ValueError(
                     f"{file}: line {number} is no explanation; expected JSON with {', '.join(sorted(known))}"

@@ -9,7 +9,6 @@ The page holds the list of features; `features/` and `words/` beside it hold the
 it loads when they are asked for, so that it stays usable with 65,536 features. `--one-file` puts all of that into the page.
 """
 
-import json
 import logging
 import math
 from collections import Counter
@@ -22,6 +21,7 @@ from core.artifact import Artifact, Builder, building, check_provenance, open_ar
 from core.cli import Progress, StageConfig, run_stage
 from core.lines import read_lines
 from core.runtime import Runtime
+from core.text import parse_json, read_text
 from interpretability.causal.records import Steerability, read_steerability
 from interpretability.map import MAP_FILE, read_map
 from interpretability.map import page as map_page
@@ -216,7 +216,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     A figure that does not exist (0 / 0), or that this evaluation does not have, is left out.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(read_text(path))
         values = {name: short(entry["value"]) for name, entry in found.items() if entry["value"] is not None}
         definitions = {name: str(entry["definition"]) for name, entry in found.items()}
         conditions: dict[str, Any] = next((entry["conditions"] for entry in found.values()), {})

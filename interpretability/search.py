@@ -27,6 +27,8 @@ from torch import Tensor
 from core.cli import StageConfig, run_stage
 from core.norms import unit_rows
 from core.runtime import Runtime
+from core.table import text_table
+from core.terminal import say
 from interpretability.causal.records import Steerability, read_steerability
 from interpretability.evidence.coactivation import Together, together
 from interpretability.opening import check_sae, open_explanations_of, open_top_of
@@ -356,8 +358,8 @@ def run(config: SearchConfig, runtime: Runtime) -> None:
         place = {latent: i for i, latent in enumerate(figures.order())}
         best = sorted(best, key=lambda hit: place[hit.latent] if not isinstance(hit, Together) else 0)
     shown = [_row(hit, explanations, figures) for hit in best]
-    for line in map(json.dumps, shown) if config.json else _table(shown):
-        print(line)
+    for line in map(json.dumps, shown) if config.json else text_table(shown):
+        say(line)
     what = "sentences" if config.latents else "features"
     log.info("%d %s found in %s with %d latents, %d shown", len(hits), what, config.sae, sae.cfg.n_latents, len(shown))
 
@@ -367,26 +369,6 @@ def _row(hit: Hit, explanations: Mapping[int, Explanation], figures: Steerabilit
         return hit._asdict()
     steers = {} if figures is None else figures.of(hit.latent)
     return hit._asdict() | steers | {"title": title_of(explanations.get(hit.latent))}
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.3f}"
-    return " ".join(map(_cell, value)) if isinstance(value, tuple) else " ".join(str(value).split())
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Lines of a table with a column for each key; none without rows."""
-    if not rows:
-        return
-    cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        padded = (
-            cell.ljust(w) if isinstance(v, str) else cell.rjust(w)
-            for cell, w, v in zip(line, widths, rows[0].values(), strict=True)
-        )
-        yield "  ".join(padded).rstrip()
 
 
 if __name__ == "__main__":

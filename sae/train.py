@@ -27,6 +27,7 @@ from core.artifact import building, config_record, open_artifact
 from core.cli import Progress, StageConfig, machine, run_stage
 from core.product import linear
 from core.runtime import Runtime
+from core.terminal import say
 from sae.batches import Batches
 from sae.checkpoint import Checkpoints, StopWish, stop_signals
 from sae.hyperparameters import Hyperparameters
@@ -93,7 +94,7 @@ def run(config: TrainConfig, runtime: Runtime) -> None:
 
         needs = plan(config, batches, runtime, config.latent_parallel, config.out, config.keep)
         if runtime.is_main:
-            print(needs.text())
+            say(needs.text())
         return
     inputs, begin_with = [batches.artifact], None
     if config.init_from:
@@ -111,6 +112,8 @@ def run(config: TrainConfig, runtime: Runtime) -> None:
                 trainer.load_state(state)
                 log.info("continuing behind step %s of %s", f"{trainer.step:,}", f"{trainer.total_steps:,}")
             trainer.check_replicas()
+            if runtime.is_main:
+                builder.claim()  # checkpoints and metrics lie beside the folder
             metrics = _open_metrics(config, runtime, trainer.step)
             at_last.callback(metrics.close)
             with contextlib.closing(checkpoints), stop_signals() as wish:
