@@ -17,6 +17,8 @@ from core.cli import one_line_errors, parse
 from demo.documentation import documentation
 
 PASSAGES = Path(__file__).parent / "data" / "passages.jsonl"
+MORE_PASSAGES = PASSAGES.with_name("more_passages.jsonl")
+"""On further topics: for real models. The embedded model's corpus stays what it was trained and evaluated on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +33,25 @@ class CorpusConfig:
     """Write nothing; print how varied the passages are."""
 
 
-def passages() -> Iterator[Document]:
-    """The passages of `demo/data/passages.jsonl`, labelled with their topic and named after topic, style and number."""
-    with PASSAGES.open(encoding="utf-8") as lines:
+def passages(path: Path = PASSAGES) -> Iterator[Document]:
+    """The passages of a file in demo/data, labelled with their topic and named after topic, style and number."""
+    name = path.stem.replace("_", ".")
+    with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines):
             row = json.loads(line)
-            parts = (row["topic"], row["style"], f"{number:04d}")
-            yield Document("passages." + ".".join(parts).replace(" ", "_"), "passages", row["text"], row["topic"])
+            parts = (name, row["topic"], row["style"], f"{number:04d}")
+            yield Document(".".join(parts).replace(" ", "_"), "passages", row["text"], row["topic"])
+
+
+def all_passages() -> Iterator[Document]:
+    """Every passage that was written for this project."""
+    yield from passages()
+    yield from passages(MORE_PASSAGES)
+
+
+def topics() -> list[str]:
+    """The topics of all passages, in their order."""
+    return list(dict.fromkeys(document.label for document in all_passages() if document.label))
 
 
 def documents(packages: tuple[str, ...] = CorpusConfig.packages) -> Iterator[Document]:

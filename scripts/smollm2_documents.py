@@ -24,7 +24,7 @@ from pathlib import Path
 from capture.sources import Document
 from core import files
 from core.cli import one_line_errors, parse
-from demo.corpus import passages
+from demo.corpus import all_passages
 
 SPEECHES = ("state_union", "inaugural")
 
@@ -110,7 +110,7 @@ def documents(config: DocumentsConfig) -> list[Document]:
     if config.reviews:
         found = list(reviews(config.texts))
     else:
-        found = [*passages(), *textbooks(config.texts), *speeches(config.texts), *scripture(config.texts)]
+        found = [*all_passages(), *textbooks(config.texts), *speeches(config.texts), *scripture(config.texts)]
         found += written(config.written) if config.written else []
     random.Random(config.seed).shuffle(found)
     return found
