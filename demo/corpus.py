@@ -5,9 +5,10 @@ python -m demo.corpus --check                   # how varied the passages are
 """
 
 import json
+import random
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,12 +36,11 @@ class CorpusConfig:
 
 def passages(path: Path = PASSAGES) -> Iterator[Document]:
     """The passages of a file in demo/data, labelled with their topic and named after topic, style and number."""
-    name = path.stem.replace("_", ".")
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines):
             row = json.loads(line)
-            parts = (name, row["topic"], row["style"], f"{number:04d}")
-            yield Document(".".join(parts).replace(" ", "_"), "passages", row["text"], row["topic"])
+            parts = (row["topic"], row["style"], f"{number:04d}")
+            yield Document("passages." + ".".join(parts).replace(" ", "_"), "passages", row["text"], row["topic"])
 
 
 def all_passages() -> Iterator[Document]:
@@ -61,9 +61,13 @@ def documents(packages: tuple[str, ...] = CorpusConfig.packages) -> Iterator[Doc
         yield Document(item.name, f"documentation/{item.package}", item.text, None)
 
 
-def write_documents(path: Path, packages: tuple[str, ...] = CorpusConfig.packages) -> int:
-    """Write the corpus as JSON Lines, whole or not at all; returns the number of documents."""
-    lines = [json.dumps(document._asdict(), ensure_ascii=False).encode() + b"\n" for document in documents(packages)]
+def write_documents(path: Path, written: Iterable[Document], shuffle: bool = False) -> int:
+    """Write documents as JSON Lines, whole or not at all; returns their number. With `shuffle` in a random order, always the
+    same, so that the beginning of the file is a fair sample of it."""
+    found = list(written)
+    if shuffle:
+        random.Random(0).shuffle(found)
+    lines = [json.dumps(document._asdict(), ensure_ascii=False).encode() + b"\n" for document in found]
     files.make_folder(path.parent)
     files.publish(path, lines)
     return len(lines)
@@ -97,7 +101,7 @@ def main() -> None:
         if config.check:
             print(json.dumps(passage_statistics(), indent=1))
         else:
-            print(f"{config.out}: {write_documents(config.out, config.packages):,} documents")
+            print(f"{config.out}: {write_documents(config.out, documents(config.packages)):,} documents")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 A folder of kind `top_sentences` holds `top_sentences.parquet`, a row for each latent, aggregation and rank, with all rows of a
 latent in one row group so that one latent is read without the rest, and `latents.parquet`, a row a latent. A folder of kind
-`explanations` holds `explanations.jsonl`, a line a latent.
+`explanations` holds `explanations.jsonl.gz`, a line a latent; that of an earlier release is not compressed.
 """
 
+import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
@@ -25,9 +27,13 @@ from core.artifact import Artifact, open_artifact
 TOP_FILE = "top_sentences.parquet"
 LATENTS_FILE = "latents.parquet"
 BACKGROUND_FILE = "background.parquet"
-EXPLANATIONS_FILE = "explanations.jsonl"
+EXPLANATIONS_FILE = "explanations.jsonl.gz"
+PLAIN_EXPLANATIONS_FILE = "explanations.jsonl"
+"""What it was called up to release 0.1, where it was not compressed."""
 NEVER_FIRED = "never fired"
-"""Reason of the explanations of latents that there is nothing to say about."""
+NOT_SHOWN = "fires on the text that was counted, but in no sentence that is stored"
+NOTHING_TO_SHOW = (NEVER_FIRED, NOT_SHOWN)
+"""Reasons of the explanations of latents that there is nothing to say about."""
 
 AGGREGATIONS = ("max", "mean", "last")
 """How a sentence's activations become one value: the largest, the mean over all its tokens, that of its last token."""
@@ -72,9 +78,12 @@ MEASURED_LATENT_SCHEMA = pa.schema(
         *LATENT_SCHEMA,
         ("ngrams", pa.list_(pa.struct({"text": pa.string(), "count": pa.int32(), "z": pa.float32()}))),
         ("cofiring", pa.list_(pa.struct({"latent": pa.int32(), "count": pa.int32(), "jaccard": pa.float32()}))),
+        ("shown_count", pa.int64()),
     ]
 )
-"""What is written now; folders of earlier releases lack the last two columns, and the background."""
+"""What is written now; folders of earlier releases lack the last three columns, and the background."""
+COUNTED = ("firing_count", "sentence_count", "max", "mean", "density", "histogram")
+"""Columns that `interpretability.top_sentences --statistics` takes from another text than the sentences."""
 BACKGROUND_SCHEMA = pa.schema(
     {
         "sentence_id": pa.int64(),
@@ -157,6 +166,9 @@ class LatentStatistics:
     first."""
     cofiring: list[dict[str, Any]] = field(default_factory=list)
     """Latents that fire on the same tokens: `latent`, `count` (tokens of the background) and `jaccard`; strongest first."""
+    shown_count: int | None = None
+    """Sentences with at least one such token in the corpus that the stored sentences come from; None in older folders, where
+    that is `sentence_count`."""
 
 
 class BackgroundSentence(NamedTuple):
@@ -209,7 +221,7 @@ class TopSentences:
     """A complete folder of top sentences. Reading is safe from several threads.
 
     `provenance` is that of the activations with `sae_hash` and `n_latents`; `max_values` (n_latents,) is each latent's largest
-    activation in the corpus.
+    activation. Where counts come from another text than the sentences, `statistics_corpus_hash` names that.
     """
 
     def __init__(self, artifact: Artifact) -> None:
@@ -221,6 +233,8 @@ class TopSentences:
         self._latents = pq.read_table(artifact.file(LATENTS_FILE))
         self.max_values: npt.NDArray[np.float32] = self._latents["max"].to_numpy()
         self.firing_counts: npt.NDArray[np.int64] = self._latents["firing_count"].to_numpy()
+        shown = "shown_count" if "shown_count" in self._latents.column_names else "sentence_count"
+        self._shown_counts: npt.NDArray[np.int64] = self._latents[shown].to_numpy()
         self.n_latents = len(self.max_values)
         self._file = pq.ParquetFile(artifact.file(TOP_FILE))
         groups = [self._file.metadata.row_group(i).column(0).statistics for i in range(self._file.num_row_groups)]
@@ -238,8 +252,20 @@ class TopSentences:
         if not 0 <= latent < self.n_latents:
             raise ValueError(f"latent {latent}: expected one of 0 to {self.n_latents - 1}")
 
+    @property
+    def counted(self) -> pa.Table:
+        """The columns COUNTED, a row a latent."""
+        return self._latents.select(COUNTED)
+
+    def silence(self, latent: int) -> str:
+        """Why there is no sentence of a latent, one of NOTHING_TO_SHOW; empty where there are some."""
+        self.check_latent(latent)
+        if self._shown_counts[latent]:
+            return ""
+        return NOT_SHOWN if self.firing_counts[latent] else NEVER_FIRED
+
     def sentences(self, latent: int, aggregation: str = "max", n: int | None = None) -> list[TopSentence]:
-        """The `n` largest sentences (None: all that are stored), largest first; empty for a latent that never fires."""
+        """The `n` largest sentences (None: all that are stored), largest first; empty where `silence` says why."""
         self.check_latent(latent)
         if aggregation not in self.aggregations:
             raise ValueError(f"aggregation {aggregation!r}: {self.artifact.path} holds {', '.join(self.aggregations)}")
@@ -335,12 +361,23 @@ def explanation_lines(explanations: Iterable[Explanation]) -> Iterator[bytes]:
         yield json.dumps(asdict(explanation), ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
+def compressed(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """`pieces` as one gzip file; the same pieces give the same bytes."""
+    packer = zlib.compressobj(level=9, wbits=31)  # 31: gzip, with a header that holds no time
+    for piece in pieces:
+        if packed := packer.compress(piece):
+            yield packed
+    yield packer.flush()
+
+
 def read_explanations(path: Path) -> dict[int, Explanation]:
     """Explanations by latent. ValueError names a line that is damaged."""
-    file = open_artifact(Path(path), "explanations").file(EXPLANATIONS_FILE)
+    artifact = open_artifact(Path(path), "explanations")
+    is_plain = PLAIN_EXPLANATIONS_FILE in artifact.names
+    file = artifact.file(PLAIN_EXPLANATIONS_FILE if is_plain else EXPLANATIONS_FILE)
     known = {item.name for item in fields(Explanation)}
     found: dict[int, Explanation] = {}
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") if is_plain else gzip.open(file) as lines:
         for number, line in enumerate(lines, 1):
             try:
                 explanation = Explanation(**json.loads(line))

@@ -15,7 +15,7 @@ BEGINNINGS = (
     "Dear Miriam,\n\nYou asked me in your last letter about {topic}.",
     "Notes from the lecture on {topic}, Tuesday morning:",
     "A report published this week on {topic} found that",
-    "\"I never understood {topic},\" said the old woman,",
+    '"I never understood {topic}," said the old woman,',
     "When I was nine, my uncle took me aside to talk about {topic}.",
     "In the nineteenth century, {topic}",
     "Common questions about {topic}\n\nQ:",
