@@ -29,9 +29,7 @@ def absence(model: str) -> str:
     """Why nothing is found for such a word, in one line; empty where its SAE is there, or for other models."""
     if not is_word(model) or (FOLDERS[model] / "sae").is_dir():
         return ""
-    return (
-        f"{FOLDERS[model] / 'sae'}: no such folder, so --model {model} brings no features; give --sae and --top, or clone again"
-    )
+    return f"{FOLDERS[model] / 'sae'}: no such folder, so --model {model} brings no features; give --sae and --top"
 
 
 def shipped_for(model: str) -> Shipped | None:

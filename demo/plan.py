@@ -115,7 +115,7 @@ class Plan:
         return self.out / "documents.jsonl"
 
     def write_documents(self) -> int:
-        """The embedded corpus as the source of the first stage; returns the number of documents, 0 where it is there already."""
+        """The embedded corpus as the source of the first stage; returns the number of documents, 0 where they are there."""
         if self.documents.exists():
             return 0
         return write_documents(self.documents, all_passages() if self.base else documents(self.scale.packages), bool(self.base))

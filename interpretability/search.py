@@ -26,6 +26,7 @@ from torch import Tensor
 from core.cli import StageConfig, run_stage
 from core.norms import unit_rows
 from core.runtime import Runtime
+from core.shipped import absence, shipped_for
 from interpretability.evidence.coactivation import Together, together
 from interpretability.opening import check_sae, open_explanations_of, open_top_of
 from interpretability.records import Explanation, title_of, trust
