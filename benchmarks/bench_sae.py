@@ -24,7 +24,7 @@ from torch import Tensor
 
 from benchmarks.sae_peers import DenseStep, DictionaryLearning, Library, Ours, SAELens, Setup, Sparsify
 from core.product import linear
-from sae.step import CPU_ELEMENTS
+from sae.model import CPU_ELEMENTS
 
 REACH = {
     ("cpu", 512, 16_384, 32, 2048): {

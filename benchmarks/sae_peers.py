@@ -16,10 +16,10 @@ from torch import Tensor
 
 os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "0" if torch.cuda.is_available() else "1")
 
-from sae.descent import descent
 from sae.hyperparameters import Hyperparameters
-from sae.loss import ALONE, aux_weight, default_k_aux
-from sae.model import SAE, SAEConfig
+from sae.loss import ALONE, LossConfig, aux_weight, default_k_aux
+from sae.model import SAE, SAEConfig, best_encoder_norm
+from sae.optimizer_step import optimizer_step
 
 NEVER = 10**9  # since when a latent that is to count as dead has not fired
 
@@ -58,7 +58,7 @@ class Setup:
     def start(self) -> "Start":
         """The weights that our trainer starts from, with this seed."""
         sae = SAE(SAEConfig(d_model=self.d, n_latents=self.n, k=self.k, norm="none"))
-        norm = self.hyperparameters.initial_encoder_norm(self.d)
+        norm = self.hyperparameters.encoder_norm or best_encoder_norm(self.n, self.k, self.d)
         sae.initialise_("tied", torch.Generator().manual_seed(self.seed), encoder_norm=norm)
         return Start(sae.W_enc.detach(), sae.W_dec.detach())
 
@@ -102,8 +102,9 @@ class Ours:
         self.sae.load_state_dict({"W_enc": start.W_enc, "W_dec": start.W_dec}, strict=False)
         self.sae.to(setup.device)
         self.optimizer = torch.optim.Adam(self.sae.parameters(), **setup.adam(), decoupled_weight_decay=True, fused=True)
-        self.recipe = setup.hyperparameters.recipe(0, setup.d, torch.device(setup.device))
-        self.descent = descent(setup.hyperparameters, self.sae, self.optimizer, ALONE, 0)
+        config = setup.hyperparameters
+        self.loss_config = LossConfig.at(config, 0, setup.d, torch.device(setup.device))
+        self.optimizer_step = optimizer_step(config, self.sae, self.optimizer, ALONE, 0)
         self.since = torch.zeros(setup.n, dtype=torch.long, device=setup.device)
         self.count = 0
 
@@ -112,9 +113,9 @@ class Ours:
         if self.count == 0:
             self.sae.b_pre.copy_(self.setup.centre_of(z))
         dead = (self.since >= self.setup.dead_after).nonzero()[:, 0]
-        part = self.descent.add(z, self.recipe, 1 / z.numel(), dead, len(dead))
-        assert self.descent.finite()
-        self.descent.update(self.setup.lr_at(self.count))
+        part = self.optimizer_step.add(z, self.loss_config, 1 / z.numel(), dead, len(dead))
+        assert self.optimizer_step.finite()
+        self.optimizer_step.update(self.setup.lr_at(self.count))
         self.since += len(z)
         self.since[part.fired > 0] = 0
         self.count += 1

@@ -181,8 +181,8 @@ class Reader:
     def __init__(self, sae: SAE, latents: Tensor) -> None:
         """`latents` (E), on the SAE's device."""
         self._sae, self._latents = sae, latents
-        self._rows = sae.W_enc[latents]  # (E, D)
-        self._bias = sae.b_enc[latents] - self._rows @ sae.b_pre  # (E)
+        self._rows, bias = sae.encoder_rows(latents)  # (E, D), (E)
+        self._bias = bias - self._rows @ sae.b_pre  # (E)
         self._floor = None if sae.floor is None else sae.floor[latents]  # (E)
 
     @torch.no_grad()

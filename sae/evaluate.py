@@ -25,10 +25,10 @@ from core.cli import Progress, StageConfig, run_stage
 from core.norms import row_norms
 from core.runtime import Runtime
 from llama3 import Tokenizer, Transformer, load_model, load_tokenizer
+from sae.accumulator import SPLICES, Accumulator, Covariance
 from sae.evaluation import Baselines, baselines, figures, markdown, plot_densities
 from sae.model import SAE, load
 from sae.split import held_out
-from sae.tally import SPLICES, Covariance, Tally
 
 log = logging.getLogger("sae.evaluate")
 
@@ -109,18 +109,18 @@ def run(config: EvaluateConfig, runtime: Runtime) -> None:
         sample = choose_sentences(corpus, subject.sae.cfg.provenance, config)
         fitted = _fit(subject, corpus, sample.fitted, runtime)
         rivals = baselines(subject.sae, fitted, config.seed)
-        tally = _evaluate(subject, corpus, sample.evaluated, rivals, runtime)
-        found = figures(tally, subject.sae.cfg, _conditions(config, subject, corpus, sample, tally))
+        accumulated = _evaluate(subject, corpus, sample.evaluated, rivals, runtime)
+        found = figures(accumulated, subject.sae.cfg, _conditions(config, subject, corpus, sample, accumulated))
         names = []
         if runtime.is_main:
             text = json.dumps(found, indent=1) + "\n"
             contents = {
                 "evaluation.json": text.encode(),
                 "evaluation.md": markdown(found).encode(),
-                "densities.png": plot_densities(tally.firing_counts, tally.tokens),
+                "densities.png": plot_densities(accumulated.firing_counts, accumulated.tokens),
             }
             names = [builder.publish(name, content).name for name, content in contents.items()]
-        builder.finish(names, {"sentences": len(sample.evaluated), "tokens": tally.tokens})
+        builder.finish(names, {"sentences": len(sample.evaluated), "tokens": accumulated.tokens})
 
     def shown(name: str) -> float:
         value = found[name]["value"]
@@ -129,7 +129,7 @@ def run(config: EvaluateConfig, runtime: Runtime) -> None:
     log.info(
         "%s: fvu %.4f (mean %.4f, PCA %.4f, random SAE %.4f), l0 %.1f, dead %.2f %%, CE recovered %.4f, KL %.4f on %s tokens",
         config.out, *map(shown, ("fvu", "fvu_mean", "fvu_pca", "fvu_random_sae", "l0")), 100 * shown("dead_fraction"),
-        shown("ce_recovered"), shown("kl"), f"{tally.tokens:,}",
+        shown("ce_recovered"), shown("kl"), f"{accumulated.tokens:,}",
     )  # fmt: skip
 
 
@@ -228,22 +228,22 @@ def _fit(subject: Subject, corpus: Corpus, ids: Tensor, runtime: Runtime) -> Cov
 
 
 @torch.inference_mode()
-def _evaluate(subject: Subject, corpus: Corpus, ids: Tensor, rivals: Baselines, runtime: Runtime) -> Tally:
+def _evaluate(subject: Subject, corpus: Corpus, ids: Tensor, rivals: Baselines, runtime: Runtime) -> Accumulator:
     """All sums over the sentences `ids`. ValueError where they hold no token to evaluate."""
     cfg, parts = subject.sae.cfg, {}
-    most_active = cfg.k if cfg.architecture in ("topk", "matryoshka") else cfg.n_latents
+    most_active = cfg.k if subject.sae.selects_top_k else cfg.n_latents
     for lane, lane_batches in _lanes(subject, corpus, ids, runtime, "evaluating"):
-        parts[lane] = Tally.none(cfg.d_model, cfg.n_latents, most_active)
+        parts[lane] = Accumulator.none(cfg.d_model, cfg.n_latents, most_active)
         for batch in lane_batches:
             evaluate_batch(subject, batch, rivals, parts[lane])
-    tally: Tally = _merged(parts, runtime)
-    if tally.tokens == 0:
+    accumulated: Accumulator = _merged(parts, runtime)
+    if accumulated.tokens == 0:
         raise ValueError(f"{corpus.artifact.path}: the {len(ids)} sentences chosen hold no token to evaluate; give more text")
-    return tally
+    return accumulated
 
 
-def evaluate_batch(subject: Subject, batch: Batch, rivals: Baselines, tally: Tally) -> None:
-    """Run the model once as it is and once with each stand-in for x, and add what comes out to `tally`."""
+def evaluate_batch(subject: Subject, batch: Batch, rivals: Baselines, accumulated: Accumulator) -> None:
+    """Run the model once as it is and once with each stand-in for x, and add what comes out to `accumulated`."""
     seen: list[Tensor] = []
     logits = _logits(subject, batch, seen.append)
     x = seen[0]
@@ -251,20 +251,20 @@ def evaluate_batch(subject: Subject, batch: Batch, rivals: Baselines, tally: Tal
     rows = x[kept].float()
     latents = subject.sae.encode(rows)
     x_hat = subject.sae.decode(latents, subject.sae.normalise(rows))
-    tally.excluded += int(batch.real.sum()) - len(subject.bos) * len(batch.real) - len(rows)
-    tally.add_reconstruction(rows, x_hat, latents)
+    accumulated.excluded += int(batch.real.sum()) - len(subject.bos) * len(batch.real) - len(rows)
+    accumulated.add_reconstruction(rows, x_hat, latents)
     for name, residual in rivals.residuals(rows).items():
-        tally.add(name, residual.double().square())
+        accumulated.add(name, residual.double().square())
     predicted = batch.real[:, 1:]
     targets = batch.tokens[:, 1:][predicted]
-    tally.targets += len(targets)
+    accumulated.targets += len(targets)
     clean = logits[:, :-1][predicted].float().log_softmax(-1)
-    tally.add("ce_clean", F.nll_loss(clean, targets, reduction="none"))
+    accumulated.add("ce_clean", F.nll_loss(clean, targets, reduction="none"))
     stand_ins = {"sae": x_hat, "zero": torch.zeros_like(rows), "mean": rivals.mean.to(rows).expand_as(rows)}
     for name in SPLICES:
         edited = _logits(subject, batch, _replacing(kept, stand_ins[name]))[:, :-1][predicted].float().log_softmax(-1)
-        tally.add(f"ce_{name}", F.nll_loss(edited, targets, reduction="none"))
-        tally.add(f"kl_{name}", (clean.exp() * (clean - edited)).sum(-1))
+        accumulated.add(f"ce_{name}", F.nll_loss(edited, targets, reduction="none"))
+        accumulated.add(f"kl_{name}", (clean.exp() * (clean - edited)).sum(-1))
 
 
 def _logits(subject: Subject, batch: Batch, hook: Callable[[Tensor], Tensor | None]) -> Tensor:
@@ -283,7 +283,9 @@ def _replacing(kept: Tensor, rows: Tensor) -> Callable[[Tensor], Tensor]:
     return replace_rows
 
 
-def _conditions(config: EvaluateConfig, subject: Subject, corpus: Corpus, sample: Sample, tally: Tally) -> dict[str, Any]:
+def _conditions(
+    config: EvaluateConfig, subject: Subject, corpus: Corpus, sample: Sample, accumulated: Accumulator
+) -> dict[str, Any]:
     """What every figure depends on, besides the weights."""
     provenance = subject.sae.cfg.provenance
     return {
@@ -294,9 +296,9 @@ def _conditions(config: EvaluateConfig, subject: Subject, corpus: Corpus, sample
         "bos": "fed, not counted" if subject.bos else "none",
         "max_length": provenance.get("max_length"),
         "max_norm": provenance.get("max_norm"),
-        "tokens": tally.tokens,
-        "excluded_tokens": tally.excluded,
-        "predicted_tokens": tally.targets,
+        "tokens": accumulated.tokens,
+        "excluded_tokens": accumulated.excluded,
+        "predicted_tokens": accumulated.targets,
         "sentences": len(sample.evaluated),
         "split": sample.split,
         "corpus_hash": corpus.manifest_hash,

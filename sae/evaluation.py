@@ -13,8 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from sae.accumulator import Accumulator, Covariance
 from sae.model import SAE, SAEConfig
-from sae.tally import Covariance, Tally
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ class Baselines:
 
 def baselines(sae: SAE, fitted: Covariance, seed: int) -> Baselines:
     """Baselines for `sae`; `fitted` are the mean and covariance of x over the sentences to fit on."""
-    random_sae = SAE(replace(sae.cfg, architecture="topk", prefixes=(), provenance={}))
+    cfg = sae.cfg
+    shape = SAEConfig(d_model=cfg.d_model, n_latents=cfg.n_latents, k=cfg.k)
+    random_sae = SAE(replace(shape, norm=cfg.norm, scale=cfg.scale, norm_eps=cfg.norm_eps))
     random_sae.initialise_("tied", torch.Generator().manual_seed(seed))
     random_sae = random_sae.to(sae.W_enc).requires_grad_(False)
     random_sae.b_pre.copy_(sae.b_pre)
@@ -48,7 +50,7 @@ def baselines(sae: SAE, fitted: Covariance, seed: int) -> Baselines:
     return Baselines(mean, components, random_sae)
 
 
-def figures(tally: Tally, cfg: SAEConfig, conditions: dict[str, Any]) -> dict[str, Any]:
+def figures(accumulated: Accumulator, cfg: SAEConfig, conditions: dict[str, Any]) -> dict[str, Any]:
     """Each figure as `{"value", "definition", "conditions"}`; a value that does not exist (0 / 0) is null."""
     found: dict[str, Any] = {}
 
@@ -56,31 +58,31 @@ def figures(tally: Tally, cfg: SAEConfig, conditions: dict[str, Any]) -> dict[st
         shown = value if math.isfinite(value) else None
         found[name] = {"value": shown, "definition": definition, "conditions": conditions} | more
 
-    fvu, n, targets = tally.fvu(), tally.tokens, tally.targets
+    fvu, n, targets = accumulated.fvu(), accumulated.tokens, accumulated.targets
     add("fvu", fvu, "sum ||x - x_hat||^2 / sum ||x - mean(x)||^2 over all tokens evaluated")
     add("explained_variance", 1 - fvu, "1 - fvu")
-    add("fvu_mean", tally.fvu("residual_mean"), "fvu where x_hat is the mean of x over other sentences")
-    add("fvu_pca", tally.fvu("residual_pca"), "fvu of PCA fitted on other sentences", components=min(cfg.k, cfg.d_model))
-    add("fvu_random_sae", tally.fvu("residual_random_sae"), "fvu of an SAE of this shape with random tied unit rows")
-    percentiles = {"p10": tally.l0_quantile(0.1), "p90": tally.l0_quantile(0.9)}
-    add("l0", _mean_l0(tally), "active latents per token: mean, 10th and 90th percentile", **percentiles, k=cfg.k)
-    dead = float((tally.firing_counts == 0).double().mean())
+    add("fvu_mean", accumulated.fvu("residual_mean"), "fvu where x_hat is the mean of x over other sentences")
+    add("fvu_pca", accumulated.fvu("residual_pca"), "fvu of PCA fitted on other sentences", components=min(cfg.k, cfg.d_model))
+    add("fvu_random_sae", accumulated.fvu("residual_random_sae"), "fvu of an SAE of this shape with random tied unit rows")
+    percentiles = {"p10": accumulated.l0_quantile(0.1), "p90": accumulated.l0_quantile(0.9)}
+    add("l0", _mean_l0(accumulated), "active latents per token: mean, 10th and 90th percentile", **percentiles, k=cfg.k)
+    dead = float((accumulated.firing_counts == 0).double().mean())
     add("dead_fraction", dead, "share of latents that fire at none of the tokens evaluated", n_latents=cfg.n_latents)
-    add("cosine", tally.mean("cosine", n), "mean of x . x_hat / (||x|| ||x_hat||)")
-    add("l2_ratio", tally.mean("l2_ratio", n), "mean of ||x_hat|| / ||x||")
-    bias = tally.sums["norm_hat_squared"] / tally.sums["dot"] if tally.sums["dot"] else math.nan
+    add("cosine", accumulated.mean("cosine", n), "mean of x . x_hat / (||x|| ||x_hat||)")
+    add("l2_ratio", accumulated.mean("l2_ratio", n), "mean of ||x_hat|| / ||x||")
+    bias = accumulated.sums["norm_hat_squared"] / accumulated.sums["dot"] if accumulated.sums["dot"] else math.nan
     add("relative_reconstruction_bias", bias, "mean ||x_hat||^2 / mean(x . x_hat); 1 is unbiased (Gated SAE, eq. 10)")
     for name, what in (("clean", "x as it is"), ("sae", "x_hat for x"), ("zero", "0 for x"), ("mean", "the mean for x")):
-        add(f"ce_{name}", tally.mean(f"ce_{name}", targets), f"cross-entropy of the model with {what}, nats per token")
-    add("ce_recovered", tally.recovered("zero"), "(ce_zero - ce_sae) / (ce_zero - ce_clean)")
-    add("ce_recovered_mean", tally.recovered("mean"), "(ce_mean - ce_sae) / (ce_mean - ce_clean)")
+        add(f"ce_{name}", accumulated.mean(f"ce_{name}", targets), f"cross-entropy of the model with {what}, nats per token")
+    add("ce_recovered", accumulated.recovered("zero"), "(ce_zero - ce_sae) / (ce_zero - ce_clean)")
+    add("ce_recovered_mean", accumulated.recovered("mean"), "(ce_mean - ce_sae) / (ce_mean - ce_clean)")
     for name, key in (("sae", "kl"), ("zero", "kl_zero"), ("mean", "kl_mean")):
-        add(key, tally.mean(f"kl_{name}", targets), f"mean KL(clean || {name}) over the vocabulary, nats per token")
+        add(key, accumulated.mean(f"kl_{name}", targets), f"mean KL(clean || {name}) over the vocabulary, nats per token")
     return found
 
 
-def _mean_l0(tally: Tally) -> float:
-    histogram = tally.l0_histogram
+def _mean_l0(accumulated: Accumulator) -> float:
+    histogram = accumulated.l0_histogram
     return float((histogram * torch.arange(len(histogram))).sum() / histogram.sum())
 
 

@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+from sae import architectures
 
-from sae import fast
-from sae.loss import Recipe, default_k_aux
-from sae.model import best_encoder_norm
+if TYPE_CHECKING:
+    Architecture = str
+else:
+    Architecture = Literal[architectures.names()]
 
 NOT_NEGATIVE = (
     "max_steps", "lr", "lr_end", "warmup_steps", "eps", "weight_decay", "aux_k", "aux_coefficient", "clip_norm", "sparsity",
@@ -20,13 +21,14 @@ NOT_NEGATIVE = (
 class Hyperparameters:
     """Flags."""
 
-    architecture: Literal["topk", "batchtopk", "relu", "jumprelu", "matryoshka"] = "topk"
-    """topk keeps k latents of each row; batchtopk k per row on average over a batch; matryoshka is topk whose first latents do
-    alone too; relu and jumprelu keep what is positive or above a learned threshold, and --sparsity penalises them."""
+    architecture: Architecture = "topk"
+    """topk keeps k latents of each row; batchtopk k per row on average over a batch; matryoshka is topk whose first latents
+    reconstruct on their own too; relu, jumprelu and gated keep what is positive, above a learned threshold or let through by a
+    learned gate, and --sparsity penalises them."""
     n_latents: int = 65_536
     """Rows of W_enc and W_dec."""
     k: int = 64
-    """Active latents per row: at most, or on average for batchtopk; not used by relu and jumprelu."""
+    """Active latents per row: at most, or on average for batchtopk; not used where --sparsity decides."""
     k_start: int = 0
     """Active latents per row at the first step, falling linearly to k over `k_anneal_steps`; 0: k from the start."""
     k_anneal_steps: int = 0
@@ -36,7 +38,7 @@ class Hyperparameters:
     init: Literal["tied", "orthogonal"] = "tied"
     """Random unit rows in the decoder, parallel ones in the encoder; orthogonal: d_model at a time orthogonal to each other."""
     encoder_norm: float = 0.0
-    """Norm of the encoder's rows at the start; 0: that at which random rows reconstruct best, and 1 for relu and jumprelu."""
+    """Norm of the encoder's rows at the start; 0: that at which random rows reconstruct best, or 1 where --sparsity decides."""
     b_pre: Literal["mean", "geometric_median"] = "mean"
     """Where b_pre starts: at the mean of z, or at its geometric median (sae.preprocess --median-rows)."""
     dtype: Literal["float32", "float64"] = "float32"
@@ -70,7 +72,8 @@ class Hyperparameters:
     aux_coefficient: float = 1 / 32
     """Weight of the auxiliary loss of topk, batchtopk and matryoshka; 0: off."""
     sparsity: float = 1e-3
-    """Weight of the penalty: relu, sum of f_i ||W_dec_i|| per row; jumprelu, active latents per row. It stands beside the
+    """Weight of the penalty: relu, sum of f_i ||W_dec_i|| per row; jumprelu, active latents per row; gated, sum of the
+    gates' positive pre-activations per row. It stands beside the
     squared error's MEAN over entries: where a paper sums over them, divide its weight by d_model."""
     sparsity_warmup_steps: int = 0
     """Steps over which the penalty's weight rises linearly."""
@@ -102,28 +105,12 @@ class Hyperparameters:
             raise ValueError(f"--betas must lie in [0, 1); found {self.betas}")
         if not self.jump_bandwidth > 0:
             raise ValueError(f"--jump-bandwidth must be positive; found {self.jump_bandwidth}")
-        if self.architecture == "matryoshka":
-            ends = self.prefixes
-            if ends[-1:] != (self.n_latents,) or ends[0] < self.k or list(ends) != sorted(set(ends)):
-                raise ValueError(
-                    f"--matryoshka must be rising shares of --n-latents {self.n_latents} that end with 1, the first of "
-                    f"at least --k {self.k} latents; found {self.matryoshka}, which is {ends}"
-                )
+        architectures.architecture(self.architecture).check(self)
 
     @property
-    def prefixes(self) -> tuple[int, ...]:
-        """The numbers of latents that `matryoshka` stands for."""
-        return tuple(round(share * self.n_latents) for share in self.matryoshka) if self.architecture == "matryoshka" else ()
-
-    def initial_encoder_norm(self, d_model: int) -> float:
-        """What `encoder_norm` stands for."""
-        dense = self.architecture in ("relu", "jumprelu")
-        return self.encoder_norm or (1.0 if dense else best_encoder_norm(self.n_latents, self.k, d_model))
-
-    @property
-    def unit_decoder(self) -> bool:
-        """Whether rows of W_dec have unit norm at every step; relu's are free, since their norms stand in its penalty."""
-        return self.architecture != "relu"
+    def number_bytes(self) -> int:
+        """Bytes of a weight."""
+        return {"float32": 4, "float64": 8}[self.dtype]
 
     @property
     def peak_lr(self) -> float:
@@ -141,15 +128,3 @@ class Hyperparameters:
         extra = max(0, self.k_start - self.k)
         left = max(0.0, 1 - step / self.k_anneal_steps) if self.k_anneal_steps else 0.0
         return self.k + round(extra * left)
-
-    def recipe(self, step: int, d_model: int, device: torch.device) -> Recipe:
-        """The loss of step `step`."""
-        in_bfloat16 = self.products == "bfloat16" or (self.products == "auto" and self.dtype == "float32")
-        return Recipe(
-            k=self.k_at(step),
-            k_aux=self.aux_k or default_k_aux(d_model),
-            aux_coefficient=self.aux_coefficient,
-            sparsity=self.sparsity * min(1.0, (step + 1) / max(1, self.sparsity_warmup_steps)),
-            bandwidth=self.jump_bandwidth,
-            products=torch.bfloat16 if in_bfloat16 and device.type == "cuda" and fast.has_kernels() else None,
-        )

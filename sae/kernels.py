@@ -6,15 +6,12 @@ Imported only where tensors are on a GPU, or by tests under TRITON_INTERPRET=1.
 Shapes: N rows, n latents, K entries per row, d model width, G latents in a group, E = N * K entries.
 """
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from sae.step import DenseRows, Entries
+from sae.gradients import DenseRows, Entries
 
 GROUP = 32  # latents whose maximum stands for them in the first level of a top-k
 CHUNK_GROUPS = 64  # groups that a program reduces
@@ -223,7 +220,7 @@ def _update(
 def update_rows(
     enc: list[Tensor],
     dec: list[Tensor],
-    parts: "tuple[Entries, DenseRows | None]",
+    parts: tuple[Entries, DenseRows | None],
     numbers: Tensor | None,
     unit: bool,
 ) -> Tensor:

@@ -6,10 +6,10 @@ Shapes: N rows (any leading shape), d model width, n latents, K entries per row 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import safetensors.torch
 import torch
@@ -18,18 +18,21 @@ import xxhash
 from torch import Tensor, nn
 
 from core.artifact import Builder, building, open_artifact
-from core.norms import LARGEST, unit_rows
+from core.norms import LARGEST, row_norms, unit_rows
 from core.product import linear
-from core.runtime import Runtime, Solo
+from core.runtime import Mesh, Runtime, Solo
+from sae.architectures import architecture
+from sae.config import SAEConfig as SAEConfig
+from sae.hyperparameters import Hyperparameters
+from sae.loss import ALONE, LossConfig, Losses
+from sae.memory import Share
 from sae.quantised import dequantised, quantised
 from sae.sparse import decode, encode_at
 from sae.topk import top_k
 
-ARCHITECTURES = ("topk", "batchtopk", "relu", "jumprelu", "matryoshka")
 # Pre-activations held at once where no gradient is asked for. On a CPU 16 MB stay in the last level of cache, and malloc gives
 # the same pages again; on a GPU larger blocks keep it busy.
 CPU_ELEMENTS, GPU_ELEMENTS = 2**22, 2**29
-SMALLEST_FACTOR = 1e-30  # of a scale: what is multiplied with it or divided by it stays within float32
 
 
 Storage = torch.dtype | Literal["int8"] | None
@@ -75,52 +78,34 @@ def best_encoder_norm(n_latents: int, k: int, d_model: int) -> float:
     return 1 / (1 + k * m / d_model)
 
 
-@dataclass(frozen=True, kw_only=True)
-class SAEConfig:
-    """What decides, besides the weights, what an SAE computes, and where it came from; lies beside them as `cfg.json`."""
-
-    d_model: int
-    n_latents: int
-    k: int
-    """Active latents per row: at most for topk and matryoshka, on average for the others (relu, jumprelu: as trained)."""
-    architecture: str = "topk"
-    """topk, batchtopk, relu, jumprelu or matryoshka: see SAE.select."""
-    prefixes: tuple[int, ...] = ()
-    """matryoshka: the numbers of latents that were trained to reconstruct on their own, the last of them all."""
-    norm: str = "dataset"
-    """dataset: z = x * scale; layer: z = (x - mean(x)) / (std(x) + norm_eps) per row, unbiased std; none: z = x."""
-    scale: float = 1.0
-    """sqrt(d) / E||x|| over the training rows for `dataset`; 1 otherwise."""
-    norm_eps: float = 1e-6
-    """Added to the standard deviation by `layer`, in units of x."""
-    provenance: dict[str, Any] = field(default_factory=dict)
-    """Model, tokenizer, site, corpus, BOS policy and dtype of the activations, statistics, and the training's length."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "prefixes", tuple(self.prefixes))  # a list where it comes from JSON
-        if self.architecture not in ARCHITECTURES:
-            raise ValueError(f"architecture {self.architecture!r} is not known; expected one of {', '.join(ARCHITECTURES)}")
-        if self.norm not in ("dataset", "layer", "none"):
-            raise ValueError(f"norm {self.norm!r} is not known; expected dataset, layer or none")
-        if not 1 <= self.k <= self.n_latents:
-            raise ValueError(f"k must be between 1 and the number of latents, {self.n_latents}; found {self.k}; lower --k")
-        for name in ("scale", "norm_eps"):
-            if not SMALLEST_FACTOR <= (found := getattr(self, name)) <= 1 / SMALLEST_FACTOR:
-                raise ValueError(f"{name} must lie between {SMALLEST_FACTOR:g} and {1 / SMALLEST_FACTOR:g}; found {found}")
-
-
 class SAE(nn.Module):
-    """A sparse autoencoder; TopK (Gao et al. 2024, arXiv:2406.04093) unless its configuration names another architecture.
+    """A sparse autoencoder. Each architecture is a subclass, in sae.architectures; `SAE(cfg)` makes that of `cfg.architecture`.
 
         z = normalise(x)
         h = W_enc (z - b_pre) + b_enc              values, indices = select(h)
         z_hat = values @ W_dec[indices] + b_pre    x_hat = z_hat / scale + mean
 
-    `W_enc` and `W_dec` are [n_latents, d_model], `b_enc` [n_latents], `b_pre` [d_model]. Rows of `W_dec` have unit norm.
-    `batchtopk` and `jumprelu` have a `threshold` [n_latents] besides, which a latent must exceed.
+    `W_enc` and `W_dec` are [n_latents, d_model], `b_enc` [n_latents], `b_pre` [d_model]. Rows of `W_dec` have unit norm. A
+    subclass may hold more tensors: their first dimension is n_latents, since ranks share them out by latents.
     """
 
-    threshold: Tensor | None
+    selects_top_k: ClassVar[bool] = False
+    """Whether the active latents of a row are its k largest, where positive; otherwise those above `floor`."""
+    sets_k: ClassVar[bool]
+    """Whether training keeps k latents per row, at most or on average; otherwise the sparsity penalty decides how many."""
+    unit_decoder: ClassVar[bool] = True
+    """Whether training keeps rows of `W_dec` at unit norm in every step."""
+    scalars: ClassVar[int] = 1
+    """Trained numbers of a latent besides its rows of `W_enc` and `W_dec`."""
+    exports: ClassVar[Mapping[str, str]]
+    """What other libraries call it, by the format's name in sae.formats."""
+    exported_as: ClassVar[str] = ""
+    """The architecture that computes the same at inference and stands in where a format has no name for this one."""
+
+    def __new__(cls, cfg: SAEConfig | None = None) -> "SAE":
+        """Of the class that `cfg` names where SAE itself is called."""
+        made: SAE = super().__new__(architecture(cfg.architecture) if cls is SAE and cfg is not None else cls)
+        return made
 
     def __init__(self, cfg: SAEConfig) -> None:
         super().__init__()
@@ -129,12 +114,58 @@ class SAE(nn.Module):
         self.W_dec = nn.Parameter(torch.empty(cfg.n_latents, cfg.d_model))
         self.b_enc = nn.Parameter(torch.zeros(cfg.n_latents))
         self.b_pre = nn.Parameter(torch.zeros(cfg.d_model))
-        if cfg.architecture == "jumprelu":
-            self.threshold = nn.Parameter(torch.zeros(cfg.n_latents))
-        else:  # what batchtopk keeps is measured while training, not learned
-            self.register_buffer("threshold", torch.zeros(cfg.n_latents) if cfg.architecture == "batchtopk" else None)
         self._stored_hash: str | None = None
         self.initialise_()
+
+    # What an architecture decides -------------------------------------------------------------------------------------
+
+    @property
+    def floor(self) -> Tensor | None:
+        """[n_latents] >= 0, what a pre-activation must exceed for its latent to be active; None where `selects_top_k`."""
+        return None
+
+    def losses(
+        self,
+        z: Tensor,
+        config: LossConfig,
+        dead: Tensor | None = None,
+        n_dead: int = 0,
+        mesh: Mesh = ALONE,
+        first: int = 0,
+    ) -> Losses:
+        """Loss sums of normalised rows `z` [N, d], with their graph. This SAE holds the latents of this rank, from `first` on.
+
+        `dead` int64 are this rank's dead latents and `n_dead` those of all ranks.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def check(cls, config: Hyperparameters) -> None:
+        """ValueError where flags cannot go together with this architecture."""
+
+    @classmethod
+    def config_of(cls, config: Hyperparameters) -> dict[str, Any]:
+        """What `SAEConfig` must hold of these flags, besides what every architecture needs."""
+        return {}
+
+    @classmethod
+    def step_bytes(cls, config: Hyperparameters, share: Share) -> int:
+        """Bytes at the peak of a training step beyond weights and Adam's moments; `share.rows` are the rows at a time."""
+        raise NotImplementedError
+
+    def begin_(self, config: Hyperparameters, generator: torch.Generator, first: int) -> None:
+        """The weights that training starts from, but for `b_pre`."""
+        norm = config.encoder_norm or best_encoder_norm(config.n_latents, config.k, self.cfg.d_model)
+        self.initialise_(config.init, generator, first, config.n_latents, norm)
+
+    @torch.no_grad()
+    def constrain_(self) -> None:
+        """After an optimizer step: back to where the parameters must be."""
+        if self.unit_decoder:
+            self.normalise_decoder_()
+
+    def note_(self, part: Losses, step: int) -> None:
+        """After training step `step` (from 0), of which `part` are the sums: what is measured rather than learned."""
 
     @torch.no_grad()
     def initialise_(
@@ -168,6 +199,14 @@ class SAE(nn.Module):
         self.W_dec.copy_(unit_rows(self.W_dec))
 
     @torch.no_grad()
+    def fold_decoder_norms_(self) -> None:
+        """Unit rows in `W_dec`, with latents that many times larger: the same function."""
+        norms = row_norms(self.W_dec).to(self.W_dec.dtype)
+        self.normalise_decoder_()
+        self.W_enc.mul_(norms[:, None])
+        self.b_enc.mul_(norms)
+
+    @torch.no_grad()
     def remove_parallel_gradient_(self) -> None:
         """Take from each row's gradient in `W_dec` the part along the row, which normalisation would undo."""
         assert self.W_dec.grad is not None
@@ -193,19 +232,12 @@ class SAE(nn.Module):
         """`h` [N, n_latents] of normalised rows `z` [N, d]: dense, for those who need all of it."""
         return linear(z - self.b_pre, self.W_enc, self.b_enc)
 
-    @property
-    def floor(self) -> Tensor | None:
-        """[n_latents] what a pre-activation must exceed for its latent to be active; None where that depends on the others'."""
-        if self.cfg.architecture in ("topk", "matryoshka"):
-            return None
-        return torch.zeros_like(self.b_enc) if self.threshold is None else self.threshold.clamp_min(0)
+    def encoder_rows(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """`W_enc` [M, d] and `b_enc` [M] of some latents [M]: what their pre-activations are computed with."""
+        return self.W_enc[latents], self.b_enc[latents]
 
     def select(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """The active latents of pre-activations `h` [N, n_latents]: values [N, K] >= 0 in falling order, and indices [N, K].
-
-        topk, matryoshka: the k largest, if positive. relu: all positive. jumprelu, batchtopk: those above `threshold`, which
-        for the latter stands for the budget of the batches that it was trained on, so that no row depends on its neighbours.
-        """
+        """The active latents of pre-activations `h` [N, n_latents]: values [N, K] >= 0 in falling order, and indices [N, K]."""
         k = self.cfg.k
         floor = self.floor
         if floor is not None:
@@ -213,6 +245,10 @@ class SAE(nn.Module):
             k = max(1, int((h > 0).sum(1).max())) if len(h) else 1
         values, indices = top_k(h, k)
         return values.relu(), indices
+
+    def values_at(self, z: Tensor, indices: Tensor, h: Tensor) -> Tensor:
+        """`h` at `indices` [N, K], where `h` [N, n_latents] is that of `z` without a gradient, with its sparse gradient."""
+        return encode_at((self.b_pre, self.W_enc, self.b_enc), z, indices, h)
 
     def encode(self, x: Tensor, h_bias: Tensor | None = None) -> Latents:
         """The active latents of raw rows `x` [..., d]; `h_bias` [n_latents] is added to `h` first, as steering may want.
@@ -244,7 +280,7 @@ class SAE(nn.Module):
             if h_bias is not None:
                 h += h_bias
             selected, indices = self.select(h)
-        values = encode_at((self.b_pre, self.W_enc, self.b_enc), z, indices, h).relu()
+        values = self.values_at(z, indices, h).relu()
         silent = selected == 0
         return Latents(values.masked_fill(silent, 0), indices.masked_fill(silent, 0))
 
@@ -273,6 +309,16 @@ class SAE(nn.Module):
         if norm is None:
             raise ValueError("this SAE normalises each row by its own mean and std: give norm=sae.normalise(x)")
         return norm
+
+    def plain(self) -> dict[str, Tensor]:
+        """The tensors of the same function as `h = W_enc (z - b_pre) + b_enc` with a `threshold` or without: what other
+        libraries can hold.
+        """
+        return self.state_dict()
+
+    def load_plain_(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `plain` gives."""
+        self.load_state_dict(tensors, assign=True)
 
     @property
     def weights_hash(self) -> str:

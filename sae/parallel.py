@@ -15,7 +15,7 @@ from core.runtime import Comm
 from sae.topk import top_k
 
 
-class _Sum(torch.autograd.Function):
+class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Comm) -> Tensor:
         return group.sum_(x.clone())
@@ -25,7 +25,7 @@ class _Sum(torch.autograd.Function):
         return g, None
 
 
-class _Shared(torch.autograd.Function):
+class _Copy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Comm) -> Tensor:
         ctx.group = group
@@ -36,17 +36,17 @@ class _Shared(torch.autograd.Function):
         return ctx.group.sum_(g.clone()), None
 
 
-def sum_over(group: Comm, x: Tensor) -> Tensor:
+def reduce_from_group(group: Comm, x: Tensor) -> Tensor:
     """Sum of the ranks' partial `x`. Its gradient, the same on all ranks, is that of each part."""
-    return x if group.size == 1 else _Sum.apply(x, group)  # type: ignore[no-untyped-call]
+    return x if group.size == 1 else _Reduce.apply(x, group)  # type: ignore[no-untyped-call]
 
 
-def shared_by(group: Comm, x: Tensor) -> Tensor:
+def copy_to_group(group: Comm, x: Tensor) -> Tensor:
     """`x`, which all ranks hold, on its way into what each computes alone: the gradients of all of them are summed."""
-    return x if group.size == 1 else _Shared.apply(x, group)  # type: ignore[no-untyped-call]
+    return x if group.size == 1 else _Copy.apply(x, group)  # type: ignore[no-untyped-call]
 
 
-def best(h: Tensor, k: int, group: Comm) -> tuple[Tensor, Tensor | None]:
+def sharded_top_k(h: Tensor, k: int, group: Comm) -> tuple[Tensor, Tensor | None]:
     """This rank's share of the k largest of each row of `h`, whose columns are spread over the ranks.
 
     Returns indices [N, K] into this rank's columns, K <= k, and which of them are among the k: bool [N, K], None for all. Only
@@ -67,7 +67,7 @@ def best(h: Tensor, k: int, group: Comm) -> tuple[Tensor, Tensor | None]:
     return indices[:, :width], kept[:, :width]
 
 
-def best_of_batch(h: Tensor, k: int, data: Comm, latent: Comm) -> tuple[Tensor, Tensor, Tensor]:
+def global_batch_top_k(h: Tensor, k: int, data: Comm, latent: Comm) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's share of the `k * rows` largest positive values of `h`, over the rows and latents of all ranks.
 
     Returns indices [N, K], which of them are kept, bool [N, K], and the smallest value kept (0 where all positive ones are).

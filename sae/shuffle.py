@@ -17,7 +17,7 @@ from core.norms import LARGEST, SMALLEST, row_norms
 from core.runtime import Runtime
 from sae.batches import Statistics
 from sae.model import SAEConfig, layer_normalised
-from sae.moments import BLOCK_ROWS, Moments, geometric_median
+from sae.running_statistics import BLOCK_ROWS, RunningStatistics, geometric_median
 from sae.scatter import Plan, bucket_rows, read_bucket
 from sae.scratch import bucket_name, read_scratch
 
@@ -63,10 +63,10 @@ def _finish_bucket(plan: Plan, bucket: int, name: str, limit: float, builder: Bu
 
 
 def _statistics(rows: Tensor, norms: Tensor) -> dict[str, Tensor]:
-    raw, layer = Moments.none(rows.shape[1]), Moments.none(rows.shape[1])
+    raw, layer = RunningStatistics.none(rows.shape[1]), RunningStatistics.none(rows.shape[1])
     for block in torch.split(rows, BLOCK_ROWS):
-        raw.merge(Moments.of(block))
-        layer.merge(Moments.of(layer_normalised(block.float(), SAEConfig.norm_eps).z))
+        raw.merge(RunningStatistics.of(block))
+        layer.merge(RunningStatistics.of(layer_normalised(block.float(), SAEConfig.norm_eps).z))
     return {
         "norm_sum": norms.sum(),
         "mean": raw.mean,
@@ -125,7 +125,10 @@ def write_statistics(plan: Plan, median_rows: int, builder: Builder) -> list[str
     for bucket in plan.numbers("train"):
         record = read_scratch(plan.folder, bucket_name(bucket))
         count = int(record["file_rows"]) + len(record["rest"])
-        parts = Moments(count, record["mean"], record["m2"]), Moments(count, record["layer_mean"], record["layer_m2"])
+        parts = (
+            RunningStatistics(count, record["mean"], record["m2"]),
+            RunningStatistics(count, record["layer_mean"], record["layer_m2"]),
+        )
         if raw is None or layer is None:
             raw, layer = parts
         else:

@@ -30,9 +30,9 @@ from core.runtime import Runtime
 from sae.batches import Batches
 from sae.checkpoint import Checkpoints, StopWish, stop_signals
 from sae.hyperparameters import Hyperparameters
+from sae.loss import LossConfig
 from sae.metrics import Metrics, NoMetrics
 from sae.model import load
-from sae.plan import plan
 from sae.trainer import NotFinite, StepResult, Trainer
 from sae.wandb import Wandb, WandbMode, wanted
 
@@ -89,6 +89,8 @@ def run(config: TrainConfig, runtime: Runtime) -> None:
             f"{config.batch_size:,}; capture more text, or lower --batch-size"
         )
     if config.plan:
+        from sae.plan import plan  # for those who ask
+
         needs = plan(config, batches, runtime, config.latent_parallel, config.out, config.keep)
         if runtime.is_main:
             print(needs.text())
@@ -215,7 +217,7 @@ def floor_seconds(trainer: Trainer) -> float:
     config, data, device = trainer.config, trainer.mesh.data, trainer.runtime.device
     n_rows = -(-config.batch_size // data.size // config.accumulate)
     d = trainer.sae.cfg.d_model
-    W_enc = trainer.sae.W_enc.to(config.recipe(0, d, device).products or trainer.sae.W_enc.dtype)
+    W_enc = trainer.sae.W_enc.to(LossConfig.at(config, 0, d, device).products or trainer.sae.W_enc.dtype)
     z = torch.ones(n_rows, d, dtype=W_enc.dtype, device=device)
     times = []
     for _ in range(3):

@@ -11,18 +11,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from core.norms import row_norms, unit_rows
 from core.runtime import Mesh, Runtime, Solo
+from sae.architectures import architecture
 from sae.batches import Batches, Rows, Schedule
-from sae.descent import descent
 from sae.hyperparameters import Hyperparameters as Hyperparameters
 from sae.loader import Loader, Segments
-from sae.loss import Losses, losses
+from sae.loss import LossConfig, Losses
 from sae.model import SAE, SAEConfig
+from sae.optimizer_step import optimizer_step
 
 VALIDATION_ROWS = 4096  # at a time
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam remembers of each entry
-THRESHOLD_DECAY = 0.9  # of the running mean of the smallest value that batchtopk keeps
 FINGERPRINT_ROWS = 4096  # at a time
 SINCE_FIRED_EDGES = tuple(10**e for e in range(3, 11))
 DENSITY_EDGES = tuple(10.0**e for e in range(-7, 0))
@@ -92,7 +91,7 @@ class Trainer:
             decoupled_weight_decay=True,
             fused=True,
         )
-        self.descent = descent(config, self.sae, self.optimizer, self.mesh, self.first)
+        self.optimizer_step = optimizer_step(config, self.sae, self.optimizer, self.mesh, self.first)
         device = runtime.device
         self.loader = Loader(partial(self._read, batches.train), device)
         self.step = 0
@@ -111,7 +110,6 @@ class Trainer:
                 n_latents=self.n_local,
                 k=min(config.k, self.n_local),
                 architecture=config.architecture,
-                prefixes=config.prefixes,
                 norm=config.norm,
                 scale=statistics.scale(config.norm),
                 provenance=self.batches.provenance
@@ -121,15 +119,13 @@ class Trainer:
                     "mean_norm": statistics.mean_norm,
                     "total_variance": float(statistics.total_variance("none")),
                 },
+                **architecture(config.architecture).config_of(config),
             )
         )
         with torch.no_grad():
             if begin_with is None:
-                generator, norm = torch.Generator().manual_seed(seed), config.initial_encoder_norm(statistics.d_model)
-                sae.initialise_(config.init, generator, self.first, config.n_latents, norm)
+                sae.begin_(config, torch.Generator().manual_seed(seed), self.first)
                 sae.b_pre.copy_(statistics.centre(config.norm, config.b_pre))
-                if config.architecture == "jumprelu":
-                    sae.threshold.fill_(config.jump_threshold)  # type: ignore[union-attr]
             else:
                 _check_alike(begin_with.cfg, replace(sae.cfg, n_latents=config.n_latents, k=config.k))
                 for name, tensor in sae.state_dict().items():
@@ -154,9 +150,8 @@ class Trainer:
         main, aux, penalty, l0 = self._refuse_non_finite(part)
         wishes = self.runtime.comm.max_(torch.tensor([stop_signal, int(busy)], device=self.runtime.device)).tolist()
         lr = config.lr_at(self.step, self.total_steps)
-        gradient_norm = self.descent.update(lr)
-        if config.architecture == "batchtopk" and self.sae.threshold is not None:
-            self.sae.threshold.lerp_(part.threshold / config.accumulate, 1 - THRESHOLD_DECAY if self.step else 1.0)
+        gradient_norm = self.optimizer_step.update(lr)
+        self.sae.note_(part._replace(threshold=part.threshold / config.accumulate), self.step)
         self.step += 1
         self.tokens += n_rows
         self.last_fired[fired > 0] = self.tokens
@@ -178,9 +173,11 @@ class Trainer:
         """Gradients of this rank's part of the loss, and its sums; zeros where no row falls to it."""
         config, sae = self.config, self.sae
         x = self.loader.take(*(self._segments(step) for step in (self.step, self.step + 1)))
-        recipe, scale = config.recipe(self.step, sae.cfg.d_model, self.runtime.device), 1 / (n_rows * sae.cfg.d_model)
+        loss_config = LossConfig.at(config, self.step, sae.cfg.d_model, self.runtime.device)
+        scale = 1 / (n_rows * sae.cfg.d_model)
         parts = [
-            self.descent.add(sae.normalise(rows).z, recipe, scale, dead, n_dead) for rows in x.tensor_split(config.accumulate)
+            self.optimizer_step.add(sae.normalise(rows).z, loss_config, scale, dead, n_dead)
+            for rows in x.tensor_split(config.accumulate)
         ]
         return Losses(*(torch.stack(values).sum(0, dtype=values[0].dtype) for values in zip(*parts, strict=True)))
 
@@ -193,7 +190,7 @@ class Trainer:
         finite.
         """
         counted = self.mesh.latent.rank == 0  # ranks that share rows have the same reconstruction
-        values = [part.main * counted, part.aux * counted, part.penalty, part.l0, ~self.descent.finite()]
+        values = [part.main * counted, part.aux * counted, part.penalty, part.l0, ~self.optimizer_step.finite()]
         *sums, n_bad = self.runtime.comm.sum_(torch.stack([value.double() for value in values])).tolist()
         if n_bad or not all(map(math.isfinite, sums)):
             gradients = f"gradients that are not finite on {n_bad:g} ranks" if n_bad else "finite gradients"
@@ -221,12 +218,12 @@ class Trainer:
         if n_rows == 0:
             return {}
         (data, latent), d = self.mesh, self.sae.cfg.d_model
-        recipe, dead = self.config.recipe(self.step, d, self.runtime.device), self.dead()
+        loss_config, dead = LossConfig.at(self.config, self.step, d, self.runtime.device), self.dead()
         n_dead = self._over_latents(len(dead))
         sums = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
         for start in range(data.rank * VALIDATION_ROWS, n_rows, data.size * VALIDATION_ROWS):
             x = self._read(rows, [(start, min(n_rows, start + VALIDATION_ROWS))]).to(self.runtime.device)
-            part = losses(self.sae, self.sae.normalise(x).z, recipe, dead, n_dead, Mesh(Solo(), latent), self.first)
+            part = self.sae.losses(self.sae.normalise(x).z, loss_config, dead, n_dead, Mesh(Solo(), latent), self.first)
             sums += torch.stack((part.main, part.aux)).double()
         main, aux = (data.sum_(sums) / n_rows).tolist()
         fvu = main / self.total_variance
@@ -278,7 +275,7 @@ class Trainer:
         `l0` is what the last steps measured: for architectures that do not set it, their k.
         """
         config, cfg, group = self.config, self.sae.cfg, self.mesh.latent
-        k = config.k if config.architecture in ("topk", "matryoshka", "batchtopk") else min(config.n_latents, max(1, round(l0)))
+        k = config.k if self.sae.sets_k else min(config.n_latents, max(1, round(l0)))
         provenance = cfg.provenance | {"training_steps": self.step, "training_tokens": self.tokens}
         with torch.device("meta"):
             sae = SAE(replace(cfg, n_latents=config.n_latents, k=k, provenance=provenance))
@@ -286,12 +283,9 @@ class Trainer:
         for name, tensor in self.sae.state_dict().items():
             gathered = tensor if name == "b_pre" else group.all_gather(tensor).flatten(0, 1)
             tensors[name] = gathered.detach().cpu().clone()
-        if not config.unit_decoder:
-            norms = row_norms(tensors["W_dec"]).to(tensors["W_dec"].dtype)
-            tensors["W_dec"] = unit_rows(tensors["W_dec"])
-            tensors["W_enc"] *= norms[:, None]
-            tensors["b_enc"] *= norms
         sae.load_state_dict(tensors, assign=True)
+        if not sae.unit_decoder:
+            sae.fold_decoder_norms_()
         return sae
 
     def state(self) -> State:

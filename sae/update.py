@@ -12,8 +12,8 @@ from torch.optim.adam import adam
 
 from core.runtime import Comm, Solo
 from sae import fast
+from sae.gradients import DenseRows, Entries, RowGradients
 from sae.model import SAE
-from sae.step import DenseRows, Entries, RowGradients
 
 SOLO = Solo()
 # Of one block of one matrix. On a CPU seven such blocks of 2 MB stay in cache.

@@ -11,9 +11,11 @@ from torch import Tensor
 from core.artifact import building
 from core.cli import StageConfig
 from core.runtime import Runtime, Solo
+from sae.model import SAE
 from sae.preprocess import PreprocessConfig
 from sae.preprocess import run as preprocess
 
+SHARED = {"W_enc", "W_dec", "b_enc", "b_pre"}
 ALONE = Runtime(0, 1, torch.device("cpu"), Solo())
 SITE = "layers.1.resid_post"
 
@@ -79,6 +81,11 @@ def make_batches(folder: Path, rows: Tensor, batch_rows: int = 64, validation_fr
         ALONE,
     )
     return folder / "batches"
+
+
+def own_tensors(sae: SAE) -> list[Tensor]:
+    """Those that not every architecture has, in order of name."""
+    return [tensor for name, tensor in sorted(sae.state_dict().items()) if name not in SHARED]
 
 
 def sparse_rows(n_rows: int, d: int, n_directions: int, active: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from core.runtime import Runtime, open_runtime
 from sae import train
+from sae.architectures import names
 from sae.batches import Batches
 from sae.model import SAE
 from sae.train import TrainConfig
@@ -56,7 +57,7 @@ def layouts(world_size: int, long: int) -> dict[str, tuple[int, dict[str, Any], 
         "both-float32": (2, {}, long),
     } | {
         f"both-{architecture}": (2, double | {"architecture": architecture, "sparsity": 0.01, "k": 6}, 20)
-        for architecture in ("batchtopk", "matryoshka", "relu", "jumprelu")
+        for architecture in names()
     }
 
 

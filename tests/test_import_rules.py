@@ -2,10 +2,14 @@
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from sae import architectures
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("core", "llama3", "capture", "sae", "interpretability", "inference", "demo", "scripts")
@@ -220,3 +224,136 @@ def test_no_file_names_a_place_on_somebodys_machine() -> None:
         if found := somebody.search(content):
             wrong.append(f"{path.relative_to(ROOT)}:{content.count(NEWLINE, 0, found.start()) + 1} {found[0].decode()}")
     assert not wrong, "\n".join(wrong)
+
+
+def import_graph(files: dict[str, str]) -> dict[str, set[str]]:
+    """The modules that each one names in imports, wherever in its text they stand; `files` are texts by path."""
+    graph = {}
+    for path, text in files.items():
+        module = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        graph[module] = {name for _, name in imported(ast.parse(text), module, path.endswith("/__init__.py"))} - {module}
+    return {module: names & graph.keys() for module, names in graph.items()}
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """The modules that import one another, or stand on a way between two circles: what is left when leaves are taken off."""
+    left = {module: set(names) for module, names in graph.items()}
+    for reverse in (False, True):
+        if reverse:
+            left = {module: {other for other in left if module in left[other]} for module in left}
+        while leaves := {module for module, names in left.items() if not names & left.keys()}:
+            left = {module: names for module, names in left.items() if module not in leaves}
+    return sorted(left)
+
+
+def test_no_modules_import_one_another() -> None:
+    """Within functions and under TYPE_CHECKING too. What a registry loads by a name that it is given is no import."""
+    files = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in sources(*PACKAGES)}
+    assert not circles(import_graph(files))
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({"core/cli.py": "import core.files", "core/files.py": "import core.cli"}, ["core.cli", "core.files"]),
+        (
+            {"core/cli.py": "def f():\n    from core.files import g", "core/files.py": "import core.cli"},
+            ["core.cli", "core.files"],
+        ),
+        (
+            {"core/cli.py": "if TYPE_CHECKING:\n    from core import files", "core/files.py": "from core.cli import parse"},
+            ["core.cli", "core.files"],
+        ),
+        ({"core/cli.py": "import core.files", "core/files.py": "import torch", "core/runtime.py": "import core.cli"}, []),
+        (
+            {
+                "core/cli.py": "import core.files",
+                "core/files.py": "import core.runtime",
+                "core/runtime.py": "import core.cli",
+                "core/product.py": "import core.cli",
+                "core/version.py": "",
+            },
+            ["core.cli", "core.files", "core.runtime"],
+        ),
+        ({"core/__init__.py": "from core.cli import parse", "core/cli.py": "import core.files", "core/files.py": ""}, []),
+    ],
+)
+def test_the_search_for_circles_finds_what_it_should(files: dict[str, str], found: list[str]) -> None:
+    assert circles(import_graph(files)) == found
+
+
+FORMATS = "sae/formats/"
+"""Where names of other libraries stand, some of which are ours too."""
+
+
+def switches(path: str, text: str) -> list[str]:
+    """Places in `text`, lying at `path`, that ask which architecture an SAE has: what depends on it belongs to its own file."""
+    known = set(architectures.names())
+
+    def named(node: ast.AST) -> bool:
+        parts = node.elts if isinstance(node, ast.Tuple | ast.List | ast.Set) else [node]
+        return any(isinstance(part, ast.Constant) and part.value in known for part in parts)
+
+    def only_names(nodes: list[ast.expr]) -> bool:
+        return bool(nodes) and all(isinstance(node, ast.Constant) and node.value in known for node in nodes)
+
+    wrong = []
+    for node in ast.walk(ast.parse(text)):
+        where = f"{path}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.Compare) and any(map(named, [node.left, *node.comparators])):
+            if not path.startswith(FORMATS) or "architecture" in ast.unparse(node):
+                wrong.append(f"{where} compares with the name of an architecture")
+        elif isinstance(node, ast.MatchValue) and named(node.value):
+            wrong.append(f"{where} matches the name of an architecture")
+        elif isinstance(node, ast.Dict) and only_names([key for key in node.keys if key is not None]):
+            wrong.append(f"{where} is keyed by architectures")
+        elif isinstance(node, ast.Tuple | ast.List | ast.Set) and len(node.elts) > 1 and only_names(node.elts):
+            wrong.append(f"{where} lists architectures")
+    module = path.removesuffix(".py").replace("/", ".")
+    for line, name in imported(ast.parse(text), module, path.endswith("/__init__.py")):
+        if name.startswith("sae.architectures."):
+            wrong.append(f"{path}:{line} imports {name}")
+    return wrong
+
+
+def test_nothing_depends_on_the_architecture_outside_its_file() -> None:
+    wrong = []
+    for path in sources(*PACKAGES):
+        if ROOT / "sae" / "architectures" not in path.parents:
+            wrong += switches(path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8"))
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "n"),
+    [
+        ("sae/x.py", "if cfg.architecture == 'topk': f()", 1),
+        ("sae/x.py", "k = 1 if name in ('relu', 'jumprelu') else 2", 1 + 1),
+        ("sae/x.py", "match name:\n    case 'gated': f()", 1),
+        ("sae/x.py", "T = {'relu': 4, 'jumprelu': 6}", 1),
+        ("sae/x.py", "T = Literal['topk', 'relu']", 1),
+        ("inference/x.py", "from sae.architectures.topk import TopK", 1),
+        ("sae/x.py", "from sae.architectures import architecture, names\nsae = make('topk')", 0),
+        ("sae/x.py", "if sae.selects_top_k and a.architecture != b.architecture: f()", 0),
+        ("sae/formats/x.py", "if kind == 'gated': f({'topk': 1, 'standard': 2})", 0),
+        ("sae/formats/x.py", "if sae.cfg.architecture == 'gated': f({'topk': 1, 'relu': 2})", 2),
+    ],
+)
+def test_the_search_for_switches_finds_what_it_should(path: str, text: str, n: int) -> None:
+    assert len(switches(path, text)) == n
+
+
+@pytest.mark.parametrize(
+    ("modules", "most", "absent"),
+    [
+        ("sae.hyperparameters, sae.config, sae.architectures", 5, ("torch", "numpy")),
+        ("sae.train", 31, ("llama3", "capture.activations", "sae.architectures.topk", "sae.plan")),
+    ],
+)
+def test_little_is_loaded_before_it_is_used(modules: str, most: int, absent: tuple[str, ...]) -> None:
+    """An architecture is imported when an SAE of its kind is made, and what names and flags need does without torch."""
+    code = f"import sys, {modules}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = done.stdout.split()
+    assert not {name for name in loaded if name in absent}
+    assert len([name for name in loaded if name.split(".")[0] in PACKAGES]) <= most

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from sae.architectures import names
 from sae.batches import Batches
 from sae.hyperparameters import Hyperparameters
 from sae.memory import Share, memory_of_rank
@@ -45,7 +46,7 @@ def held_bytes(trainer: Trainer) -> int:
     return sum(tensor.nbytes for tensor in (*trainer.sae.state_dict().values(), *moments))
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "matryoshka", "relu", "jumprelu"])
+@pytest.mark.parametrize("architecture", names())
 @pytest.mark.parametrize(("all_dead", "rows"), [(False, 512), (True, 512), (False, 40), (True, 40)])
 def test_memory_is_within_a_tenth(architecture: Any, all_dead: bool, rows: int, batches: Path) -> None:
     """With pre-activations larger than gradients, and smaller. Where AuxK is on, all latents are dead: what is predicted."""

@@ -14,8 +14,8 @@ from torch import Tensor
 from core import files
 from core.artifact import open_artifact, verify
 from sae.batches import Batches
-from sae.moments import Moments, geometric_median
 from sae.preprocess import PreprocessConfig, run
+from sae.running_statistics import RunningStatistics, geometric_median
 from sae.split import held_out, is_held_out
 from tests.conftest import Launch
 from tests.sae_folders import ALONE, SITE, make_activations
@@ -172,15 +172,15 @@ def test_statistics_equal_the_plain_ones(activations: Path, tmp_path: Path, rows
     assert statistics.total_variance("layer") == pytest.approx(float(layer.var(0, correction=0).sum()))
 
 
-def test_moments_keep_their_digits_far_from_zero() -> None:
+def test_running_statistics_keep_their_digits_far_from_zero() -> None:
     """Offset 100, noise 1, float32 rows, merged from uneven parts: as good as float64 over everything at once."""
     x = 100 + torch.randn(20_000, 5, generator=torch.Generator().manual_seed(0))
-    moments = Moments.none(5)
+    found = RunningStatistics.none(5)
     for part in x.split([1, 9_999, 0, 5_000, 5_000]):
-        moments.merge(Moments.of(part))
-    assert moments.count == 20_000
-    torch.testing.assert_close(moments.mean, x.double().mean(0), rtol=1e-13, atol=0)
-    torch.testing.assert_close(moments.variance, x.double().var(0, correction=0), rtol=1e-11, atol=0)
+        found.merge(RunningStatistics.of(part))
+    assert found.count == 20_000
+    torch.testing.assert_close(found.mean, x.double().mean(0), rtol=1e-13, atol=0)
+    torch.testing.assert_close(found.variance, x.double().var(0, correction=0), rtol=1e-11, atol=0)
 
 
 def test_rows_of_abnormal_norm_are_dropped_and_counted(tmp_path: Path, rows: Tensor) -> None:

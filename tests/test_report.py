@@ -40,9 +40,9 @@ from interpretability.records import (
 )
 from interpretability.report import BLOCK, REPORT_FILE, ReportConfig
 from interpretability.search import Neighbour, neighbours
+from sae.accumulator import Accumulator
 from sae.evaluation import figures
 from sae.model import SAE, SAEConfig, load
-from sae.tally import Tally
 from tests.interp_folders import solo
 
 HOSTILE = "</script><script>alert(1)</script><!--"
@@ -275,11 +275,11 @@ def test_training_curves_and_evaluation(folders: Path) -> None:
 
 
 def test_evaluation_is_read_in_the_form_that_it_is_written(folders: Path) -> None:
-    sae, tally, x = load(folders / "run" / "sae"), Tally.none(8, N_LATENTS, 2), torch.randn(5, 8)
+    sae, accumulated, x = load(folders / "run" / "sae"), Accumulator.none(8, N_LATENTS, 2), torch.randn(5, 8)
     with torch.no_grad():
         latents = sae.encode(x)
-        tally.add_reconstruction(x, sae.decode(latents), latents)
-    written = figures(tally, sae.cfg, {"tokens": 5, "split": "all"})
+        accumulated.add_reconstruction(x, sae.decode(latents), latents)
+    written = figures(accumulated, sae.cfg, {"tokens": 5, "split": "all"})
     assert written.keys() >= report.BARS.keys() | report.FIGURES.keys()
     (folders / "evaluation.json").write_text(json.dumps(written))
     found = report.read_evaluation(folders / "evaluation.json")

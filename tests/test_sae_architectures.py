@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from core.cli import parse
+from sae.architectures import names
 from sae.batches import Batches
 from sae.hyperparameters import Hyperparameters
-from sae.loss import Losses, Recipe, losses
+from sae.loss import LossConfig, Losses
 from sae.model import SAE, SAEConfig, load
-from sae.parallel import best_of_batch
+from sae.parallel import global_batch_top_k
 from sae.train import TrainConfig, run
 from sae.trainer import Trainer
-from tests.sae_folders import ALONE, make_batches, sparse_rows
+from tests.sae_folders import ALONE, make_batches, own_tensors, sparse_rows
 from tests.sae_ranks import SMALL
 
-ARCHITECTURES = ("topk", "batchtopk", "relu", "jumprelu", "matryoshka")
 PRESETS = sorted((Path(__file__).parent.parent / "configs").glob("*.toml"))
 
 
@@ -30,10 +30,11 @@ def make_sae(architecture: str, **overrides: Any) -> SAE:
     sae = SAE(SAEConfig(d_model=12, n_latents=40, k=5, norm="none", architecture=architecture, **overrides)).double()
     sae.initialise_("tied", generator)
     with torch.no_grad():
-        for parameter in (sae.b_enc, sae.b_pre, sae.W_enc, sae.W_dec):
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        if sae.threshold is not None:
-            sae.threshold += torch.rand(40, generator=generator, dtype=torch.float64)
+        for name in ("b_enc", "b_pre", "W_enc", "W_dec"):
+            for tensor in (sae.state_dict()[name],) if hasattr(sae, name) else ():
+                tensor += 0.1 * torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        for tensor in own_tensors(sae):
+            tensor += torch.rand(40, generator=generator, dtype=torch.float64)
     return sae
 
 
@@ -65,7 +66,7 @@ def same_gradients(sae: SAE, part: Losses, reference: Tensor) -> None:
 
 def test_batchtopk_keeps_the_largest_of_the_whole_batch(z: Tensor) -> None:
     sae = make_sae("batchtopk")
-    part, h = losses(sae, z, Recipe(k=5)), dense_h(sae, z)
+    part, h = sae.losses(z, LossConfig(k=5)), dense_h(sae, z)
     smallest = h.detach().flatten().topk(5 * len(z)).values[-1]
     f = h * (h >= smallest)
     reference = (z - f @ sae.W_dec - sae.b_pre).square().sum()
@@ -80,17 +81,17 @@ def test_batchtopk_finds_rows_that_hold_far_more_than_k() -> None:
     """One row holds all of the largest values: candidates per row must grow from 2 k to 40."""
     h = torch.rand(10, 100, generator=torch.Generator().manual_seed(0))
     h[3] += 5
-    indices, kept, threshold = best_of_batch(h, 4, ALONE.mesh(1).data, ALONE.mesh(1).latent)
+    indices, kept, threshold = global_batch_top_k(h, 4, ALONE.mesh(1).data, ALONE.mesh(1).latent)
     assert int(kept[3].sum()) == 40 == int(kept.sum())
     assert set(indices[3][kept[3]].tolist()) == set(h[3].topk(40).indices.tolist())
     assert threshold == h[3].topk(40).values[-1]
     h.neg_()  # nothing is positive: nothing is kept
-    assert not best_of_batch(h, 4, ALONE.mesh(1).data, ALONE.mesh(1).latent)[1].any()
+    assert not global_batch_top_k(h, 4, ALONE.mesh(1).data, ALONE.mesh(1).latent)[1].any()
 
 
 def test_relu_penalises_with_the_norms_of_the_decoder(z: Tensor) -> None:
     sae = make_sae("relu")
-    part, f = losses(sae, z, Recipe(k=5, sparsity=0.3)), dense_h(sae, z).relu()
+    part, f = sae.losses(z, LossConfig(k=5, sparsity=0.3)), dense_h(sae, z).relu()
     penalty = sum(f[:, i].sum() * sae.W_dec[i].norm() for i in range(40))
     reference = (z - f @ sae.W_dec - sae.b_pre).square().sum() + 0.3 * 12 * penalty
     torch.testing.assert_close(part.objective, reference)
@@ -99,7 +100,7 @@ def test_relu_penalises_with_the_norms_of_the_decoder(z: Tensor) -> None:
 
 def test_jumprelu_moves_its_thresholds_by_the_kernel_estimate(z: Tensor) -> None:
     sae, width, weight = make_sae("jumprelu"), 0.3, 0.2
-    part, h = losses(sae, z, Recipe(k=5, sparsity=weight, bandwidth=width)), dense_h(sae, z)
+    part, h = sae.losses(z, LossConfig(k=5, sparsity=weight, bandwidth=width)), dense_h(sae, z)
     threshold = sae.threshold
     assert threshold is not None
     f = (h * (h > threshold)).detach().requires_grad_()
@@ -123,7 +124,7 @@ def test_jumprelu_moves_its_thresholds_by_the_kernel_estimate(z: Tensor) -> None
 def test_matryoshka_reconstructs_from_each_prefix(z: Tensor) -> None:
     ends = (8, 20, 40)
     sae = make_sae("matryoshka", prefixes=ends)
-    part, h = losses(sae, z, Recipe(k=5)), dense_h(sae, z)
+    part, h = sae.losses(z, LossConfig(k=5)), dense_h(sae, z)
     f = torch.zeros_like(h).scatter(1, h.topk(5).indices, 1.0) * h.relu()
     errors = [(z - f[:, :end] @ sae.W_dec[:end] - sae.b_pre).square().sum() for end in ends]
     reference = torch.stack(errors).mean()
@@ -132,18 +133,54 @@ def test_matryoshka_reconstructs_from_each_prefix(z: Tensor) -> None:
     same_gradients(sae, part, reference)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def gates(sae: SAE, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Pre-activations of the gates and of the magnitudes [N, n], section 3.2 of arXiv:2404.16014, path by path."""
+    centred, W_mag = z - sae.b_pre, sae.W_enc * sae.r_mag.exp()[:, None]
+    return centred @ sae.W_enc.T + sae.b_gate, centred @ W_mag.T + sae.b_mag
+
+
+def test_gated_trains_gates_by_their_own_reconstruction(z: Tensor) -> None:
+    sae, weight = make_sae("gated"), 0.3
+    part, (gate, magnitude) = sae.losses(z, LossConfig(k=5, sparsity=weight)), gates(sae, z)
+    f = (gate > 0) * magnitude.relu()
+    assert 0 < int((f > 0).sum()) < int((gate > 0).sum())
+    main = (z - f @ sae.W_dec - sae.b_pre).square().sum()
+    aux = (z - gate.relu() @ sae.W_dec.detach() - sae.b_pre.detach()).square().sum()
+    penalty = gate.relu().sum()
+    assert part.l0 == (f > 0).sum()
+    assert torch.equal(part.fired, (f > 0).sum(0, dtype=torch.int32))
+    for found, expected in ((part.main, main), (part.aux, aux), (part.penalty, penalty)):
+        torch.testing.assert_close(found, expected)
+    same_gradients(sae, part, main + aux + 12 * weight * penalty)
+
+
+def test_gated_encodes_with_the_gradients_of_its_definition(z: Tensor) -> None:
+    sae = make_sae("gated")
+    gate, magnitude = gates(sae, z)
+    reference = ((gate > 0) * magnitude.relu()) @ sae.W_dec + sae.b_pre
+    weight = torch.randn(z.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    parameters = [parameter for name, parameter in sae.named_parameters() if name != "b_gate"]  # a step has no gradient
+    ours = torch.autograd.grad((sae(z) * weight).sum(), parameters)
+    for mine, twin in zip(ours, torch.autograd.grad((reference * weight).sum(), parameters), strict=True):
+        torch.testing.assert_close(mine, twin, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("architecture", names())
 def test_encode_selects_what_the_definition_says(architecture: str, z: Tensor) -> None:
     prefixes = {"prefixes": (20, 40)} if architecture == "matryoshka" else {}
     sae = make_sae(architecture, **prefixes).requires_grad_(False)
     h_bias = torch.zeros(40, dtype=torch.float64)
     h_bias[7] = 100.0
     for bias in (None, h_bias):
-        h = dense_h(sae, z) + (0 if bias is None else bias)
+        if architecture == "gated":
+            gate, h = gates(sae, z)
+            added = torch.zeros(40, dtype=torch.float64) if bias is None else bias
+            f = (h + added).relu() * (gate + added / sae.r_mag.exp() > 0)
+        else:
+            h = dense_h(sae, z) + (0 if bias is None else bias)
+            f = h * (h > getattr(sae, "threshold", torch.zeros(40)))
         if architecture in ("topk", "matryoshka"):
             f = h.relu() * torch.zeros_like(h).scatter(1, h.topk(5).indices, 1.0)
-        else:
-            f = h * (h > (0 if sae.threshold is None else sae.threshold))
         latents = sae.encode(z, bias)
         torch.testing.assert_close(torch.zeros_like(h).scatter_add(1, latents.indices, latents.values), f)
         torch.testing.assert_close(sae(z, bias), f @ sae.W_dec + sae.b_pre)
@@ -152,7 +189,7 @@ def test_encode_selects_what_the_definition_says(architecture: str, z: Tensor) -
     assert (sae.encode(z, h_bias).indices[:, 0] == 7).all()
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", names())
 def test_each_architecture_trains_saves_and_continues_to_the_bit(architecture: str, batches: Path, tmp_path: Path) -> None:
     settings = {"architecture": architecture, "epochs": 6, "matryoshka": (0.25, 1.0), "sparsity": 3e-3, "lr": 1e-2}
     settings |= {"checkpoint_every": 30, "norm": "dataset", "log_every": 20}

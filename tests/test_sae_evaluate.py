@@ -14,6 +14,7 @@ from capture import activations, sentences
 from capture.store import open_corpus
 from core.artifact import open_artifact, verify
 from llama3 import load_model, load_tokenizer
+from sae.accumulator import Accumulator, Covariance
 from sae.batches import Batches
 from sae.evaluate import EvaluateConfig, Subject, batches, choose_sentences, run
 from sae.evaluation import markdown
@@ -21,7 +22,6 @@ from sae.model import SAE, SAEConfig, load
 from sae.preprocess import PreprocessConfig
 from sae.preprocess import run as preprocess
 from sae.split import held_out
-from sae.tally import Covariance, Tally
 from tests.conftest import Launch
 from tests.sae_folders import ALONE
 from tests.tiny import tiny_llama
@@ -280,7 +280,7 @@ def test_covariance_and_quantiles() -> None:
     torch.testing.assert_close(covariance.m2 / 5999, x.double().T.cov(), rtol=1e-10, atol=1e-12)
     components = covariance.components(2).abs()
     assert components.argmax(0).tolist() == [0, 2]
-    tally = Tally.none(4, 3, 5)
-    tally.l0_histogram = torch.tensor([0, 1, 0, 6, 2, 1])
-    assert (tally.l0_quantile(0.1), tally.l0_quantile(0.5), tally.l0_quantile(0.9)) == (1, 3, 4)
-    assert math.isnan(tally.fvu())
+    accumulated = Accumulator.none(4, 3, 5)
+    accumulated.l0_histogram = torch.tensor([0, 1, 0, 6, 2, 1])
+    assert (accumulated.l0_quantile(0.1), accumulated.l0_quantile(0.5), accumulated.l0_quantile(0.9)) == (1, 3, 4)
+    assert math.isnan(accumulated.fvu())

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from sae import fast, update
 from sae.batches import Batches
+from sae.gradients import RowGradients
 from sae.hyperparameters import Hyperparameters
-from sae.loss import Losses, Recipe, losses
+from sae.loss import LossConfig, Losses
 from sae.model import SAE
-from sae.step import RowGradients, topk_step
 from sae.trainer import Trainer
 from sae.update import update_
 from tests.conftest import ROOT
@@ -99,8 +99,8 @@ def everywhere(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def one_step(sae: SAE, z: Tensor, dead: Tensor, products: torch.dtype | None = None) -> tuple[Losses, RowGradients]:
-    recipe = Recipe(sae.cfg.k, 4, 1 / 32, products=products)
-    return topk_step(sae, z, recipe, 1 / z.numel(), dead, len(dead))
+    loss_config = LossConfig(sae.cfg.k, 4, 1 / 32, products=products)
+    return sae.row_gradients(z, loss_config, 1 / z.numel(), dead, len(dead))
 
 
 @pytest.mark.parametrize(("clip_norm", "decay", "unit_decoder"), [(0.0, 0.0, True), (1e-3, 0.01, True), (0.0, 0.0, False)])
@@ -114,7 +114,7 @@ def test_steps_equal_autograd_and_adam(everywhere: None, clip_norm: float, decay
         gradients = one_step(ours, z, dead)[1]
         assert update._fused(ours, gradients)
         norm = update_(ours, mine, gradients, clip_norm, unit_decoder)
-        (losses(theirs, z, Recipe(5, 4, 1 / 32), dead, len(dead)).objective / z.numel()).backward()
+        (theirs.losses(z, LossConfig(5, 4, 1 / 32), dead, len(dead)).objective / z.numel()).backward()
         torch.testing.assert_close(norm, separate_update_(theirs, twin, clip_norm, unit_decoder))
     assert_same_state(ours, mine, theirs, twin)
 

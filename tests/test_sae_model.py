@@ -10,7 +10,7 @@ from torch import Tensor
 
 import sae as sae_package
 from core.artifact import open_artifact, verify
-from sae.loss import Recipe, aux_weight, default_k_aux, losses
+from sae.loss import LossConfig, aux_weight, default_k_aux
 from sae.model import SAE, Latents, SAEConfig, best_encoder_norm, load
 from sae.sparse import decode, encode_at, sampled_product, sums_by_latent, transpose, transposed_product
 from sae.topk import group_size, top_k
@@ -114,8 +114,8 @@ def test_sparse_gradients_against_finite_differences() -> None:
 
 def test_no_rows_give_zero_gradients() -> None:
     sae = make_sae()
-    recipe = Recipe(k=5, k_aux=4, aux_coefficient=1.0)
-    losses(sae, torch.empty(0, 12, dtype=torch.float64), recipe, torch.tensor([3, 7]), 2).objective.backward()
+    loss_config = LossConfig(k=5, k_aux=4, aux_coefficient=1.0)
+    sae.losses(torch.empty(0, 12, dtype=torch.float64), loss_config, torch.tensor([3, 7]), 2).objective.backward()
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in sae.parameters())
 
 
@@ -127,7 +127,7 @@ def test_losses_equal_the_written_out_reference(n_dead: int) -> None:
     """Reconstruction and AuxK from their definitions, with autograd through dense matrices."""
     sae, z, k_aux = make_sae(), rows(20, 12), 4
     dead = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:n_dead].sort().values
-    part = losses(sae, z, Recipe(k=5, k_aux=k_aux, aux_coefficient=1 / 32), dead, n_dead)
+    part = sae.losses(z, LossConfig(k=5, k_aux=k_aux, aux_coefficient=1 / 32), dead, n_dead)
     part.objective.backward()
     ours = {name: parameter.grad.clone() for name, parameter in sae.named_parameters() if parameter.grad is not None}
     sae.zero_grad()
@@ -153,7 +153,7 @@ def test_losses_equal_the_written_out_reference(n_dead: int) -> None:
 
 def test_losses_count_firing_latents() -> None:
     sae, z = make_sae(), rows(20, 12)
-    part, latents = losses(sae, z, Recipe(k=5)), sae.encode(z)
+    part, latents = sae.losses(z, LossConfig(k=5)), sae.encode(z)
     assert part.l0 == (latents.values > 0).sum()
     assert torch.equal(part.fired, torch.bincount(latents.indices[latents.values > 0], minlength=40))
 
@@ -161,7 +161,7 @@ def test_losses_count_firing_latents() -> None:
 def test_auxiliary_loss_reaches_dead_latents_alone_and_fades_in() -> None:
     sae, z = make_sae(), rows(20, 12)
     dead = torch.tensor([2, 9])
-    (gradient,) = torch.autograd.grad(losses(sae, z, Recipe(5, 8, 1.0), dead, 2).aux, [sae.W_dec])
+    (gradient,) = torch.autograd.grad(sae.losses(z, LossConfig(5, 8, 1.0), dead, 2).aux, [sae.W_dec])
     assert gradient.any(1).nonzero()[:, 0].tolist() == [2, 9]
     assert [aux_weight(n, 8, 1 / 32) for n in (0, 2, 8, 30)] == [0, 1 / 128, 1 / 32, 1 / 32]
     assert [default_k_aux(d) for d in (2, 256, 512, 3072, 4096)] == [1, 128, 256, 2048, 2048]
@@ -319,8 +319,8 @@ def test_decoder_rows_of_any_size_get_unit_norm(size: float) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"k": 41}, "k must be between 1 and the number of latents, 40; found 41"), ({"norm": "batch"}, "norm 'batch'"),
-     ({"architecture": "gated"}, "'gated'"), ({"scale": 0.0}, "scale must lie between"),
-     ({"scale": float("inf")}, "found inf"), ({"scale": 1e-38}, "1e-38"), ({"norm_eps": 0.0}, "norm_eps must")],
+     ({"architecture": "gate"}, "'gate'"), ({"scale": 0.0}, "scale must lie between"),
+      ({"scale": float("inf")}, "found inf"), ({"scale": 1e-38}, "1e-38"), ({"norm_eps": 0.0}, "norm_eps must")],
 )  # fmt: skip
 def test_config_refuses_what_makes_no_sense(change: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from sae import step
-from sae.loss import Losses, Recipe, losses
+from sae.architectures import topk
+from sae.gradients import RowGradients
+from sae.loss import LossConfig, Losses
 from sae.model import SAE, SAEConfig
-from sae.step import RowGradients, topk_step
 from sae.update import update_
 
 K_AUX = 4
@@ -39,20 +39,20 @@ def some_dead(n_dead: int, n: int = 40) -> Tensor:
 
 def by_hand(sae: SAE, z: Tensor, dead: Tensor = NO_AUX) -> tuple[Losses, RowGradients]:
     """Of the mean loss."""
-    return topk_step(sae, z, Recipe(sae.cfg.k, K_AUX, 1 / 32), 1 / z.numel(), dead, len(dead))
+    return sae.row_gradients(z, LossConfig(sae.cfg.k, K_AUX, 1 / 32), 1 / z.numel(), dead, len(dead))
 
 
 def by_autograd(sae: SAE, z: Tensor, dead: Tensor) -> Losses:
     """The same, with gradients in `.grad`."""
-    part = losses(sae, z, Recipe(sae.cfg.k, K_AUX, 1 / 32), dead, len(dead))
+    part = sae.losses(z, LossConfig(sae.cfg.k, K_AUX, 1 / 32), dead, len(dead))
     (part.objective / z.numel()).backward()
     return part
 
 
 @pytest.mark.parametrize("n_dead", [0, 1, 4, 17, 30])  # none, all of them chosen, by dense products, by sparse ones
 def test_gradients_equal_autograd(n_dead: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert 17 <= step.DENSE_FACTOR * K_AUX < 30
-    monkeypatch.setattr(step, "CPU_ELEMENTS", 7 * 40)  # blocks of 7, 7 and 6 rows
+    assert 17 <= topk.DENSE_FACTOR * K_AUX < 30
+    monkeypatch.setattr(topk, "CPU_ELEMENTS", 7 * 40)  # blocks of 7, 7 and 6 rows
     sae, z, dead = make_sae(), rows(20), some_dead(n_dead)
     (ours, gradients), theirs = by_hand(sae, z, dead), by_autograd(sae, z, dead)
     for name in ("objective", "main", "aux"):
@@ -139,7 +139,7 @@ def test_memory_beyond_weights_and_state(n_dead: int) -> None:
     dead = torch.arange(0, n_dead * 2, 2)
 
     def run() -> None:
-        part, gradients = topk_step(sae, z, Recipe(32, 256, 1 / 32), 1 / z.numel(), dead, n_dead)
+        part, gradients = sae.row_gradients(z, LossConfig(32, 256, 1 / 32), 1 / z.numel(), dead, n_dead)
         assert int(part.l0) > 0
         update_(sae, optimizer, gradients)
 

@@ -20,11 +20,11 @@ from core.cli import parse
 from core.lines import read_lines
 from sae.batches import Batches, Schedule
 from sae.checkpoint import Checkpoints, complete, latents_name, read_state, remove_old_checkpoints
-from sae.descent import ByAutograd, ByHand
 from sae.model import SAEConfig, load
-from sae.moments import geometric_median
+from sae.optimizer_step import ByAutograd, ByHand
 from sae.preprocess import PreprocessConfig
 from sae.preprocess import run as preprocess
+from sae.running_statistics import geometric_median
 from sae.train import TrainConfig, run
 from sae.trainer import Hyperparameters, State, Trainer
 from tests.conftest import Launch
@@ -139,9 +139,9 @@ def test_by_hand_equals_autograd_over_200_steps(
     """In float64, with dead latents, shares of unequal size, and a last batch that is not whole."""
     settings = {"dtype": "float64", "accumulate": accumulate, "clip_norm": clip_norm, "weight_decay": 0.01}
     ours = trained(ALONE, batches, 1, settings, 200)
-    monkeypatch.setattr("sae.trainer.descent", ByAutograd)
+    monkeypatch.setattr("sae.trainer.optimizer_step", ByAutograd)
     theirs = trained(ALONE, batches, 1, settings, 200)
-    assert isinstance(ours.descent, ByHand)
+    assert isinstance(ours.optimizer_step, ByHand)
     assert len(ours.dead()) > 0
     for mine, twin in zip(ours.state(), theirs.state(), strict=True):
         assert mine.keys() == twin.keys()

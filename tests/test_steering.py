@@ -17,7 +17,9 @@ from inference.steering import MODES, Edit, Reader, Recipe, Steering, chain, hoo
 from inference.watch import Alarm, Watch, parse_latents
 from llama3.generate import HooksFor, Sampling, generate
 from llama3.sites import Hook
+from sae.architectures import names
 from sae.model import SAE, SAEConfig
+from tests.sae_folders import own_tensors
 from tests.tiny import tiny_llama
 from tests.tiny_features import SENTENCES, Features, tiny_sae, write_features
 
@@ -429,15 +431,17 @@ def test_saes_that_are_not_there_are_named(two: Session, session: Session, paths
         open_session(config_of(paths, top=(), explanations=()), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("architecture", ["topk", "matryoshka", "relu", "jumprelu", "batchtopk"])
+@pytest.mark.parametrize("architecture", names())
 def test_values_read_are_those_of_the_encoding(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over several blocks of rows, for latents that are silent everywhere, and where two latents tie."""
     torch.manual_seed(0)
     sae = SAE(SAEConfig(d_model=16, n_latents=40, k=4, architecture=architecture)).requires_grad_(False)
-    sae.b_enc[7] = -100.0
-    if sae.threshold is not None:
-        sae.threshold.fill_(0.2)
-    sae.W_enc[9], sae.b_enc[9] = sae.W_enc[8], sae.b_enc[8]
+    for tensor in own_tensors(sae):
+        tensor += torch.rand(40) / 2
+    bias = sae.b_enc if hasattr(sae, "b_enc") else sae.b_mag
+    bias[7] = -100.0
+    for tensor in (sae.W_enc, bias, *own_tensors(sae)):
+        tensor[9] = tensor[8]
     x = torch.randn(30, 16)
     encoding = sae.encode(x)
     expected = torch.zeros(30, 40).scatter_add(1, encoding.indices, encoding.values)

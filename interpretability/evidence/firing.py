@@ -36,7 +36,7 @@ def firing(sae: SAE, x: Tensor) -> Firing:
     """The latents that fire on raw rows `x` [N, d], which must be finite: those of `sae.encode(x)`."""
     cfg = sae.cfg
     in_groups = cfg.n_latents % GROUP == 0 and cfg.n_latents // GROUP >= 2 * cfg.k
-    if not (in_groups and cfg.architecture in ("topk", "matryoshka") and x.is_cpu and sae.W_enc.dtype == torch.float32):
+    if not (in_groups and sae.selects_top_k and x.is_cpu and sae.W_enc.dtype == torch.float32):
         return _flat(*sae.encode(x))
     step = max(1, CPU_ELEMENTS // cfg.n_latents)  # as encode cuts its blocks, for the same last bits
     # Results are copied away at once: what is kept between blocks would lie between their large tensors and scatter the heap.

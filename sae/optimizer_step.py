@@ -1,25 +1,35 @@
-"""How a step's gradients come about and act: by autograd for every architecture, by hand for topk.
+"""How a step's gradients come about and act: by autograd, or by hand where the architecture has them written out.
 
 Both leave sums over all ranks: each rank adds its rows, and what lies with its own latents stays there.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from core.runtime import Mesh
+from sae.gradients import RowGradients
 from sae.hyperparameters import Hyperparameters
-from sae.loss import Losses, Recipe, losses
+from sae.loss import LossConfig, Losses
 from sae.model import SAE
-from sae.step import RowGradients, topk_step
 from sae.update import update_
 
 
-class Descent(Protocol):
+@runtime_checkable
+class HasRowGradients(Protocol):
+    """An SAE whose architecture has its training step written out."""
+
+    def row_gradients(
+        self, z: Tensor, config: LossConfig, scale: float, dead: Tensor | None, n_dead: int, mesh: Mesh
+    ) -> tuple[Losses, RowGradients]:
+        """The sums of `losses`, and the gradients of `scale` times the objective, for normalised rows `z` [N, d]."""
+
+
+class OptimizerStep(Protocol):
     """One step: `add` once or several times, then `finite`, then `update`."""
 
-    def add(self, z: Tensor, recipe: Recipe, scale: float, dead: Tensor, n_dead: int) -> Losses:
+    def add(self, z: Tensor, loss_config: LossConfig, scale: float, dead: Tensor, n_dead: int) -> Losses:
         """Add the gradients of `scale` times the objective of normalised rows `z` [N, d]; returns the sums of `losses`."""
 
     def finite(self) -> Tensor:
@@ -29,22 +39,24 @@ class Descent(Protocol):
         """Let the gradients act, and forget them; returns their norm [], over all latents, before clipping."""
 
 
-def descent(config: Hyperparameters, sae: SAE, optimizer: torch.optim.Adam, mesh: Mesh, first: int) -> Descent:
+def optimizer_step(config: Hyperparameters, sae: SAE, optimizer: torch.optim.Adam, mesh: Mesh, first: int) -> OptimizerStep:
     """The fastest way for the architecture; `first` is the first latent of this rank."""
-    if config.architecture == "topk":
+    if isinstance(sae, HasRowGradients):
         return ByHand(config, sae, optimizer, mesh)
     return ByAutograd(config, sae, optimizer, mesh, first)
 
 
 class ByHand:
-    """sae.step and sae.update: no gradient of a weight matrix is ever whole in memory."""
+    """`row_gradients` and sae.update: no gradient of a weight matrix is ever whole in memory."""
 
     def __init__(self, config: Hyperparameters, sae: SAE, optimizer: torch.optim.Adam, mesh: Mesh) -> None:
+        assert isinstance(sae, HasRowGradients)
         self.config, self.sae, self.optimizer, self.mesh = config, sae, optimizer, mesh
+        self.row_gradients = sae.row_gradients  # such a check takes microseconds: once, not in each step
         self.gradients: RowGradients | None = None
 
-    def add(self, z: Tensor, recipe: Recipe, scale: float, dead: Tensor, n_dead: int) -> Losses:
-        part, gradients = topk_step(self.sae, z, recipe, scale, dead, n_dead, self.mesh)
+    def add(self, z: Tensor, loss_config: LossConfig, scale: float, dead: Tensor, n_dead: int) -> Losses:
+        part, gradients = self.row_gradients(z, loss_config, scale, dead, n_dead, self.mesh)
         self.gradients = gradients if self.gradients is None else self.gradients.plus(gradients)
         return part
 
@@ -56,8 +68,7 @@ class ByHand:
         assert self.gradients is not None
         self.optimizer.param_groups[0]["lr"] = lr
         gradients, self.gradients = self.gradients, None
-        config = self.config
-        return update_(self.sae, self.optimizer, gradients, config.clip_norm, config.unit_decoder, self.mesh.latent)
+        return update_(self.sae, self.optimizer, gradients, self.config.clip_norm, self.sae.unit_decoder, self.mesh.latent)
 
 
 class ByAutograd:
@@ -66,8 +77,8 @@ class ByAutograd:
     def __init__(self, config: Hyperparameters, sae: SAE, optimizer: torch.optim.Adam, mesh: Mesh, first: int) -> None:
         self.config, self.sae, self.optimizer, self.mesh, self.first = config, sae, optimizer, mesh, first
 
-    def add(self, z: Tensor, recipe: Recipe, scale: float, dead: Tensor, n_dead: int) -> Losses:
-        part = losses(self.sae, z, recipe, dead, n_dead, self.mesh, self.first)
+    def add(self, z: Tensor, loss_config: LossConfig, scale: float, dead: Tensor, n_dead: int) -> Losses:
+        part = self.sae.losses(z, loss_config, dead, n_dead, self.mesh, self.first)
         (part.objective * scale).backward()  # type: ignore[no-untyped-call]
         return Losses(*(value.detach() for value in part))
 
@@ -76,7 +87,7 @@ class ByAutograd:
 
     def update(self, lr: float) -> Tensor:
         config, sae = self.config, self.sae
-        if config.unit_decoder:
+        if sae.unit_decoder:
             sae.remove_parallel_gradient_()
         norm = self._norm()
         if config.clip_norm:
@@ -84,11 +95,7 @@ class ByAutograd:
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if config.unit_decoder:
-            sae.normalise_decoder_()
-        if sae.threshold is not None:
-            with torch.no_grad():
-                sae.threshold.clamp_(min=0)
+        sae.constrain_()
         return norm
 
     def _gradients(self) -> dict[str, Tensor]:

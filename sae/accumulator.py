@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sae.model import Latents
-from sae.moments import Moments
+from sae.running_statistics import RunningStatistics
 
 COVARIANCE_ROWS = 4096  # at a time; each block costs one sum over [d, d]
 
@@ -53,10 +53,10 @@ class Covariance:
 
 
 @dataclass
-class Tally:
+class Accumulator:
     """Sums over the tokens seen so far."""
 
-    moments: Moments
+    statistics: RunningStatistics
     """Of x."""
     firing_counts: Tensor
     """Tokens at which each latent fired: int64 [n]."""
@@ -69,8 +69,8 @@ class Tally:
     sums: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def none(cls, d: int, n_latents: int, k: int) -> "Tally":
-        return cls(Moments.none(d), torch.zeros(n_latents, dtype=torch.long), torch.zeros(k + 1, dtype=torch.long))
+    def none(cls, d: int, n_latents: int, k: int) -> "Accumulator":
+        return cls(RunningStatistics.none(d), torch.zeros(n_latents, dtype=torch.long), torch.zeros(k + 1, dtype=torch.long))
 
     def add(self, name: str, values: Tensor) -> None:
         """Add up `values`, in float64, under `name`."""
@@ -81,7 +81,7 @@ class Tally:
         x, x_hat = x.double(), x_hat.double()
         dot, norm, norm_hat = (x * x_hat).sum(1), x.norm(dim=1), x_hat.norm(dim=1)
         tiny = torch.finfo(torch.float64).tiny
-        self.moments.merge(Moments.of(x.cpu()))
+        self.statistics.merge(RunningStatistics.of(x.cpu()))
         self.add("residual", (x - x_hat).square())
         self.add("dot", dot)
         self.add("norm_hat_squared", norm_hat.square())
@@ -91,8 +91,8 @@ class Tally:
         self.firing_counts += torch.bincount(latents.indices[active], minlength=len(self.firing_counts)).cpu()
         self.l0_histogram += torch.bincount(active.sum(1), minlength=len(self.l0_histogram)).cpu()
 
-    def merge(self, other: "Tally") -> None:
-        self.moments.merge(other.moments)
+    def merge(self, other: "Accumulator") -> None:
+        self.statistics.merge(other.statistics)
         self.firing_counts += other.firing_counts
         self.l0_histogram += other.l0_histogram
         self.excluded += other.excluded
@@ -102,11 +102,11 @@ class Tally:
 
     @property
     def tokens(self) -> int:
-        return self.moments.count
+        return self.statistics.count
 
     def fvu(self, residual: str = "residual") -> float:
         """Fraction of variance unexplained: `sum ||x - x_hat||^2 / sum ||x - mean(x)||^2`, the mean over all tokens."""
-        return _ratio(self.sums.get(residual, math.nan), float(self.moments.m2.sum()))
+        return _ratio(self.sums.get(residual, math.nan), float(self.statistics.m2.sum()))
 
     def mean(self, name: str, per: int) -> float:
         return _ratio(self.sums.get(name, math.nan), per)

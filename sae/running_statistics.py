@@ -13,7 +13,7 @@ MEDIAN_TOLERANCE, MEDIAN_ROUNDS = 1e-6, 100  # relative to the first mean distan
 
 
 @dataclass
-class Moments:
+class RunningStatistics:
     """Count, mean [d] and sum of squared deviations `m2` [d] of the rows seen so far, float64."""
 
     count: int
@@ -21,22 +21,22 @@ class Moments:
     m2: Tensor
 
     @classmethod
-    def of(cls, rows: Tensor) -> "Moments":
+    def of(cls, rows: Tensor) -> "RunningStatistics":
         """Of `rows` [N, d], block by block."""
-        moments = cls.none(rows.shape[1])
+        statistics = cls.none(rows.shape[1])
         for block in torch.split(rows, BLOCK_ROWS):
             block = block.double()
             mean = block.mean(0)
-            moments.merge(cls(len(block), mean, (block - mean).square_().sum(0)))
-        return moments
+            statistics.merge(cls(len(block), mean, (block - mean).square_().sum(0)))
+        return statistics
 
     @classmethod
-    def none(cls, d: int) -> "Moments":
+    def none(cls, d: int) -> "RunningStatistics":
         """Of no rows."""
         return cls(0, torch.zeros(d, dtype=torch.float64), torch.zeros(d, dtype=torch.float64))
 
-    def merge(self, other: "Moments") -> None:
-        """Become the moments of both sets of rows. The result depends on the order of merging in its last digits."""
+    def merge(self, other: "RunningStatistics") -> None:
+        """Become the statistics of both sets of rows. The result depends on the order of merging in its last digits."""
         count = self.count + other.count
         if count == 0:
             return
@@ -57,7 +57,7 @@ def geometric_median(rows: Tensor) -> Tensor:
     Weiszfeld's iteration from the mean: each row is weighed with one over its distance. It stops once a round moves the point
     by less than a millionth of the rows' mean distance.
     """
-    point, moved, within = Moments.of(rows).mean, math.inf, 0.0
+    point, moved, within = RunningStatistics.of(rows).mean, math.inf, 0.0
     for _ in range(MEDIAN_ROUNDS):
         if moved <= within:
             break
