@@ -128,8 +128,8 @@ def compare(ours: SAE, theirs: SAE, faithful: float = FAITHFUL["float32"]) -> st
 
 @torch.no_grad()
 def fvu(sae: SAE, activations: Activations) -> float:
-    """`sum ||x - x_hat||^2 / sum ||x - mean||^2` over the first MEASURED_ROWS rows: without those of a norm that training leaves
-    out, and without BOS not the first of a sentence either."""
+    """`sum ||x - x_hat||^2 / sum ||x - mean||^2` over the first MEASURED_ROWS rows: without those of a norm that training
+    leaves out, and without BOS not the first of a sentence either."""
     limit, found, n = sae.cfg.provenance.get("max_norm") or math.inf, [], 0
     for chunk in activations:
         keep = row_norms(chunk.activations) <= limit

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import safetensors.torch
 import torch
@@ -26,17 +26,13 @@ from sae.config import SAEConfig as SAEConfig
 from sae.hyperparameters import Hyperparameters
 from sae.loss import ALONE, LossConfig, Losses
 from sae.memory import Share
-from sae.quantised import dequantised, quantised
+from sae.quantised import Storage, dequantised, quantised
 from sae.sparse import decode, encode_at
 from sae.topk import top_k
 
 # Pre-activations held at once where no gradient is asked for. On a CPU 16 MB stay in the last level of cache, and malloc gives
 # the same pages again; on a GPU larger blocks keep it busy.
 CPU_ELEMENTS, GPU_ELEMENTS = 2**22, 2**29
-
-
-Storage = torch.dtype | Literal["int8"] | None
-"""What tensors are stored in; None: as they are."""
 
 
 class Latents(NamedTuple):

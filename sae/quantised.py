@@ -5,11 +5,15 @@
 """
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from core.norms import row_norms
+
+Storage = torch.dtype | Literal["int8"] | None
+"""What the tensors of an SAE are stored in; None: as they are."""
 
 LARGEST = 127
 SCALES = "_scales"
