@@ -54,9 +54,8 @@ class Plan:
         return [*self._to_batches(), *self._sae(), *self._features()]
 
     def _to_batches(self) -> list[Stage]:
-        out, cut = self.out, ("--deduplicate",)
-        if self.scale.sentences:
-            cut += ("--max-sentences", str(self.scale.sentences))
+        out, most = self.out, self.scale.sentences
+        cut = ("--deduplicate", *(("--max-sentences", str(most)) if most else ()))
         source = ("--source", self.source or str(self.documents), *cut)
         corpus = ("--corpus", str(out / "corpus"))
         acts = ("--activations", str(out / "activations"))

@@ -8,7 +8,7 @@ from inference.row import Row
 from inference.session import Feature, Features, Session
 from inference.web.finding import Hit, hit, similar
 from inference.web.workbench import Snapshot, confidence
-from interpretability.records import HISTOGRAM_FIRST_EXPONENT, Explanation, LatentStatistics, TopSentence
+from interpretability.records import HISTOGRAM_FIRST_EXPONENT, NOT_SHOWN, Explanation, LatentStatistics, TopSentence
 
 N_SENTENCES = 12
 N_OPEN = 4
@@ -198,7 +198,7 @@ def _words(name: str, words: Sequence[str], kind: str) -> str:
 
 def _sentences(sentences: Sequence[TopSentence], largest: float) -> str:
     if not sentences:
-        return ""
+        return f'<p class="empty">It {NOT_SHOWN}.</p>' if largest > 0 else ""
     items = [
         f'<li><p class="text">{tokens(s.tokens, s.activations, largest)}</p>'
         f'<p class="by"><b>{s.value:.3g}</b> {escape(s.document)}{" · " + escape(s.label) if s.label else ""}</p></li>'
