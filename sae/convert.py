@@ -31,9 +31,9 @@ log = logging.getLogger("sae.convert")
 
 CHECK_ROWS = 64
 MEASURED_ROWS = 16_384
-FAITHFUL = {"float32": 1e-3, "bfloat16": 0.1, "int8": 0.1}
-"""Of a row's norm; layer norm's other epsilon stays below the first where std > 0.01. Rounding may move a latent out of the
-best k, which costs its whole value."""
+FAITHFUL = {"float32": 1e-3, "bfloat16": 0.3, "int8": 0.3}
+"""Of a row's norm; layer norm's other epsilon stays below the first where std > 0.01. Rounded weights swap latents about the
+k-th, whose values are far from small on random rows: 13 % of the norm with 8,192 latents in int8. --measure takes real ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
