@@ -1,0 +1,17 @@
+"""Text to sentences, sentences to activations on disk, and the readers of both."""
+
+from typing import TYPE_CHECKING
+
+from core import lazy_exports
+
+__all__ = ["Activations", "Chunk", "Corpus", "open_activations", "open_corpus"]
+
+if TYPE_CHECKING:
+    from capture.store import Activations, Chunk, Corpus, open_activations, open_corpus
+else:
+    __getattr__, __dir__ = lazy_exports(
+        __name__,
+        {
+            "capture.store": ("Activations", "Chunk", "Corpus", "open_activations", "open_corpus"),
+        },
+    )

@@ -1,1 +1,20 @@
 """What every stage shares: the runtime (ranks and devices), artifacts on disk, and the command line."""
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+
+def lazy_exports(package: str, names: Mapping[str, Sequence[str]]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """`__getattr__` and `__dir__` of a package (PEP 562) that exports `names`, listed by their module.
+
+    A module is imported when one of its names is first used, so importing the package costs nothing.
+    """
+    module_of = {name: module for module, listed in names.items() for name in listed}
+
+    def get(name: str) -> Any:
+        if name not in module_of:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(import_module(module_of[name]), name)
+
+    return get, lambda: sorted(module_of)

@@ -17,10 +17,10 @@ from functools import partial
 from core.cli import machine, run_stage
 from core.runtime import Runtime
 from inference.dialogue import check_style, prepare, style_of
-from inference.row import new_row
+from inference.row import hooks_of, new_row
 from inference.session import Session, open_session
 from inference.steering import Recipe
-from inference.terminal import Output, SamplingConfig, interruptible, watched_lines, watched_record
+from inference.terminal import Output, SamplingConfig, interruptible
 from llama3.chat_format import Message
 from llama3.generate import generate
 
@@ -99,12 +99,11 @@ def _answer(config: ChatConfig, session: Session, recipe: Recipe, messages: list
     turn = prepare(session, messages, style_of(config.style, config.model, session.tokenizer), config.max_new_tokens)
     if turn.dropped:
         log.info("the context is full: the oldest %d message(s) are left out", turn.dropped)
-    sampling = config.sampling()
-    sampling = replace(sampling, stop=(*sampling.stop, *turn.stop), stop_ids=turn.stop_ids)
+    sampling = turn.ended(config.sampling())
     rows = [new_row(session, messages[-1].content, turn.ids)]
     turns = sum(message.role == "user" for message in messages)
     watch = config.watcher(session, rows, turns - 1, out.fresh_line)
-    hooks = config.hooks(session, recipe, rows, watch)
+    hooks = hooks_of(session, recipe, rows, watch)
     try:
         for piece in generate(session.model, session.tokenizer, [rows[0].ids], sampling, hooks):
             text = piece.text if rows[0].text else piece.text.lstrip()  # a plain transcript's answer begins with a space
@@ -117,13 +116,13 @@ def _answer(config: ChatConfig, session: Session, recipe: Recipe, messages: list
         rows[0] = replace(rows[0], finished="interrupted")  # what was said so far stays in the conversation
     row = rows[0]
     answer = row.text.strip()
+    watched = watch.result(session.tokenizer, row.ids, start=row.prompt_length) if watch else None
     if config.json:
         record = {"message": row.prompt, "answer": answer, "finished": row.finished, "steered": bool(recipe.edits)}
-        record |= watched_record(session, row, 0, watch, row.prompt_length) if watch else {}
+        record |= watched.record() if watched else {}
         out.say(json.dumps(record, ensure_ascii=False) + "\n")
     else:
-        lines = watched_lines(session, row, 0, watch, row.prompt_length) if watch else ()
-        out.say("\n" + "".join(f"{line}\n" for line in lines))
+        out.say(f"\n{watched}\n" if watched else "\n")
     return answer
 
 

@@ -16,12 +16,12 @@ from typing import Any
 
 from core.cli import machine, run_stage
 from core.runtime import Runtime
-from inference.row import Row, new_row
+from inference.row import Row, grow, hooks_of, new_row
 from inference.session import Session, open_session
 from inference.steering import Recipe
-from inference.terminal import Output, SamplingConfig, interruptible, watched_lines, watched_record
+from inference.terminal import Output, SamplingConfig, interruptible
 from inference.watch import Watch
-from llama3.generate import Sampling, generate
+from llama3.generate import Sampling
 from llama3.tokenizer import Bos
 
 log = logging.getLogger("inference.complete")
@@ -93,11 +93,10 @@ def _complete(
     for recipe in recipes:
         rows = list(batch)
         watch = config.watcher(session, rows, sampling.first_row, out.fresh_line)
-        hooks = config.hooks(session, recipe, rows, watch)
+        hooks = hooks_of(session, recipe, rows, watch)
         if streaming:
             out.say(f"{_heading(config, recipe)}{rows[0].prompt}")
-        for piece in generate(session.model, session.tokenizer, [row.ids for row in rows], sampling, hooks):
-            rows[piece.row] = rows[piece.row].grown(piece)
+        for piece in grow(session, rows, sampling, hooks):
             if streaming:
                 out.say(piece.text)
         if streaming:
@@ -119,11 +118,11 @@ def _heading(config: CompleteConfig, recipe: Recipe) -> str:
 def _record(session: Session, row: Row, index: int, recipe: Recipe, watch: Watch | None) -> dict[str, Any]:
     record: dict[str, Any] = {"prompt": row.prompt, "completion": row.text, "finished": row.finished}
     record["steered"] = bool(recipe.edits)
-    return record | (watched_record(session, row, index, watch) if watch else {})
+    return record | (watch.result(session.tokenizer, row.ids, index).record() if watch else {})
 
 
 def _table(session: Session, row: Row, index: int, watch: Watch | None) -> str:
-    return "".join(f"{line}\n" for line in watched_lines(session, row, index, watch)) if watch else ""
+    return f"{watch.result(session.tokenizer, row.ids, index)}\n" if watch else ""
 
 
 if __name__ == "__main__":

@@ -2,12 +2,14 @@
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 from inference.session import Session
 from llama3.chat import check_chat, turn_ends
 from llama3.chat_format import Message, encode_llama3, speaks_llama3
 from llama3.chat_template import encode_with_template
+from llama3.generate import Sampling
 from llama3.tokenizer import Tokenizer
 
 Style = Literal["template", "llama3", "plain"]
@@ -26,6 +28,10 @@ class Turn(NamedTuple):
     """Tokens that end the answer beside the tokenizer's own."""
     dropped: int
     """Oldest messages left out so that the answer fits into the context."""
+
+    def ended(self, sampling: Sampling) -> Sampling:
+        """`sampling` that ends where this answer does too."""
+        return replace(sampling, stop=(*sampling.stop, *self.stop), stop_ids=sampling.stop_ids | self.stop_ids)
 
 
 def prepare(session: Session, messages: Sequence[Message], style: Style, room: int) -> Turn:

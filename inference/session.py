@@ -118,7 +118,7 @@ class Session:
     def needs_features(self) -> Features:
         """The features of the first SAE; ValueError where none was loaded."""
         if not self.features:
-            raise ValueError("no SAE is loaded; steering and watching need --sae and --top")
+            raise ValueError("no SAE is loaded; reading and steering its latents need --sae and --top")
         return self.features[0]
 
     def at(self, site: str) -> Features:

@@ -112,6 +112,12 @@ class Recipe:
                         "one act on the prompt and the other on what is generated"
                     )
 
+    @classmethod
+    def from_edits(cls, edits: Sequence[Edit]) -> "Recipe":
+        """A recipe of edits that each name their SAE: it names that of the first, and only edits of other SAEs their own."""
+        first = edits[0].sae_hash if edits else ""
+        return cls(tuple(replace(edit, sae_hash="") if edit.sae_hash == first else edit for edit in edits), first)
+
     @property
     def active(self) -> tuple[Edit, ...]:
         """The edits that change anything."""

@@ -6,16 +6,14 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from core.cli import machine
 from inference.recipes import SteeringConfig
 from inference.row import Row
 from inference.session import Session
-from inference.steering import Recipe, chain, hooks_for_all
 from inference.watch import Alarm, Watch, parse_latents
 from inference.web.validation import unescaped
-from llama3.generate import HooksFor, Sampling
+from llama3.generate import Sampling
 
 log = logging.getLogger("inference")
 
@@ -83,14 +81,6 @@ class SamplingConfig(SteeringConfig):
 
         return Watch(features, latents, self.alarm, alarm)
 
-    def hooks(self, session: Session, recipe: Recipe, rows: Sequence[Row], watch: Watch | None) -> HooksFor | None:
-        """The recipe for every row, and the watch over what it leaves; None where there is neither."""
-        steered = None
-        if recipe.active:
-            lengths = [row.prompt_length for row in rows]
-            steered = hooks_for_all(session.steerings(), [recipe] * len(rows), lengths)
-        return chain(steered, watch.hooks_for if watch else None)
-
 
 class Output:
     """Standard output, UTF-8 in a pipe."""
@@ -127,40 +117,3 @@ def interruptible() -> Iterator[None]:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
-
-
-def watched_record(session: Session, row: Row, index: int, watch: Watch, start: int = 0) -> dict[str, Any]:
-    """What a watch found in one row from the token `start` on, for JSON; an alarm names its token by its place in `tokens`."""
-    maxima = session.needs_features().max_values
-    values = {str(latent): watch.values(index, latent, len(row.ids))[start:] for latent in watch.latents}
-    alarms = [
-        {"token": alarm.position - start, "latent": alarm.latent, "value": alarm.value, "share_of_maximum": alarm.share}
-        for alarm in watch.alarms
-        if alarm.row == index and alarm.position >= start
-    ]
-    return {
-        "tokens": session.tokenizer.pieces(row.ids[start:]),
-        "watch": values,
-        "maxima": {str(latent): float(maxima[latent]) for latent in watch.latents},
-        "alarms": alarms,
-    }
-
-
-def watched_lines(session: Session, row: Row, index: int, watch: Watch, start: int = 0) -> Iterator[str]:
-    """A table: which latents these are, then a line a token from `start` on and a column a latent, with its value and that as a
-    share of its maximum; a dot where it does not fire, blank where it is not read."""
-    features = session.needs_features()
-    maxima = [float(features.max_values[latent]) for latent in watch.latents]
-    for latent, maximum in zip(watch.latents, maxima, strict=True):
-        yield f"#{latent}: {features.label(latent) or 'no label'}; maximum {maximum:.3g}"
-    yield "  ".join([f"{'token':<18}", *(f"{'#' + str(latent):>13}" for latent in watch.latents)])
-    columns = [watch.values(index, latent, len(row.ids)) for latent in watch.latents]
-    for position, piece in list(enumerate(session.tokenizer.pieces(row.ids)))[start:]:
-        cells = [_cell(column[position], maximum) for column, maximum in zip(columns, maxima, strict=True)]
-        yield "  ".join([f"{piece.strip() or '␣':<18.18}", *cells]).rstrip()
-
-
-def _cell(value: float | None, maximum: float) -> str:
-    if not value:
-        return f"{'' if value is None else '.':>13}"
-    return f"{value:7.3f}{f'{value / maximum:.0%}' if maximum > 0 else '':>6}"

@@ -3,9 +3,10 @@
 Shapes: B batch, T tokens of this pass, D model width, N = B * T, E latents watched.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from inference.session import Features
 from inference.steering import Reader
 from llama3.sites import Hook
+from llama3.tokenizer import Tokenizer
 
 AT_ONCE = 64
 """Rows that are kept before they are read."""
@@ -27,6 +29,58 @@ class Alarm(NamedTuple):
     value: float
     share: float
     """Of the latent's maximum."""
+
+
+@dataclass(frozen=True, repr=False)
+class Watched:
+    """What a watch read in one text; prints as a table with a line per token."""
+
+    tokens: tuple[str, ...]
+    latents: tuple[int, ...]
+    labels: tuple[str, ...]
+    """The titles of the latents; empty strings where there are none."""
+    maxima: tuple[float, ...]
+    """The largest value of each latent on the corpus."""
+    values: tuple[tuple[float | None, ...], ...]
+    """For each latent its value at every token; None where it was not read."""
+    alarms: tuple[Alarm, ...]
+    """Above the threshold; `position` counts from the first of `tokens`."""
+
+    def lines(self) -> Iterator[str]:
+        """Which latents these are, then a line per token and a column per latent: its value, and that as a share of its
+        maximum; a dot where it does not fire, blank where it was not read."""
+        for latent, label, maximum in zip(self.latents, self.labels, self.maxima, strict=True):
+            yield f"#{latent}: {label or 'no label'}; maximum {maximum:.3g}"
+        yield "  ".join([f"{'token':<18}", *(f"{'#' + str(latent):>13}" for latent in self.latents)])
+        for token, *row in zip(self.tokens, *self.values, strict=True):
+            cells = map(_cell, row, self.maxima)
+            yield "  ".join([f"{token.strip() or '␣':<18.18}", *cells]).rstrip()
+
+    def record(self) -> dict[str, Any]:
+        """The same for JSON; an alarm names its token by its place in `tokens`."""
+        return {
+            "tokens": list(self.tokens),
+            "watch": {str(latent): list(row) for latent, row in zip(self.latents, self.values, strict=True)},
+            "maxima": {str(latent): maximum for latent, maximum in zip(self.latents, self.maxima, strict=True)},
+            "alarms": [
+                {
+                    "token": alarm.position,
+                    "latent": alarm.latent,
+                    "value": alarm.value,
+                    "share_of_maximum": alarm.share,
+                }
+                for alarm in self.alarms
+            ],
+        }
+
+    def __repr__(self) -> str:
+        return "\n".join(self.lines())
+
+
+def _cell(value: float | None, maximum: float) -> str:
+    if not value:
+        return f"{'' if value is None else '.':>13}"
+    return f"{value:7.3f}{f'{value / maximum:.0%}' if maximum > 0 else '':>6}"
 
 
 class Watch:
@@ -101,6 +155,22 @@ class Watch:
         at = self.latents.index(latent)
         found = [self._values.get((row, position)) for position in range(length)]
         return [None if values is None else values[at] for values in found]
+
+    def result(self, tokenizer: Tokenizer, ids: Sequence[int], row: int = 0, start: int = 0) -> Watched:
+        """What was read in one row, whose tokens are `ids`, from the token `start` on."""
+        values = tuple(tuple(self.values(row, latent, len(ids))[start:]) for latent in self.latents)
+        return Watched(
+            tokens=tuple(tokenizer.pieces(ids[start:])),
+            latents=self.latents,
+            labels=tuple(map(self._features.label, self.latents)),
+            maxima=tuple(self._maxima),
+            values=values,
+            alarms=tuple(
+                alarm._replace(position=alarm.position - start)
+                for alarm in self.alarms
+                if alarm.row == row and alarm.position >= start
+            ),
+        )
 
 
 def parse_latents(text: str) -> tuple[int, ...]:

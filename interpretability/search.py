@@ -27,6 +27,7 @@ from core.cli import StageConfig, run_stage
 from core.norms import unit_rows
 from core.runtime import Runtime
 from core.shipped import absence, shipped_for
+from core.table import text_table
 from interpretability.evidence.coactivation import Together, together
 from interpretability.opening import check_sae, open_explanations_of, open_top_of
 from interpretability.records import Explanation, title_of, trust
@@ -338,7 +339,7 @@ def run(config: SearchConfig, runtime: Runtime) -> None:
     else:
         hits = search_text(explanations, config.text, config.n)
     shown = [_row(hit, explanations) for hit in hits[: config.n]]
-    for line in map(json.dumps, shown) if config.json else _table(shown):
+    for line in map(json.dumps, shown) if config.json else text_table(shown):
         print(line)
     what = "sentences" if config.latents else "features"
     log.info("%d %s found in %s with %d latents, %d shown", len(hits), what, config.sae, sae.cfg.n_latents, len(shown))
@@ -348,26 +349,6 @@ def _row(hit: Ranked | Match | Neighbour | Together, explanations: Mapping[int, 
     if isinstance(hit, Together):
         return hit._asdict()
     return hit._asdict() | {"title": title_of(explanations.get(hit.latent))}
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.3f}"
-    return " ".join(map(_cell, value)) if isinstance(value, tuple) else " ".join(str(value).split())
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Lines of a table with a column for each key; none without rows."""
-    if not rows:
-        return
-    cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        padded = (
-            cell.ljust(w) if isinstance(v, str) else cell.rjust(w)
-            for cell, w, v in zip(line, widths, rows[0].values(), strict=True)
-        )
-        yield "  ".join(padded).rstrip()
 
 
 if __name__ == "__main__":

@@ -1,13 +1,21 @@
 """Where a checkpoint lies: the embedded model, a folder or file, Ollama's, SmolLM2, or a repository
 on the Hugging Face Hub."""
 
+import contextlib
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import TypeVar
 
 from llama3 import smollm2
 from llama3.gguf import is_gguf
 from llama3.ollama import find_ollama
 
+T = TypeVar("T")
+
+REPOSITORY = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+")
+"""How an id on the Hub reads."""
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "model"
 
 WEIGHT_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
@@ -45,22 +53,49 @@ def locate(path: str | Path, files: tuple[str, ...] = WEIGHT_FILES + TOKENIZER_F
         return found
     if found.is_file():
         raise ValueError(f"{path}: is a file; expected a GGUF file or the folder of a checkpoint, {found.parent}")
-    if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*/[\w.-]+", str(path)):
+    if not REPOSITORY.fullmatch(str(path)):
         raise ValueError(
             f"{path}: no such folder or file; expected a folder with a checkpoint, a .gguf file, a Hub id such as owner/name, "
             "ollama:NAME, smollm2 or demo"
         )
-    return _fetch(str(path), files)
+    return fetch(str(path), files)
 
 
-def _fetch(repository: str, files: tuple[str, ...]) -> Path:
-    """Download (or find in the cache) the files of a Hub repository."""
-    from huggingface_hub import errors, snapshot_download
+def fetch(repository: str, files: Sequence[str]) -> Path:
+    """Download (or find in the cache) the files of a Hub repository that match one of `files`: the folder that holds them.
+
+    Raises ValueError saying why it cannot be had.
+    """
+    return Path(_answer(repository, lambda hub: hub.snapshot_download(repository, allow_patterns=list(files))))
+
+
+def file_names(repository: str) -> list[str]:
+    """The names of all files of a Hub repository; of those in the cache where the Hub does not answer.
+
+    ValueError as `fetch` raises it.
+    """
+
+    def ask(hub: ModuleType) -> list[str]:
+        try:
+            return list(hub.list_repo_files(repository))
+        except Exception:
+            with contextlib.suppress(hub.errors.LocalEntryNotFoundError):
+                cached = Path(hub.snapshot_download(repository, local_files_only=True))
+                return [path.relative_to(cached).as_posix() for path in cached.rglob("*") if path.is_file()]
+            raise
+
+    return _answer(repository, ask)
+
+
+def _answer(repository: str, ask: Callable[[ModuleType], T]) -> T:
+    """What the Hub's library says on `repository`; its errors as a ValueError in one line that says what to do."""
+    import huggingface_hub
+    from huggingface_hub import errors
 
     page = f"https://huggingface.co/{repository}"
     log_in = "log in with `hf auth login` or set HF_TOKEN"
     try:
-        return Path(snapshot_download(repository, allow_patterns=list(files)))
+        return ask(huggingface_hub)
     except errors.GatedRepoError:
         reason = f"access is granted by its owner alone. Ask for it at {page}, then {log_in}"
     except errors.RepositoryNotFoundError:

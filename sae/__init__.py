@@ -1,16 +1,12 @@
 """Sparse autoencoders: model, preprocessing, training, evaluation."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from sae.model import SAE, Latents, Normalised, SAEConfig, load
+from core import lazy_exports
 
 __all__ = ["SAE", "Latents", "Normalised", "SAEConfig", "load"]
 
-
-def __getattr__(name: str) -> Any:
-    """The public names, loaded when asked for (PEP 562): flags and registries need no torch."""
-    if name in __all__:
-        return getattr(import_module("sae.model"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if TYPE_CHECKING:
+    from sae.model import SAE, Latents, Normalised, SAEConfig, load
+else:
+    __getattr__, __dir__ = lazy_exports(__name__, {"sae.model": __all__})

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from core.cli import parse
+from inference.card import N_SENTENCES, distinct
+from inference.finding import similar
 from inference.row import Row
 from inference.session import Feature, InferenceConfig, Session, open_session
 from inference.steering import FORMAT, FORMAT_OF_SEVERAL, Edit, Recipe
 from inference.web import views
-from inference.web.finding import by_label, by_text, similar
+from inference.web.finding import by_label, by_text
 from inference.web.handlers import BY_LABEL, BY_TEXT, N_SLOTS, N_STARTERS, NO_SLOTS, Controls, Handlers, Slots
 from inference.web.validation import Knobs, split_prompts
 from inference.web.workbench import Snapshot
@@ -300,7 +302,7 @@ def test_text_of_others_is_escaped(session: Session) -> None:
 
 def test_the_same_sentence_is_shown_once(session: Session) -> None:
     best = session.needs_features().top.sentences(3)
-    assert views.distinct([best[0], best[0], *best[1:], best[1]]) == best[: views.N_SENTENCES]
+    assert distinct([best[0], best[0], *best[1:], best[1]]) == best[:N_SENTENCES]
 
 
 def test_shading_follows_the_values(session: Session) -> None:

@@ -12,7 +12,7 @@ import pytest
 from sae import architectures
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("core", "llama3", "capture", "sae", "interpretability", "inference", "demo", "scripts")
+PACKAGES = ("core", "llama3", "capture", "sae", "interpretability", "inference", "llama3_sae", "demo", "scripts")
 
 ALLOWED = {
     "core": (),
@@ -24,11 +24,12 @@ ALLOWED = {
         *("core", "llama3", "sae"),
         *(f"interpretability.{name}" for name in ("records", "opening", "search", "causal.records")),
     ),
-    "demo": ("core", "llama3", "capture", "sae", "interpretability", "inference"),
+    "llama3_sae": ("core", "llama3", "capture", "sae", "interpretability", "inference"),
+    "demo": ("core", "llama3", "capture", "sae", "interpretability", "inference", "llama3_sae"),
     "scripts": PACKAGES,
 }
 """The table of DESIGN.md, section 1: beside itself, a package imports these modules and what lies below them."""
-ABOVE = ("demo", "scripts")
+ABOVE = ("llama3_sae", "demo", "scripts")
 """Packages on top of the stages: they may import one."""
 ALSO = {"sae/evaluate.py": ("llama3",)}
 
@@ -123,6 +124,9 @@ def test_imports_follow_the_table() -> None:
         ("inference/x.py", "from interpretability.search import search_text", 0),
         ("inference/x.py", "from ..demo import corpus", 1),
         ("capture/x.py", "import importlib\nimportlib.import_module('demo.corpus')", 1),
+        ("inference/x.py", "import llama3_sae", 1),
+        ("llama3_sae/x.py", "import inference.app\nimport sae.convert", 0),
+        ("llama3_sae/x.py", "import demo.corpus", 1),
         ("demo/x.py", "import inference.app", 0),
         ("demo/x.py", "import tests.tiny", 1),
         ("core/__init__.py", "from .files import publish\nfrom core import cli", 0),

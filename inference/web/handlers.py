@@ -5,16 +5,17 @@ page's own controls and come with every request, three values a row, in the orde
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from inference.dialogue import Style, prepare
+from inference.finding import Hit, hit
 from inference.row import new_row
 from inference.session import Feature, Session
 from inference.steering import Edit, Recipe
 from inference.web import views
-from inference.web.finding import Hit, by_label, by_text, hit
+from inference.web.finding import by_label, by_text
 from inference.web.queue import Turns
 from inference.web.validation import STRENGTHS, Knobs, checked_edit, checked_feature, checked_recipe
 from inference.web.workbench import Request, Snapshot, answer, checked_request, compare, default_strength, heat
@@ -127,18 +128,14 @@ class Handlers:
         return Controls(round(min(STRENGTHS[1], max(STRENGTHS[0], strength)), 2))
 
     def recipe(self, slots: Slots, controls: Sequence[Any]) -> Recipe:
-        """The recipe that the page's edit rows describe; `controls` holds strength, mode and positions of each row in turn.
-
-        It names the SAE of its first edit; edits of other SAEs name their own.
-        """
+        """The recipe that the page's edit rows describe; `controls` holds strength, mode and positions of each row in turn."""
         rows = [Controls(*controls[i : i + 3]) for i in range(0, len(controls), 3)]
         edits = [
             checked_edit(self.session.at(feature.site), feature.latent, *row)
             for feature, row in zip(slots, rows, strict=True)
             if feature is not None
         ]
-        first = edits[0].sae_hash if edits else ""
-        return Recipe(tuple(replace(edit, sae_hash="") if edit.sae_hash == first else edit for edit in edits), first)
+        return Recipe.from_edits(edits)
 
     def applied(self, text: Any) -> tuple[Slots, list[Controls]]:
         """The edit rows for a recipe given as text. ValueError says what is wrong with it."""
@@ -169,7 +166,7 @@ class Handlers:
         said = [Message("user" if role == "user" else "assistant", text) for role, text in messages]
         turn = prepare(self.session, [*opening, *said], self.style, sampling.max_new_tokens)
         row = new_row(self.session, "", turn.ids)
-        request = Request((row,), recipe, replace(sampling, stop=(*turn.stop, *sampling.stop), stop_ids=turn.stop_ids))
+        request = Request((row,), recipe, turn.ended(sampling))
         return ((row.text.strip(), turn.dropped) for row in answer(self.session, request))
 
 

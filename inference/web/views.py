@@ -1,36 +1,18 @@
 """The app's pieces of HTML, as strings. Whatever comes from a user, a model or a corpus is escaped here."""
 
-import math
 from collections.abc import Sequence
 from html import escape
 
+from inference.card import Card, card_of
+from inference.finding import Hit, hit
 from inference.row import Row
-from inference.session import Feature, Features, Session
-from inference.web.finding import Hit, hit, similar
-from inference.web.workbench import Snapshot, confidence
-from interpretability.records import HISTOGRAM_FIRST_EXPONENT, NOT_SHOWN, Explanation, LatentStatistics, TopSentence
-
-N_SENTENCES = 12
-N_OPEN = 4
-"""Sentences that are in sight at once; a click shows the others."""
-N_STORED = 40
-"""Sentences among which different texts are looked for."""
+from inference.session import Feature, Session
+from inference.web import evidence
+from inference.web.evidence import tokens
+from inference.web.workbench import Snapshot
 
 TABLESS = ' tabindex="-1"'
 """An attribute of buttons that the Tab key passes by."""
-
-
-def tokens(pieces: Sequence[str], values: Sequence[float], largest: float) -> str:
-    """Text with each token shaded by its value, from none at 0 to full at `largest`; the value itself is its tooltip."""
-    out = []
-    for piece, value in zip(pieces, values, strict=True):
-        text = escape(piece)
-        if value <= 0 or largest <= 0:
-            out.append(text)
-            continue
-        part = min(1.0, value / largest)
-        out.append(f'<span class="tok" style="--v:{part:.3f}" title="{value:.3g}, {part:.0%} of the maximum">{text}</span>')
-    return "".join(out)
 
 
 def note(message: str) -> str:
@@ -103,117 +85,26 @@ def _plus(session: Session, feature: Feature) -> str:
 
 def card(session: Session, feature: Feature) -> str:
     """Everything known about one feature."""
-    features, latent = session.at(feature.site), feature.latent
-    statistics = features.top.statistics(latent)
-    title = escape(features.label(latent)) or "No label"
+    known = card_of(session.at(feature.site), feature.latent)
+    coactive = _near(session, "Fires on the same tokens", "Jaccard index", known.coactive) if known.coactive else ""
     parts = [
-        f'<article class="card" {named(session, feature, "latent")}><header><span class="num big">{latent}</span>'
-        f"<h2>{title}{where(session, feature)}</h2></header>",
-        _origin(features, latent),
-        _facts(statistics),
-        _steer_button(session, feature) if statistics.max > 0 else '<p class="empty">It never fired on the corpus.</p>',
-        _histogram(statistics),
-        _words("Raises", statistics.promoted, "up") + _words("Lowers", statistics.suppressed, "down"),
-        _sentences(distinct(features.top.sentences(latent, n=N_STORED)), statistics.max),
-        _near(session, "Writes in a similar direction", "cosine", similar(features, latent)),
-        _cofiring(session, features, statistics),
+        f'<article class="card" {named(session, feature, "latent")}><header><span class="num big">{feature.latent}</span>'
+        f"<h2>{escape(known.label) or 'No label'}{where(session, feature)}</h2></header>",
+        evidence.origin(known),
+        evidence.facts(known),
+        _steer_button(session, known) if known.statistics.max > 0 else note("It never fired on the corpus."),
+        evidence.measured(known),
+        _near(session, "Writes in a similar direction", "cosine", known.neighbours),
+        coactive,
         "</article>",
     ]
     return "".join(parts)
 
 
-def distinct(sentences: Sequence[TopSentence]) -> list[TopSentence]:
-    """The first N_SENTENCES of different text: documentation repeats itself."""
-    found: dict[str, TopSentence] = {}
-    for sentence in sentences:
-        found.setdefault(sentence.text, sentence)
-    return list(found.values())[:N_SENTENCES]
-
-
-def _origin(features: Features, latent: int) -> str:
-    explanation: Explanation | None = features.explanations.get(latent)
-    if explanation is None:
-        return ""
-    if explanation.state != "valid":
-        return f'<p class="empty">{escape(explanation.method)} found no label: {escape(explanation.reason)}</p>'
-    trust = confidence(features, latent)
-    measured = "score" if explanation.score is not None else "certainty"
-    by = [f"{measured} {trust:.2f}"] if trust else []
-    by += [escape(explanation.method.replace("_", " "))] + ([escape(explanation.model)] if explanation.model else [])
-    text = f"<p>{escape(explanation.explanation)}</p>" if explanation.explanation != explanation.title else ""
-    return f'{text}<p class="by">{" · ".join(by)}</p>'
-
-
-def _facts(statistics: LatentStatistics) -> str:
-    facts = [
-        ("fires on", f"{_share(statistics.density)} of tokens"),
-        ("maximum", f"{statistics.max:.3g}"),
-        ("mean", f"{statistics.mean:.3g}"),
-        ("sentences", f"{statistics.sentence_count:,}"),
-    ]
-    return '<dl class="facts">' + "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts) + "</dl>"
-
-
-def _share(density: float) -> str:
-    if density <= 0:
-        return "none"
-    return f"{density:.1%}" if density >= 0.001 else f"1 in {round(1 / density):,}"
-
-
-def _steer_button(session: Session, feature: Feature) -> str:
-    best = session.at(feature.site).best_strengths.get(feature.latent)
+def _steer_button(session: Session, card: Card) -> str:
+    best = card.best_strength
     measured = f" <span>at {round(best, 2):g} × its maximum, the most that stayed readable when measured</span>" if best else ""
-    return f'<button class="steer" {named(session, feature, "steer")}>Steer with this feature{measured}</button>'
-
-
-def _histogram(statistics: LatentStatistics) -> str:
-    """Firing tokens by activation: bars over bins that double, heights by the logarithm of the count."""
-    counts = statistics.histogram
-    filled = [i for i, count in enumerate(counts) if count]
-    if not filled:
-        return ""
-    first, last = filled[0], filled[-1]
-    tallest = math.log1p(max(counts))
-    heights = {i: math.log1p(counts[i]) / tallest for i in range(first, last + 1)}
-    bars = "".join(
-        f'<i style="--h:{height:.3f}" title="{counts[i]:,} tokens from {_edge(i)} to {_edge(i + 1)}"></i>'
-        for i, height in heights.items()
-    )
-    return (
-        f'<figure class="histogram"><div class="bars">{bars}</div><figcaption><span>{_edge(first)}</span>'
-        f"<span>activation, log count</span><span>{_edge(last + 1)}</span></figcaption></figure>"
-    )
-
-
-def _edge(index: int) -> str:
-    return f"{2.0 ** (HISTOGRAM_FIRST_EXPONENT + index):.3g}"
-
-
-def _words(name: str, words: Sequence[str], kind: str) -> str:
-    if not words:
-        return ""
-    chips = "".join(f"<span>{escape(word.strip()) or '␣'}</span>" for word in words[:10])
-    return f'<div class="words {kind}"><h3>{name}</h3><p>{chips}</p></div>'
-
-
-def _sentences(sentences: Sequence[TopSentence], largest: float) -> str:
-    if not sentences:
-        return f'<p class="empty">It {NOT_SHOWN}.</p>' if largest > 0 else ""
-    items = [
-        f'<li><p class="text">{tokens(s.tokens, s.activations, largest)}</p>'
-        f'<p class="by"><b>{s.value:.3g}</b> {escape(s.document)}{" · " + escape(s.label) if s.label else ""}</p></li>'
-        for s in sentences
-    ]
-    shown, others = "".join(items[:N_OPEN]), "".join(items[N_OPEN:])
-    n = len(items) - N_OPEN
-    more = f"<summary>{n} more sentence{'s' if n > 1 else ''}</summary>"
-    folded = f'<details>{more}<ol class="sentences">{others}</ol></details>' if others else ""
-    return f'<h3>Fires most in</h3><ol class="sentences">{shown}</ol>{folded}'
-
-
-def _cofiring(session: Session, features: Features, statistics: LatentStatistics) -> str:
-    hits = [hit(features, one["latent"], one["jaccard"]) for one in statistics.cofiring]
-    return _near(session, "Fires on the same tokens", "Jaccard index", hits) if hits else ""
+    return f'<button class="steer" {named(session, card.feature, "steer")}>Steer with this feature{measured}</button>'
 
 
 def _near(session: Session, title: str, unit: str, hits: Sequence[Hit]) -> str:

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from inference.row import Row, new_row
+from inference.row import Row, hooks_of, new_row
 from inference.session import Feature, Features, Session
-from inference.steering import Recipe, hooks_for_all
+from inference.steering import Recipe
 from inference.web.validation import STRENGTH_STEP, STRENGTHS, Knobs, checked_recipe, split_prompts
-from interpretability.records import trust
 from llama3.generate import HooksFor, Piece, Sampling, generate
 
 EDIT_SHARE = 0.4
@@ -56,7 +55,7 @@ def compare(session: Session, request: Request) -> Iterator[Snapshot]:
 
     Each column is a batch of its own, so that its text is what a lone run would give. Closing the iterator stops the work.
     """
-    hooks = _hooks(session, request)
+    hooks = hooks_of(session, request.recipe, request.rows)
     columns = [list(request.rows)] if hooks is None else [list(request.rows), list(request.rows)]
     streams = [_stream(session, request, None)] + ([] if hooks is None else [_stream(session, request, hooks)])
     began = shown = time.monotonic()
@@ -85,19 +84,12 @@ def answer(session: Session, request: Request) -> Iterator[Row]:
     """The first row of a request as it grows, with its recipe alone."""
     row = request.rows[0]
     shown = 0.0
-    for piece in _stream(session, request, _hooks(session, request)):
+    for piece in _stream(session, request, hooks_of(session, request.recipe, request.rows)):
         row = row.grown(piece)
         if time.monotonic() - shown > REFRESH_S:
             shown = time.monotonic()
             yield row
     yield row
-
-
-def _hooks(session: Session, request: Request) -> HooksFor | None:
-    if not request.recipe.active:
-        return None
-    lengths = [row.prompt_length for row in request.rows]
-    return hooks_for_all(session.steerings(), [request.recipe] * len(lengths), lengths)
 
 
 def _stream(session: Session, request: Request, hooks: HooksFor | None) -> Iterator[Piece]:
@@ -115,12 +107,6 @@ def default_strength(features: Features, latent: int) -> float:
         return 1.0
     strength = EDIT_SHARE * math.sqrt(features.sae.cfg.d_model) / largest
     return min(STRENGTHS[1], max(STRENGTH_STEP, round(strength / STRENGTH_STEP) * STRENGTH_STEP))
-
-
-def confidence(features: Features, latent: int) -> float:
-    """How far the label of a latent can be trusted (`trust`); 0 without one."""
-    explanation = features.explanations.get(latent)
-    return trust(explanation) if explanation is not None else 0.0
 
 
 def heat(session: Session, rows: Sequence[Row], feature: Feature) -> list[list[float]]:
