@@ -25,6 +25,8 @@ import pyarrow.parquet as pq
 from core.artifact import Artifact, open_artifact
 
 TOP_FILE = "top_sentences.parquet"
+SHARED_FILE = "sentences.parquet"
+"""Where a folder stores each sentence once (`--compact`): the columns SHARED, by sentence id."""
 LATENTS_FILE = "latents.parquet"
 BACKGROUND_FILE = "background.parquet"
 EXPLANATIONS_FILE = "explanations.jsonl.gz"
@@ -60,6 +62,9 @@ TOP_SCHEMA = pa.schema(
         "activations": pa.list_(pa.float32()),
     }
 )
+SHARED = ("document", "label", "text", "tokens")
+SHARED_SCHEMA = pa.schema([TOP_SCHEMA.field(name) for name in ("sentence_id", *SHARED)])
+COMPACT_SCHEMA = pa.schema([field for field in TOP_SCHEMA if field.name not in SHARED])
 LATENT_SCHEMA = pa.schema(
     {
         "latent": pa.int32(),
@@ -239,13 +244,24 @@ class TopSentences:
         self._file = pq.ParquetFile(artifact.file(TOP_FILE))
         groups = [self._file.metadata.row_group(i).column(0).statistics for i in range(self._file.num_row_groups)]
         self._last_latent_of_group = np.array([group.max for group in groups], dtype=np.int64)
+        shared = pq.read_table(artifact.file(SHARED_FILE)) if SHARED_FILE in artifact.names else None
+        self._shared: pa.Table | None = shared
         self._lock = Lock()
         self._group = lru_cache(maxsize=8)(self._read_group)
 
     def _read_group(self, index: int) -> tuple[pa.Table, npt.NDArray[np.int32]]:
         with self._lock:
             table = self._file.read_row_group(index)
-        return table, table["latent"].to_numpy()
+        return self._with_shared(table), table["latent"].to_numpy()
+
+    def _with_shared(self, rows: pa.Table) -> pa.Table:
+        """`rows` with the columns SHARED, where those lie in a file of their own."""
+        if self._shared is None:
+            return rows
+        at = pa.array(np.searchsorted(self._shared["sentence_id"].to_numpy(), rows["sentence_id"].to_numpy()))
+        for name in SHARED:
+            rows = rows.append_column(name, self._shared[name].take(at))
+        return rows
 
     def check_latent(self, latent: int) -> None:
         """ValueError where this SAE has no such latent."""
@@ -303,6 +319,8 @@ class TopSentences:
     def pool(self) -> list[PoolSentence]:
         """Every sentence that is stored for some latent, once, by sentence id: the nearest to a sample of the corpus here."""
         found: dict[int, PoolSentence] = {}
+        if self._shared is not None:
+            return [PoolSentence(**row) for row in self._shared.select(PoolSentence._fields).to_pylist()]
         for index in range(self._file.num_row_groups):
             with self._lock:
                 table = self._file.read_row_group(index, columns=["sentence_id", "text", "label"])

@@ -35,14 +35,17 @@ from interpretability.evidence.live import LiveActivations
 from interpretability.evidence.ngrams import NgramCounter, ngrams_of_rows
 from interpretability.evidence.promoted import PromotedTokens, promoted_tokens
 from interpretability.evidence.selection import Hits, LatentTotals, Ragged, Sentences, TopTable, pairs_of
-from interpretability.evidence.tables import TextLookup, background_rows, rows_of, statistics_of
+from interpretability.evidence.tables import Once, TextLookup, background_rows, rows_of, statistics_of
 from interpretability.opening import open_top_of
 from interpretability.records import (
     AGGREGATIONS,
     BACKGROUND_FILE,
     BACKGROUND_SCHEMA,
+    COMPACT_SCHEMA,
     LATENTS_FILE,
     MEASURED_LATENT_SCHEMA,
+    SHARED_FILE,
+    SHARED_SCHEMA,
     TOP_FILE,
     TOP_SCHEMA,
     TopSentences,
@@ -93,6 +96,9 @@ class TopSentencesConfig(StageConfig):
     """Over-represented n-grams kept for each latent; 0 for none."""
     n_cofiring: int = 8
     """Latents kept for each latent as firing on the same tokens; 0 for none."""
+    compact: bool = False
+    """Store each sentence once instead of with every latent: a tenth of the bytes where latents share sentences, as in small
+    corpora. Whoever opens the folder reads all of them into memory."""
 
     def __post_init__(self) -> None:
         names = tuple(name for item in self.aggregations for name in item.split(",") if name)
@@ -244,19 +250,23 @@ def _write(
     ngrams: list[list[dict[str, Any]]] = [[] for _ in range(n_latents)]
     counter = NgramCounter(background["text"].to_pylist()) if config.n_ngrams and found.background else None
 
-    def with_ngrams() -> Iterator[pa.Table]:
+    once = Once() if config.compact else None
+
+    def rows() -> Iterator[pa.Table]:
         for table in tables:
             if counter:
                 for latent, strongest in ngrams_of_rows(table, config.aggregations[0], counter, config.n_ngrams):
                     ngrams[latent] = strongest
-            yield table
+            yield once.taken_from(table) if once else table
 
-    builder.publish(TOP_FILE, parquet_bytes(TOP_SCHEMA, with_ngrams()))
+    builder.publish(TOP_FILE, parquet_bytes(COMPACT_SCHEMA if once else TOP_SCHEMA, rows()))
+    if once:
+        builder.publish(SHARED_FILE, parquet_bytes(SHARED_SCHEMA, [once.table()]))
     builder.publish(BACKGROUND_FILE, parquet_bytes(BACKGROUND_SCHEMA, [background]))
     together = cofiring(found.background, n_latents, config.n_cofiring) if found.background else [[]] * n_latents
     statistics = statistics_of(found.totals, promoted, ngrams, together, counted)
     builder.publish(LATENTS_FILE, parquet_bytes(MEASURED_LATENT_SCHEMA, [statistics]))
-    return [TOP_FILE, BACKGROUND_FILE, LATENTS_FILE]
+    return [TOP_FILE, BACKGROUND_FILE, LATENTS_FILE, *([SHARED_FILE] if once else [])]
 
 
 def usable_tokens(chunk: Chunk, max_norm: float, has_sink: bool) -> Tensor:

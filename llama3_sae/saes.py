@@ -19,8 +19,8 @@ N_LISTED = 12
 
 def load_sae(source: str | Path, device: torch.device | str = "cpu") -> SAE:
     """The SAE at `source`: `demo` or `smollm2` (those that ship), a folder of ours (`run/sae`), a folder or file of another
-    library (its layout is seen from its files), or a Hub id: `owner/name`, with the SAE's folder behind it where there are several,
-    `owner/name/layers.10`.
+    library (its layout is seen from its files), or a Hub id: `owner/name`, with the SAE's folder behind it where
+    there are several, `owner/name/layers.10`.
 
     ValueError says what lies there where it is no SAE, and lists the SAEs where there are several.
     """

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from capture.store import open_activations
 from core import files
 from core.artifact import open_artifact
 from core.cli import one_line_errors, parse
-from interpretability.records import TOP_FILE, open_top, read_explanations
+from interpretability.records import open_top, read_explanations
 from sae.convert import fvu
 from sae.model import SAE, load
 from scripts.smollm2_sae import SHIPPED_SITE, SAEPathConfig
@@ -68,8 +66,9 @@ def sources(training: Path) -> list[tuple[str, str, int]]:
 
 def shown_by_source(top: Path) -> dict[str, float]:
     """Share of the stored sentences by the first part of their document's name. ValueError where too few are our own."""
-    names = pq.read_table(open_artifact(top, "top_sentences").file(TOP_FILE), columns=["document"])["document"].to_pylist()
-    counts = Counter(name.partition(".")[0] for name in names)
+    opened = open_top(top)
+    shown = (opened.sentences(latent) for latent in range(opened.n_latents))
+    counts = Counter(sentence.document.partition(".")[0] for sentences in shown for sentence in sentences)
     shares = {name: n / counts.total() for name, n in counts.most_common()}
     if shares.get("passages", 0.0) < LEAST_OURS:
         raise ValueError(

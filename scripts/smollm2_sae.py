@@ -45,7 +45,7 @@ class SAEPathConfig:
     """Passes over the training rows."""
     max_units: int = 0
     """Sentences or passages of the training text, at most; 0: all."""
-    shown: int = 6
+    shown: int = 12
     """Sentences of each latent that ship."""
     steering: bool = True
     """Measure steering too, which takes longest."""
@@ -142,7 +142,7 @@ def _features(config: SAEPathConfig) -> list[Stage]:
         Stage(
             "Keep the sentences that ship",
             what,
-            (*sae, *shown, "--n-sentences", str(config.shown), *none),
+            (*sae, *shown, "--n-sentences", str(config.shown), *none, "--compact"),
             folder / "top",
         ),
     ]

@@ -403,6 +403,24 @@ def test_statistics_come_from_another_text_and_sentences_from_this_one(tmp_path:
     assert [explained[latent].reason for latent in range(48)] == reasons
 
 
+def test_a_compact_folder_reads_the_same(folders: Folders, top: Path, tmp_path: Path) -> None:
+    run(
+        config(folders, tmp_path / "compact", "--n-sentences", str(open_artifact(top).manifest.config["n"]), "--compact"),
+        solo(),
+    )
+    plain, compact = open_top(top), open_top(tmp_path / "compact")
+    for latent in range(plain.n_latents):
+        for aggregation in plain.aggregations:
+            assert compact.sentences(latent, aggregation) == plain.sentences(latent, aggregation)
+        assert compact.levels(latent) == plain.levels(latent)
+        assert compact.statistics(latent) == plain.statistics(latent)
+    assert compact.pool() == plain.pool()
+    assert compact.background()[0].text == plain.background()[0].text
+    ids = pq.read_table(tmp_path / "compact" / "sentences.parquet")["sentence_id"].to_pylist()
+    assert ids == sorted(set(ids))
+    assert "text" not in pq.read_schema(tmp_path / "compact" / "top_sentences.parquet").names
+
+
 def test_statistics_of_another_sae_are_refused(folders: Folders, top: Path, tmp_path: Path) -> None:
     sae = load(folders.sae)
     sae.b_enc.data += 1

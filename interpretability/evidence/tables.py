@@ -26,7 +26,15 @@ from interpretability.evidence.selection import (
     offsets_of,
     ranks,
 )
-from interpretability.records import BACKGROUND_SCHEMA, COUNTED, LEVEL, MEASURED_LATENT_SCHEMA, TOP_SCHEMA
+from interpretability.records import (
+    BACKGROUND_SCHEMA,
+    COMPACT_SCHEMA,
+    COUNTED,
+    LEVEL,
+    MEASURED_LATENT_SCHEMA,
+    SHARED_SCHEMA,
+    TOP_SCHEMA,
+)
 from llama3 import Tokenizer
 
 LATENTS_PER_GROUP = 128
@@ -131,6 +139,26 @@ def _activations(positions: Ragged, values: Ragged, lengths: Tensor) -> pa.ListA
     flat = torch.zeros(int(offsets[-1]))
     flat[torch.repeat_interleave(offsets[:-1], positions.lengths) + positions.values] = values.values
     return pa.ListArray.from_arrays(pa.array(offsets.int().numpy()), pa.array(flat.numpy()))
+
+
+class Once:
+    """Takes the sentences out of rows, each once."""
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+        self._kept = [SHARED_SCHEMA.empty_table()]
+
+    def taken_from(self, rows: pa.Table) -> pa.Table:
+        """`rows` of TOP_SCHEMA without the columns SHARED; what these say of sentences not seen before is kept."""
+        ids, first = np.unique(rows["sentence_id"].to_numpy(), return_index=True)
+        fresh = [int(at) for sentence_id, at in zip(ids.tolist(), first, strict=True) if sentence_id not in self._seen]
+        self._seen.update(ids.tolist())
+        self._kept.append(rows.select(SHARED_SCHEMA.names).take(fresh))
+        return rows.select(COMPACT_SCHEMA.names)
+
+    def table(self) -> pa.Table:
+        """What was kept, by sentence id."""
+        return pa.concat_tables(self._kept).sort_by("sentence_id").combine_chunks()
 
 
 def background_rows(background: Background, lookup: TextLookup) -> pa.Table:
