@@ -6,7 +6,6 @@ latent in one row group so that one latent is read without the rest, and `latent
 """
 
 import gzip
-import io
 import json
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -23,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from core.artifact import Artifact, open_artifact
+from interpretability.parquet import parquet_bytes as parquet_bytes
 
 TOP_FILE = "top_sentences.parquet"
 SHARED_FILE = "sentences.parquet"
@@ -333,44 +333,6 @@ class TopSentences:
 def open_top(path: Path) -> TopSentences:
     """Open a folder of top sentences; ValueError names what is missing, damaged or of another kind."""
     return TopSentences(open_artifact(Path(path), "top_sentences"))
-
-
-def parquet_bytes(schema: pa.Schema, tables: Iterable[pa.Table]) -> Iterator[bytes]:
-    """A Parquet file with one row group for each of `tables` that has rows, piece by piece, never whole in memory."""
-    sink = _Sink()
-    with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
-        for table in tables:
-            if len(table):
-                writer.write_table(table, row_group_size=len(table))
-            yield sink.take()
-    yield sink.take()
-
-
-class _Sink(io.RawIOBase):
-    """A file that hands out what was written to it since the last `take`."""
-
-    def __init__(self) -> None:
-        self._pieces: list[bytes] = []
-        self._position = 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self._pieces.append(bytes(data))
-        self._position += len(self._pieces[-1])
-        return len(self._pieces[-1])
-
-    def tell(self) -> int:
-        return self._position
-
-    def close(self) -> None:
-        """Stay open: the last piece is taken after the writer has closed its file."""
-
-    def take(self) -> bytes:
-        piece = b"".join(self._pieces)
-        self._pieces.clear()
-        return piece
 
 
 def explanation_lines(explanations: Iterable[Explanation]) -> Iterator[bytes]:
