@@ -212,7 +212,7 @@ class _Stage:
             Writer(builder, self.config.timeout_s, self.config.queue_depth) as writer,
         ):
             began, seen, counts = time.monotonic(), 0, Counter[str]()
-            for place, tokens in ahead(self._tokenised(todo)):
+            for n_mine, (place, tokens) in enumerate(ahead(self._tokenised(todo)), 1):
                 started = start_chunk(self.how, tokens, writer.check)
                 for site in missing[todo[place]]:
                     name = chunk_name(site, todo[place])
@@ -220,7 +220,9 @@ class _Stage:
                     mine.append(name)
                 counts += started.counts
                 # Places are handed out in order, so this rank's last one tells how far all ranks together have come.
-                bar.update((place + 1 - seen) * total // len(todo), **_notes(counts, writer, time.monotonic() - began))
+                everybody = (place + 1) / n_mine
+                notes = _notes(counts, writer, (time.monotonic() - began) / everybody)
+                bar.update((place + 1 - seen) * total // len(todo), **notes)
                 seen = place + 1
         return mine
 
@@ -251,7 +253,8 @@ class _Stage:
 
 
 def _notes(counts: Counter[str], writer: Writer, seconds: float) -> dict[str, str | int]:
-    """What the progress of one rank shows beside the sentences of all."""
+    """What progress shows beside the sentences of all ranks: rates of all, taken to be as this rank's over its share of the
+    `seconds`; padding and queue of this rank."""
     return {
         "tokens/s": f"{counts['fed'] / seconds:,.0f}",
         "MB/s": f"{writer.bytes / seconds / 1e6:.1f}",

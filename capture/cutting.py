@@ -1,15 +1,16 @@
 """Documents into sentences, passages or one unit each, in one process or in several: the same units in the same order."""
 
-import multiprocessing
+import json
 import os
-import threading
+import subprocess
+import sys
 from collections import deque
 from collections.abc import Generator, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Literal, NamedTuple, Protocol
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
+from dataclasses import asdict, dataclass
+from queue import SimpleQueue
+from typing import Any, Literal, NamedTuple, Protocol
 
 from capture.passages import Passages
 from capture.punkt import Lines, Splitter, load_splitter
@@ -81,29 +82,30 @@ class Cut(NamedTuple):
     units: list[str]
 
 
+def units_of(cutter: Cutter, name: str, text: str) -> list[str]:
+    """The units of one document. ValueError with its name, whatever fails."""
+    try:
+        return list(cutter.units(text))
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"document {name} ({len(text):,} characters) cannot be cut: {reason}") from error
+
+
 def cut(documents: Iterator[Document], how: Cutting, processes: int) -> Generator[Cut, None, None]:
     """The documents with their units, in order. OSError where a process was killed."""
     if processes == 1:
         cutter = how.cutter()
         for document in documents:
-            yield Cut(document, list(cutter.units(document.text)))
+            yield Cut(document, units_of(cutter, document.name, document.text))
         return
-    # Spawned, not forked: this process has threads (Arrow's, the model's).
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _end_with_parent) as pool:
+    with closing(_Pool(how, processes)) as pool:
         waiting: deque[tuple[list[Document], Future[list[list[str]]]]] = deque()
-        try:
-            for batch in _batches(documents):
-                waiting.append((batch, pool.submit(_cut_batch, how, [document.text for document in batch])))
-                if len(waiting) == BATCHES_PER_PROCESS * processes:
-                    yield from _next(waiting)
-            while waiting:
+        for batch in _batches(documents):
+            waiting.append((batch, pool.submit([(document.name, document.text) for document in batch])))
+            if len(waiting) == BATCHES_PER_PROCESS * processes:
                 yield from _next(waiting)
-        except BrokenProcessPool:
-            raise OSError(
-                "a process that cuts the text ended (killed, out of memory?); lower --processes and give the same command again"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+        while waiting:
+            yield from _next(waiting)
 
 
 def _next(waiting: "deque[tuple[list[Document], Future[list[list[str]]]]]") -> Iterator[Cut]:
@@ -124,23 +126,58 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-@lru_cache(maxsize=1)
-def _cutter(how: Cutting) -> Cutter:
-    return how.cutter()
+class _Pool:
+    """Processes that cut (`capture.worker`), each driven by a thread of this one."""
+
+    def __init__(self, how: Cutting, processes: int) -> None:
+        command = [sys.executable, "-m", "capture.worker", str(os.getpid())]
+        paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "env": os.environ | {"PYTHONPATH": paths}}
+        self._processes = [subprocess.Popen(command, **pipes) for _ in range(processes)]
+        self._first_line = asdict(how)
+        self._fresh = list(self._processes)
+        self._idle: SimpleQueue[Any] = SimpleQueue()
+        for process in self._processes:
+            self._idle.put(process)
+        self._threads = ThreadPoolExecutor(processes, thread_name_prefix="cutting")
+
+    def submit(self, documents: list[tuple[str, str]]) -> "Future[list[list[str]]]":
+        """The units of the documents, given by name and text, to come."""
+        return self._threads.submit(self._cut, documents)
+
+    def _cut(self, documents: list[tuple[str, str]]) -> list[list[str]]:
+        process = self._idle.get()
+        try:
+            if process in self._fresh:
+                self._fresh.remove(process)
+                _send(process, self._first_line)
+            _send(process, documents)
+            line = process.stdout.readline()
+        except (BrokenPipeError, ConnectionResetError):
+            line = b""
+        finally:
+            self._idle.put(process)
+        if not line.endswith(b"\n"):
+            raise OSError(
+                "a process that cuts the text ended (killed, out of memory?); lower --processes and give the same command again"
+            )
+        answer = json.loads(line)
+        if "error" in answer:
+            raise ValueError(answer["error"])
+        units: list[list[str]] = answer["units"]
+        return units
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+        self._threads.shutdown(cancel_futures=True)
+        for process in self._processes:
+            with suppress(BrokenPipeError):
+                process.stdin.close()  # type: ignore[union-attr]
+            process.stdout.close()  # type: ignore[union-attr]
+            process.wait()
 
 
-def _cut_batch(how: Cutting, texts: list[str]) -> list[list[str]]:
-    """Runs in a process of the pool."""
-    return [list(_cutter(how).units(text)) for text in texts]
-
-
-def _end_with_parent() -> None:
-    """A process of the pool waits for work for ever when its parent is killed; this thread ends it."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+def _send(process: Any, value: Any) -> None:
+    process.stdin.write(json.dumps(value).encode() + b"\n")
+    process.stdin.flush()

@@ -3,9 +3,12 @@
 Files are named in order of path; nothing of their content is read here.
 """
 
+import logging
+import os
 import posixpath
-from collections.abc import Callable
-from functools import partial
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
@@ -14,8 +17,10 @@ import xxhash
 
 from core.artifact import MANIFEST
 
-FOLDER_SUFFIXES = (".txt", ".jsonl", ".parquet")
-COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
+FOLDER_SUFFIXES = (".txt", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+"""What is read of a folder. A .json beside other files may hold rows or describe them: it is read where it is named, or where a
+folder holds nothing else."""
+COMPRESSION = (".gz", ".zst")
 PRESETS = {
     "hf://openwebtext": "hf://datasets/Skylion007/openwebtext/plain_text/*.parquet",
     "hf://sentences": "hf://datasets/PaulPauls/openwebtext-sentences/**/*.parquet",
@@ -23,6 +28,8 @@ PRESETS = {
 }
 """Short names: OpenWebText, the sentences that the reference run published, and the Pile without what was withdrawn from it.
 Layouts as public code and the Hub's file lists gave them in 2026; not fetched by the tests, which have no network."""
+
+log = logging.getLogger("capture.listing")
 
 
 class File(NamedTuple):
@@ -41,13 +48,18 @@ class File(NamedTuple):
     @property
     def suffixes(self) -> tuple[str, str]:
         """The suffix that says how to read it, and that of a compression, or nothing."""
-        path = PurePosixPath(self.name.lower())
-        return (PurePosixPath(path.stem).suffix, path.suffix) if path.suffix in COMPRESSION else (path.suffix, "")
+        packed = PurePosixPath(self.name.lower()).suffix
+        return _suffix(self.name), packed if packed in COMPRESSION else ""
 
 
 def source_name(spec: str) -> str:
     """How manifests name a source: without the folders above it, which differ between machines."""
-    return spec if spec.startswith("nltk:") or is_remote(spec) else Path(spec).resolve().name
+    return spec if spec.startswith("nltk:") or is_remote(spec) else _shown(Path(spec).resolve().name)
+
+
+def _shown(name: str) -> str:
+    """The name of a file as text: bytes in it that are not UTF-8, which Linux allows, as `\\xff`."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def source_version(spec: str) -> str | None:
@@ -71,13 +83,13 @@ def list_files(spec: str) -> list[File]:
         return _remote_files(spec)
     path = Path(spec)
     if path.is_dir():
-        source = path.resolve().name
-        below = [(file, file.relative_to(path).as_posix()) for file in _text_files(path)]
-        return [File(str(file), name, source, partial(_bytes, file), None) for file, name in below]
+        below = [(file, _shown(file.relative_to(path).as_posix())) for file in _text_files(path)]
+        return [File(_shown(str(file)), name, source_name(spec), partial(_bytes, file), None) for file, name in below]
     if path.is_file():
-        return [File(spec, path.name, path.name, partial(_bytes, path), None)]
+        name = _shown(path.name)
+        return [File(_shown(spec), name, name, partial(_bytes, path), None)]
     raise ValueError(
-        f"--source {spec}: no such file or folder; expected a text file, a folder of texts, .jsonl, .parquet, nltk:NAME, "
+        f"--source {spec}: no such file or folder; expected a text file, a folder of texts, .jsonl, .csv, .parquet, nltk:NAME, "
         f"an address such as hf://datasets/OWNER/NAME, or {', '.join(PRESETS)}"
     )
 
@@ -91,24 +103,38 @@ def _text_files(folder: Path) -> list[Path]:
     if (folder / MANIFEST).is_file():
         raise ValueError(f"--source {folder}: this is the output of a stage; expected a folder of texts")
     outputs = {manifest.parent for manifest in folder.rglob(MANIFEST)}
-    files = sorted(
-        (path for path in folder.rglob("*") if path.is_file() and _is_text(path.name)),
-        key=lambda path: path.relative_to(folder).parts,
-    )
-    files = [
-        path
-        for path in files
-        if outputs.isdisjoint(path.parents) and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
-    if not files:
-        raise ValueError(f"--source {folder}: holds no {', '.join(FOLDER_SUFFIXES)} file; expected at least one")
-    return files
+    there = [path for path in folder.rglob("*") if path.is_file() and outputs.isdisjoint(path.parents)]
+    shown = [path for path in there if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    names = set(_to_read(str(folder), [str(path) for path in shown]))
+    return sorted((path for path in shown if str(path) in names), key=lambda path: path.relative_to(folder).parts)
 
 
-def _is_text(name: str) -> bool:
-    """Whether a folder's file of this name is read."""
+def _to_read(spec: str, names: Sequence[str]) -> list[str]:
+    """Those of the files of a folder that are read. ValueError where there is none; what is left out is logged."""
+    kinds = {name: _suffix(name) for name in names}
+    wanted = FOLDER_SUFFIXES if any(kind in FOLDER_SUFFIXES for kind in kinds.values()) else (".json",)
+    read = [name for name, kind in kinds.items() if kind in wanted]
+    others = Counter(kind or "no suffix" for kind in kinds.values() if kind not in wanted)
+    left = ", ".join(f"{n} of {kind}" for kind, n in sorted(others.items()))
+    if not read:
+        raise ValueError(
+            f"--source {_shown(spec)}: holds no {', '.join(FOLDER_SUFFIXES)} or .json file; expected at least one"
+            + (f", found {left}" if left else "")
+        )
+    if left:
+        _say_once(f"{_shown(spec)}: {len(read)} files are read; left out: {left}; name a file to have it read")
+    return read
+
+
+@lru_cache
+def _say_once(message: str) -> None:
+    log.info(message)
+
+
+def _suffix(name: str) -> str:
+    """The suffix that says how to read a file, without that of a compression."""
     path = PurePosixPath(name.lower())
-    return (PurePosixPath(path.stem).suffix if path.suffix in COMPRESSION else path.suffix) in FOLDER_SUFFIXES
+    return PurePosixPath(path.stem).suffix if path.suffix in COMPRESSION else path.suffix
 
 
 def _remote_files(spec: str) -> list[File]:
@@ -121,9 +147,7 @@ def _remote_files(spec: str) -> list[File]:
         raise ValueError(f"--source {spec}: cannot be listed: {' '.join(str(error).split())[:200]}") from error
     infos = {name: info for name, info in sorted(found.items()) if info["type"] == "file"}
     if len(infos) != 1 or "*" in path:
-        infos = {name: info for name, info in infos.items() if _is_text(name)}
-    if not infos:
-        raise ValueError(f"--source {spec}: holds no {', '.join(FOLDER_SUFFIXES)} file; expected at least one")
+        infos = {name: infos[name] for name in _to_read(spec, list(infos))}
     root = posixpath.commonpath([posixpath.dirname(name) for name in infos])
     return [
         File(

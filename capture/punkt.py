@@ -17,7 +17,14 @@ from typing import Any, Literal
 
 import nltk.data
 import xxhash
-from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer, PunktTrainer, load_punkt_params
+from nltk.tokenize.punkt import (
+    PunktLanguageVars,
+    PunktParameters,
+    PunktSentenceTokenizer,
+    PunktToken,
+    PunktTrainer,
+    load_punkt_params,
+)
 
 from capture.sources import Document, open_source
 from core import files
@@ -50,13 +57,46 @@ _INITIAL_NEXT = re.compile(r"[A-Z]\.\s")
 Lines = Literal["auto", "paragraphs", "wrapped"]
 
 
+WINDOW = 2**16
+"""Characters that Punkt sees at a time. A longer paragraph is cut in windows, each of which begins where a sentence does."""
+_TERMINATORS = "。｡！？।॥؟۔።፧။។៕"
+"""Marks that end a sentence in scripts that may put no space behind them: Chinese and Japanese, Devanagari, Arabic and Urdu,
+Ethiopic, Burmese, Khmer. None of them occurs in a Latin text."""
+_CLOSING = re.escape("\"')]}”’»」』】）〉》］")
+_FOREIGN_END = re.compile(rf"[{_TERMINATORS}]+[{_CLOSING}]*")
+
+
+class _Patterns(PunktLanguageVars):  # type: ignore[misc]
+    """NLTK's own patterns, compiled by `re`: since NLTK 3.10 its own give up after 5 s, and so a slow machine fails where a
+    fast one does not. WINDOW bounds them instead.
+    """
+
+    def __init__(self) -> None:
+        self._re_period_context = re.compile(
+            self._period_context_fmt % {"NonWord": self._re_non_word_chars, "SentEndChars": self._re_sent_end_chars},
+            re.UNICODE | re.VERBOSE,
+        )
+        words = {"NonWord": self._re_non_word_chars, "MultiChar": self._re_multi_char_punct, "WordStart": self._re_word_start}
+        self._re_word_tokenizer = re.compile(self._word_tokenize_fmt % words, re.UNICODE | re.VERBOSE)
+        self.re_boundary_realignment = re.compile(PunktLanguageVars.re_boundary_realignment.pattern, re.MULTILINE)
+
+
+class _Token(PunktToken):  # type: ignore[misc]
+    """NLTK's token, whose patterns have the same clock."""
+
+    _RE_ELLIPSIS = re.compile(PunktToken._RE_ELLIPSIS.pattern)
+    _RE_NUMERIC = re.compile(PunktToken._RE_NUMERIC.pattern)
+    _RE_INITIAL = re.compile(PunktToken._RE_INITIAL.pattern)
+    _RE_ALPHA = re.compile(PunktToken._RE_ALPHA.pattern)
+
+
 class Splitter:
     """Cuts text into sentences. `hash` identifies the model behind it."""
 
     def __init__(self, parameters: PunktParameters, joins: bool) -> None:
         """`joins`: mend what Punkt has no means for, by the rules for English in this file."""
         parameters.ortho_context = _Orthography(parameters.ortho_context)
-        self._punkt = PunktSentenceTokenizer(parameters)
+        self._punkt = PunktSentenceTokenizer(parameters, lang_vars=_Patterns(), token_cls=_Token)
         self._joins = joins
         self.hash = xxhash.xxh3_64_hexdigest(json.dumps(_as_json(parameters)).encode())
 
@@ -64,15 +104,29 @@ class Splitter:
         """The sentences of `text` in order, as they stand there, without white space around them.
 
         `lines` says what one line break means: the end of a sentence ("paragraphs"), or no more than a space ("wrapped", for
-        text broken to a width); "auto" decides by how the lines end and begin. A blank line always ends a sentence.
+        text broken to a width); "auto" decides by how the lines end and begin. A blank line always ends a sentence. A sentence
+        of more than WINDOW characters is cut.
         """
         for paragraph in _paragraphs(text, lines):
-            spans = list(self._punkt.span_tokenize(paragraph))
-            if self._joins:
-                spans = _joined(paragraph, spans)
+            for part in _after_foreign_ends(paragraph):
+                yield from self._cut(part)
+
+    def _cut(self, paragraph: str) -> Iterator[str]:
+        """The sentences of a paragraph: those of a window but the last, which may go on behind it; the next begins there."""
+        begin = 0
+        while begin < len(paragraph):
+            window = paragraph[begin : begin + WINDOW]
+            spans = self._spans(window)
+            if begin + WINDOW < len(paragraph):
+                spans = spans[:-1] or [(0, window.rfind(" ", 1) + 1 or WINDOW)]
             for start, end in spans:
-                if sentence := paragraph[start:end].strip():
+                if sentence := window[start:end].strip():
                     yield sentence
+            begin += spans[-1][1] if spans else WINDOW
+
+    def _spans(self, text: str) -> list[tuple[int, int]]:
+        spans = list(self._punkt.span_tokenize(text))
+        return _joined(text, spans) if self._joins else spans
 
 
 class _Orthography(dict[str, int]):
@@ -89,6 +143,15 @@ def _paragraphs(text: str, lines: Lines) -> Iterator[str]:
             yield " ".join(rows)
         else:
             yield from rows
+
+
+def _after_foreign_ends(paragraph: str) -> Iterator[str]:
+    """The paragraph, cut behind the marks of _TERMINATORS, which Punkt does not know."""
+    begin = 0
+    for end in _FOREIGN_END.finditer(paragraph):
+        yield paragraph[begin : end.end()]
+        begin = end.end()
+    yield paragraph[begin:]
 
 
 def _is_wrapped(rows: list[str]) -> bool:

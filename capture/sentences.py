@@ -10,7 +10,9 @@ Sentences keep the order and the text of the source. Ids count documents as they
 
 import logging
 import sys
-from collections.abc import Iterator
+from array import array
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,7 @@ from capture.cutting import Cutting, Unit, cut
 from capture.duplicates import Seen
 from capture.listing import source_name, source_version
 from capture.punkt import Lines
-from capture.sources import Document, open_source
+from capture.sources import Document, open_source, refuse_null
 from core.artifact import Builder, building
 from core.cli import Progress, StageConfig, machine, run_stage
 from core.runtime import Runtime
@@ -54,21 +56,23 @@ class SentencesConfig(StageConfig):
     """Flags of the stage."""
 
     source: str = machine()
-    """A text file, a folder of .txt, .jsonl and .parquet files, one such file (.gz and .zst are unpacked), an address of either
+    """A text file, .jsonl, .json, .csv or .parquet, a folder of such files (.gz and .zst are unpacked), an address of either
     (hf://datasets/OWNER/NAME, s3://..., with * where wanted), hf://openwebtext, hf://sentences (cut already: add --unit
     document), hf://pile, or nltk:NAME. The manifest holds its hash."""
     out: Path
     """The corpus folder to write."""
     encoding: str = "utf-8"
-    """Encoding of text and JSON Lines."""
+    """Encoding of text, JSON and CSV."""
     text_key: str = "text"
-    """Where the text stands in JSON Lines (key) and Parquet (column)."""
+    """Where the text stands in JSON (key), CSV and Parquet (column)."""
     lines: Lines = "auto"
     """What one line break means: a sentence's end (paragraphs), a space (wrapped); auto decides per block of lines."""
     punkt: Literal["builtin", "pretrained"] = "builtin"
     """Our own Punkt model for English, the same on every machine, or the one of NLTK's data."""
     language: str = "english"
     """Language of the pretrained model, as NLTK names it."""
+    nulls: Literal["skip", "refuse"] = machine("skip")
+    """Rows whose text is null: skip leaves them out and counts them in the manifest; refuse stops at the first."""
     unit: Unit = "sentence"
     """What becomes a row of the corpus: sentences, passages of a fixed number of tokens, or each document as it stands, for a
     source that holds a sentence a row."""
@@ -94,8 +98,9 @@ class SentencesConfig(StageConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected at least 1")
 
-    def documents(self) -> Iterator[Document]:
-        return open_source(self.source, self.encoding, self.text_key)
+    def documents(self, on_null: Callable[[str], None] = lambda place: None) -> Iterator[Document]:
+        """`on_null` is called with the place of each row that --nulls skip leaves out."""
+        return open_source(self.source, self.encoding, self.text_key, refuse_null if self.nulls == "refuse" else on_null)
 
     @property
     def cutting(self) -> Cutting:
@@ -164,6 +169,29 @@ def _table(rows: list[Any], schema: pa.Schema) -> pa.Table:
     return pa.table(arrays, schema=schema)
 
 
+class NullRows:
+    """Counts rows without a text, each with the number of documents before it, because reading runs ahead of cutting."""
+
+    def __init__(self) -> None:
+        self.first = ""
+        self._read = 0
+        self._places = array("q")
+
+    def add(self, place: str) -> None:
+        self.first = self.first or place
+        self._places.append(self._read)
+
+    def among(self, documents: Iterator[Document]) -> Iterator[Document]:
+        """The same documents, counted as they are read."""
+        for document in documents:
+            self._read += 1
+            yield document
+
+    def before(self, n_documents: int) -> int:
+        """How many such rows stand before the last of the first `n_documents` documents."""
+        return bisect_left(self._places, n_documents)
+
+
 def source_hash(documents: Iterator[Document]) -> str:
     """Identifies a source by its documents, wherever it lies."""
     digest = xxhash.xxh3_128()
@@ -218,7 +246,8 @@ def _write(config: SentencesConfig, builder: Builder, runtime: Runtime) -> tuple
     seen = Seen()
     short = duplicate = 0
     limit = config.max_sentences or sys.maxsize
-    documents = cut(config.documents(), config.cutting, config.processes)
+    nulls = NullRows()
+    documents = cut(nulls.among(config.documents(nulls.add)), config.cutting, config.processes)
     with (
         Progress("capture.sentences", config.max_sentences or None, f"{config.unit}s", runtime) as bar,
         closing(documents),
@@ -240,7 +269,11 @@ def _write(config: SentencesConfig, builder: Builder, runtime: Runtime) -> tuple
                 break
     writer.finish()
     counts = {"sentences": writer.sentences, "documents": writer.documents}
-    return writer.names, counts | {"dropped_short": short, "dropped_duplicate": duplicate}
+    counts |= {"dropped_short": short, "dropped_duplicate": duplicate}
+    if n := nulls.before(writer.documents if writer.sentences == limit else sys.maxsize):
+        log.warning("%s rows have a null for a text and are left out, the first is %s", f"{n:,}", nulls.first)
+        counts["dropped_null"] = n
+    return writer.names, counts
 
 
 if __name__ == "__main__":

@@ -1,29 +1,41 @@
 """Where text comes from: documents with a name, a source and perhaps a label, read as a stream.
 
-`open_source` takes a text file, a folder of texts, JSON Lines, Parquet, an address that fsspec knows (`hf://`, `s3://`, `https://`)
-or `nltk:NAME`; texts and JSON Lines may be compressed (.gz, .zst). Everything that is not text as announced is refused with the
-file and the place in it.
+`open_source` takes a text file, a folder of texts, JSON Lines, JSON, CSV, Parquet, an address that fsspec knows (`hf://`,
+`s3://`, `https://`) or `nltk:NAME`; all but Parquet may be compressed (.gz, .zst). Everything that is not text as announced is
+refused with the file and the place in it.
 """
 
 import codecs
 import io
-import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from capture.listing import COMPRESSION, File, is_remote, list_files
+from capture.characters import characters
+from capture.listing import File, is_remote, list_files
+from capture.rows import Reader, Row, Wanted, read_csv, read_json, read_json_lines, read_parquet
+from core.text import MARK
 
 PART_CHARACTERS = 2**16
 """A text file longer than this becomes several documents: memory stays flat, and a book can be split into training and
 validation documents."""
 PART_ENDS = ("\n\n", ".\n", "\n", " ")
 """Where a long text may be cut, the best place first."""
-READ_BYTES = 2**20
-PARQUET_ROWS = 1024
+
+ROWS: dict[str, Reader] = {
+    ".jsonl": read_json_lines,
+    ".ndjson": read_json_lines,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_csv,
+    ".parquet": read_parquet,
+}
+"""How files of these suffixes are read."""
+NOT_TEXT = re.compile(
+    r"\.(x?html?|xml|pdf|docx?|odt|rtf|epub|xlsx?|arrow|feather|orc|avro|zip|tar|tgz|bz2|xz|7z|pkl|pickle|pth?|npy|npz|sqlite|db)"
+)
+"""Suffixes of what is not text as it stands. Every other one is taken for text."""
 
 
 class Document(NamedTuple):
@@ -35,12 +47,20 @@ class Document(NamedTuple):
     label: str | None
 
 
-def open_source(spec: str, encoding: str = "utf-8", text_key: str = "text") -> Iterator[Document]:
+def refuse_null(place: str) -> None:
+    """ValueError for a row without a text."""
+    raise ValueError(f"{place} has no text, but a null; --nulls skip leaves such rows out and counts them")
+
+
+def open_source(
+    spec: str, encoding: str = "utf-8", text_key: str = "text", on_null: Callable[[str], None] = refuse_null
+) -> Iterator[Document]:
     """The documents of `spec`, in the order of the source (folders: by path), read as they are asked for.
 
-    `spec` is a file (.jsonl: keys `text` and optionally `name`, `source`, `label`; .parquet: columns of these names; any other
-    suffix: plain text), a folder of .txt, .jsonl and .parquet files, an address of either that fsspec knows (may hold `*`), one
-    of PRESETS, or `nltk:NAME` for a plain-text corpus of NLTK's. `text_key` is read in place of `text`.
+    `spec` is a file (of rows, as in ROWS, with the keys or columns `text` and optionally `name`, `source`, `label`; any other
+    suffix: plain text), a folder, an address of either that fsspec knows (may hold `*`), one of PRESETS, or `nltk:NAME` for a
+    plain-text corpus of NLTK's. `text_key` is read in place of `text`; a row whose text is null is left out, and `on_null` is
+    called with its place.
     Raises ValueError naming file and place where something is missing, not in `encoding`, or not of the announced form.
     """
     try:
@@ -52,7 +72,7 @@ def open_source(spec: str, encoding: str = "utf-8", text_key: str = "text") -> I
         return
     for file in list_files(spec):
         try:
-            yield from _read(file, encoding, text_key)
+            yield from _read(file, encoding, text_key, on_null)
         except (OSError, ValueError):
             raise
         except Exception as error:
@@ -62,21 +82,26 @@ def open_source(spec: str, encoding: str = "utf-8", text_key: str = "text") -> I
             raise OSError(f"{file.label}: cannot be read: {error}; the same command continues from here") from error
 
 
-def _read(file: File, encoding: str, text_key: str) -> Iterator[Document]:
-    match file.suffixes:
-        case (".jsonl", _):
-            return _read_jsonl(file, encoding, text_key)
-        case (".parquet", _):
-            return _read_parquet(file, text_key)
-        case _:
-            return _read_text(file, encoding)
+def _read(file: File, encoding: str, text_key: str, on_null: Callable[[str], None]) -> Iterator[Document]:
+    suffix = file.suffixes[0]
+    if NOT_TEXT.fullmatch(suffix):
+        raise ValueError(f"{file.label}: {suffix} is not text as it stands; convert it to .txt or .jsonl first")
+    if suffix not in ROWS:
+        yield from _read_text(file, encoding)
+        return
+    others = tuple(key for key in ("name", "source", "label") if key != text_key)
+    for row in ROWS[suffix](file, encoding, Wanted(text_key, others)):
+        if row.values.get(text_key, "") is None:
+            on_null(row.place)
+        else:
+            yield _from_row(row, file, text_key, others)
 
 
 # --- plain text ---------------------------------------------------------------------------------------------------------------
 
 
 def _read_text(file: File, encoding: str) -> Iterator[Document]:
-    parts = _parts(_characters(file, encoding))
+    parts = _parts(characters(file, encoding))
     first, second = next(parts, None), next(parts, None)
     if first is None:
         return
@@ -85,41 +110,6 @@ def _read_text(file: File, encoding: str) -> Iterator[Document]:
         return
     for number, part in enumerate(chain((first, second), parts), 1):
         yield Document(f"{file.name}#{number}", file.source, part, None)
-
-
-def _characters(source: File, encoding: str) -> Iterator[str]:
-    """The file's text in blocks, `\\n` at line ends; ValueError with the byte offset of what is not in `encoding`."""
-    decoder = codecs.getincrementaldecoder(encoding)()
-    newlines = io.IncrementalNewlineDecoder(None, translate=True)
-    position = 0  # bytes given to the decoder, of which it may hold back the beginning of a character
-    with _open(source) as file:
-        while True:
-            held_back = len(decoder.getstate()[0])
-            try:
-                block = file.read(READ_BYTES)
-            except OSError as error:
-                raise ValueError(f"{source.label}: cannot be read: {error}") from None
-            try:
-                text = decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                place = position - held_back + error.start
-                raise ValueError(
-                    f"{source.label}: not {encoding}: {error.reason} at byte {place:,}; give the right one with --encoding, "
-                    "such as --encoding latin-1"
-                ) from None
-            yield newlines.decode(text.removeprefix("\ufeff") if position == 0 else text, final=not block)
-            position += len(block)
-            if not block:
-                return
-
-
-def _open(file: File) -> Any:
-    """The file as bytes, unpacked where its name ends in .gz or .zst."""
-    compression = COMPRESSION.get(file.suffixes[1])
-    try:
-        return pa.input_stream(file.open(), compression=compression) if compression else file.open()
-    except OSError as error:
-        raise ValueError(f"{file.label}: cannot be read: {error}") from None
 
 
 def _parts(blocks: Iterator[str]) -> Iterator[str]:
@@ -137,59 +127,26 @@ def _parts(blocks: Iterator[str]) -> Iterator[str]:
         yield part
 
 
-# --- JSON Lines and Parquet ---------------------------------------------------------------------------------------------------
+# --- rows ---------------------------------------------------------------------------------------------------------------------
 
 
-def _read_jsonl(file: File, encoding: str, text_key: str) -> Iterator[Document]:
-    for number, line in enumerate(_lines(_characters(file, encoding)), 1):
-        if not line.strip():
-            continue
-        place = f"{file.label}: line {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{place} is not JSON ({error}); expected an object a line with a key {text_key!r}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{place} is not an object; expected one object a line with a key {text_key!r}")
-        yield _from_row(row, place, f"{file.name}:{number}", file.source, text_key)
-
-
-def _lines(blocks: Iterator[str]) -> Iterator[str]:
-    tail = ""
-    for block in blocks:
-        *whole, tail = (tail + block).split("\n")
-        yield from whole
-    yield tail
-
-
-def _read_parquet(source: File, text_key: str) -> Iterator[Document]:
-    with source.open() as opened:
-        try:
-            file = pq.ParquetFile(opened)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{source.label}: not a readable Parquet file: {error}") from None
-        columns = file.schema_arrow.names
-        if text_key not in columns:
-            raise ValueError(f"{source.label}: has no column {text_key!r}; it has {', '.join(columns)}; see --text-key")
-        wanted = [column for column in (text_key, "name", "source", "label") if column in columns]
-        number = 0
-        for batch in file.iter_batches(PARQUET_ROWS, columns=wanted):
-            for row in batch.to_pylist():
-                yield _from_row(row, f"{source.label}: row {number}", f"{source.name}:{number}", source.source, text_key)
-                number += 1
-
-
-def _from_row(row: dict[str, Any], place: str, name: str, source: str, text_key: str) -> Document:
-    text = row.get(text_key)
+def _from_row(row: Row, file: File, text_key: str, others: tuple[str, ...]) -> Document:
+    text = row.values.get(text_key)
     if not isinstance(text, str):
-        raise ValueError(f"{place} has no text: expected a string under {text_key!r}, found {type(text).__name__}")
-    values = {key: str(row[key]) for key in ("name", "source", "label") if row.get(key) is not None}
+        raise ValueError(f"{row.place} has no text: expected a string under {text_key!r}, found {_kind(row, text_key)}")
+    values = {key: str(row.values[key]) for key in others if row.values.get(key) is not None}
+    name, source = f"{file.name}:{row.number}", file.source
     document = Document(values.get("name", name), values.get("source", source), text, values.get("label"))
     try:
         "".join((document.text, *values.values())).encode()
     except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no encoding of text can
-        raise ValueError(f"{place} holds U+{ord(error.object[error.start]):04X}, half a character; repair the text") from None
+        code = ord(error.object[error.start])
+        raise ValueError(f"{row.place} holds U+{code:04X}, half a character; repair the text") from None
     return document
+
+
+def _kind(row: Row, key: str) -> str:
+    return type(row.values[key]).__name__ if key in row.values else f"the keys {', '.join(row.values):.200}"
 
 
 # --- NLTK ---------------------------------------------------------------------------------------------------------------------
@@ -213,7 +170,7 @@ def _read_nltk(name: str) -> Iterator[Document]:
         raise ValueError(f"--source nltk:{name}: not a corpus of plain text; try nltk:state_union or nltk:gutenberg")
     for file in reader.fileids():
         labels = list(reader.categories(file)) if isinstance(reader, CategorizedPlaintextCorpusReader) else []
-        text = reader.raw(file)
+        text = reader.raw(file).removeprefix(MARK)
         yield Document(file, f"nltk:{name}", text, labels[0] if len(labels) == 1 else None)
 
 

@@ -13,6 +13,8 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from core.text import parse_json
+
 # Those in use here, in the order that safetensors gives them: wide types first, so that every tensor starts at a multiple of
 # its own width.
 DTYPES = {torch.int64: "I64", torch.float32: "F32", torch.int32: "I32", torch.bfloat16: "BF16", torch.int8: "I8"}
@@ -50,7 +52,7 @@ class Place(NamedTuple):
 def header(file: BinaryIO) -> dict[str, Any]:
     """The header of a safetensors file, read from its beginning. ValueError where there is none."""
     length = int.from_bytes(file.read(LENGTH_BYTES), "little")
-    found = json.loads(file.read(min(length, MAX_HEADER_BYTES)))
+    found = parse_json(file.read(min(length, MAX_HEADER_BYTES)))
     if not isinstance(found, dict):
         raise ValueError(f"expected an object, found {type(found).__name__}")
     return found

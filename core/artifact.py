@@ -290,6 +290,7 @@ def building(
 
     Raises ValueError where the folder is in use, holds something else, or was begun with other flags or inputs.
     """
+    inputs = list(inputs)
     wanted = Manifest(
         kind=kind,
         config=config_record(config),
@@ -300,11 +301,25 @@ def building(
     with ExitStack() as held:
 
         def begin() -> Manifest:
+            _check_apart(path, inputs)
             held.enter_context(locked(path))
             return _begin(path, wanted)
 
         # What was begun reaches all ranks from rank 0: each reading the folder for itself might see more or less of it.
         yield builder(path, runtime.on_main(begin), runtime)
+
+
+def _check_apart(path: Path, inputs: Iterable[Artifact]) -> None:
+    """ValueError where `path` is one of the inputs or lies in the output of a stage, which would then hold files of another."""
+    place = path.resolve()
+    for artifact in inputs:
+        if artifact.path.resolve() == place:
+            raise ValueError(f"{path}: is one of the inputs; choose another --out")
+    for folder in place.parents:
+        if (folder / MANIFEST).is_file():
+            raise ValueError(
+                f"{path}: lies in {folder}, the output of a stage, which could not be read any more; choose another --out"
+            )
 
 
 def _begin(path: Path, wanted: Manifest) -> Manifest:

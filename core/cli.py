@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import math
 import os
 import re
 import select
@@ -19,6 +20,7 @@ import tyro
 from tqdm import tqdm
 
 from core.runtime import Runtime, environment_rank, open_runtime
+from core.text import read_text
 
 T = TypeVar("T")
 ConfigT = TypeVar("ConfigT")
@@ -26,6 +28,7 @@ ConfigT = TypeVar("ConfigT")
 log = logging.getLogger("core.cli")
 
 STDOUT = 1
+MOST_DOTS = 2000  # in a line of a preset
 
 
 def machine(default: Any = MISSING) -> Any:
@@ -60,6 +63,7 @@ def parse(config_class: type[ConfigT], description: str, argv: Sequence[str] | N
     Raises ValueError in one line for unknown or missing flags, wrong types, and unknown names in the TOML file.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    _refuse_broken_text(argv)
     given, preset = _take_preset(config_class, argv)
     _no_list_twice(config_class, given)
     n_positional = next((i for i, argument in enumerate(given) if argument.startswith("-")), len(given))
@@ -71,12 +75,38 @@ def parse(config_class: type[ConfigT], description: str, argv: Sequence[str] | N
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors), _helping() if {"-h", "--help"} & set(given) else _unfolded():
-            return tyro.cli(config_class, args=arguments, description=text, prog=_program())
+            config = tyro.cli(config_class, args=arguments, description=text, prog=_program())
+        _check_finite(config, "--")
+        return config
     except SystemExit as exit_:
         if not exit_.code:
             raise
         message = _one_line(errors.getvalue(), config_class.__name__)
     raise ValueError(message + _origin(message, given, preset))
+
+
+def _refuse_broken_text(argv: Sequence[str]) -> None:
+    """ValueError for an argument with bytes that are not UTF-8, unless it names a file, as Linux lets it."""
+    for argument in argv:
+        text = argument.partition("=")[2] if argument.startswith("--") and "=" in argument else argument
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            if not os.path.lexists(text):
+                shown = ascii(text[max(error.start - 20, 0) : error.end + 20])
+                raise ValueError(f"{shown} on the command line is not UTF-8 text; convert it first") from None
+
+
+def _check_finite(config: Any, prefix: str) -> None:
+    """ValueError naming the first flag that is NaN or infinite: such a number passes most comparisons by accident."""
+    for item in fields(config):
+        value = getattr(config, item.name)
+        flag = prefix + item.name.replace("_", "-")
+        if is_dataclass(value):
+            _check_finite(value, f"{flag}.")
+        for number in _flat(value.values() if isinstance(value, dict) else [value]):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{flag} {number}: expected a finite number")
 
 
 def _no_list_twice(config_class: type[Any], given: Sequence[str]) -> None:
@@ -138,7 +168,7 @@ def _take_preset(config_class: type[Any], argv: list[str]) -> tuple[list[str], P
     if len(paths) > 1 or not path:
         raise ValueError("--config: expected one TOML file behind it, once")
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        values = _parse_toml(read_text(Path(path), "the file"))
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}; expected a TOML file") from None
     except ValueError as error:
@@ -148,6 +178,17 @@ def _take_preset(config_class: type[Any], argv: list[str]) -> tuple[list[str], P
     except ValueError as error:
         raise ValueError(f"--config {path}: {error}") from None
     return given, Preset(path, scalars + lists)
+
+
+def _parse_toml(text: str) -> dict[str, Any]:
+    """ValueError where `text` is no TOML, or nested more deeply than any preset."""
+    deep = max(line.count(".") for line in text.split("\n")) > MOST_DOTS  # tomllib's memory is quadratic in a.b.c.d
+    try:
+        if not deep:
+            return tomllib.loads(text)
+    except RecursionError:
+        pass
+    raise ValueError("it is nested too deeply")
 
 
 def _as_flags(config_class: type[Any], values: dict[str, Any], prefix: str) -> tuple[list[str], list[str]]:
@@ -170,6 +211,8 @@ def _as_flags(config_class: type[Any], values: dict[str, Any], prefix: str) -> t
             if not isinstance(value, bool):
                 raise ValueError(f"{prefix + name!r} must be true or false; found {value!r}")
             scalars.append(flag if value else f"--{prefix}no-{stem}")
+        elif (odd := _not_whole(hint, value)) is not None:
+            raise ValueError(f"{prefix + name!r} takes whole numbers; found {odd!r}")
         elif isinstance(value, dict | list) and not _holds_many(hint):
             raise ValueError(f"{prefix + name!r} must be one value; found {value!r}")
         elif isinstance(value, dict):
@@ -188,9 +231,24 @@ def _holds_many(hint: Any) -> bool:
     return isinstance(origin or hint, type) and issubclass(origin or hint, Collection) and not issubclass(origin or hint, str)
 
 
-def _flat(values: list[Any]) -> Iterator[Any]:
+def _not_whole(hint: Any, value: Any) -> float | None:
+    """The first number with a fraction or an exponent in `value`, where `hint` knows whole numbers alone."""
+    parts = set(_leaves(hint))
+    fractions = (each for each in _flat([value]) if isinstance(each, float))
+    return next(fractions, None) if int in parts and float not in parts else None
+
+
+def _leaves(hint: Any) -> Iterator[Any]:
+    if args := get_args(hint):
+        for part in args:
+            yield from _leaves(part)
+    else:
+        yield hint
+
+
+def _flat(values: Iterable[Any]) -> Iterator[Any]:
     for value in values:
-        if isinstance(value, list):
+        if isinstance(value, list | tuple):
             yield from _flat(value)
         else:
             yield value

@@ -116,9 +116,11 @@ def _check_alone(path: Path, alone: bool) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Create `path` with its parents, so that they outlive a power cut. ValueError where a file is in the way."""
+    """Create `path` with its parents, so that they outlive a power cut. ValueError where a file or a dead link is there."""
     missing = []
     while not path.exists():
+        if path.is_symlink():
+            raise ValueError(f"{path}: is a link to {path.readlink()}, where nothing is; choose another --out")
         missing.append(path)
         path = path.parent
     if not path.is_dir():

@@ -26,6 +26,7 @@ T = TypeVar("T")
 LOST_PEER = re.compile(r"timed? ?out|clos(ed|ing)|reset by peer|refused|monitoredBarrier|clients joined", re.IGNORECASE)
 """What PyTorch's messages say when a rank ended or does not answer; other RuntimeErrors are bugs and keep their traceback."""
 TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)
+LONGEST_S = 10**9  # thirty years; what is longer overflows
 SILENCE_S = 10.0  # ranks reach a collective, and so give up waiting, at different moments
 
 
@@ -283,8 +284,8 @@ def open_runtime(device: str = "auto", threads: int = 0, seed: int = 0, timeout_
     """
     if threads < 0:
         raise ValueError(f"--threads must be 0 (PyTorch's choice) or more; found {threads}")
-    if timeout_s <= 0:
-        raise ValueError(f"--timeout-s must be more than 0; found {timeout_s}")
+    if not 0 < timeout_s <= LONGEST_S:
+        raise ValueError(f"--timeout-s must be more than 0, at most {LONGEST_S:,}; found {timeout_s}")
     rank, local_rank, world_size = environment_rank()
     place = pick_device(device, local_rank, world_size)
     if threads:

@@ -24,6 +24,7 @@ import torch
 
 from core.cli import machine, run_stage
 from core.runtime import Runtime
+from core.text import lines, read_text
 from inference.dialogue import Style, check_style, style_of
 from inference.recipes import SteeringConfig
 from inference.session import open_session
@@ -189,10 +190,10 @@ def read_password(path: Path | None) -> str | None:
     """The first line of the file; ValueError where it is too short to protect anything."""
     if path is None:
         return None
-    lines = path.read_text(encoding="utf-8").splitlines()
-    if not lines or len(lines[0].strip()) < 8:
+    password = next(iter(lines(read_text(path, f"--password-file {path}"))), "").strip()
+    if len(password) < 8:
         raise ValueError(f"--password-file {path}: expected a first line of at least 8 characters")
-    return lines[0].strip()
+    return password
 
 
 def _guarding(names: Collection[str], events: Mapping[int, Sequence[str]]) -> Lifespan:

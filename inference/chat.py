@@ -16,6 +16,7 @@ from functools import partial
 
 from core.cli import machine, run_stage
 from core.runtime import Runtime
+from core.text import decode
 from inference.dialogue import check_style, prepare, style_of
 from inference.row import hooks_of, new_row
 from inference.session import Session, open_session
@@ -87,11 +88,8 @@ def _ask(config: ChatConfig) -> str | None:
             return None
     if _at_keyboard():
         print(config.prompt, end="", file=sys.stderr, flush=True)
-    try:
-        line = sys.stdin.buffer.readline().decode("utf-8") if sys.stdin is not None else ""
-    except UnicodeDecodeError:
-        raise ValueError("a message on standard input is not UTF-8 text; convert it first") from None
-    return line.strip() if line else None
+    line = sys.stdin.buffer.readline() if sys.stdin is not None else b""
+    return decode(line, "a message on standard input").strip() if line else None
 
 
 def _answer(config: ChatConfig, session: Session, recipe: Recipe, messages: list[Message], out: Output) -> str:

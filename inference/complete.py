@@ -16,6 +16,7 @@ from typing import Any
 
 from core.cli import machine, run_stage
 from core.runtime import Runtime
+from core.text import decode, lines
 from inference.row import Row, grow, hooks_of, new_row
 from inference.session import Session, open_session
 from inference.steering import Recipe
@@ -73,11 +74,8 @@ def read_prompts(config: CompleteConfig) -> list[str]:
     else:
         if sys.stdin is not None and sys.stdin.isatty():
             log.info("reading prompts, one a line, until Ctrl-D")
-        try:
-            text = sys.stdin.buffer.read().decode("utf-8") if sys.stdin is not None else ""
-        except UnicodeDecodeError as error:
-            raise ValueError(f"standard input is not UTF-8 text (byte {error.start}); convert it first") from None
-        prompts = [text.rstrip("\n")] if config.whole else text.splitlines()
+        text = decode(sys.stdin.buffer.read(), "standard input") if sys.stdin is not None else ""
+        prompts = [text.rstrip("\n")] if config.whole else lines(text)
     prompts = [prompt for prompt in prompts if prompt.strip()]
     if not prompts:
         raise ValueError("the prompt is empty; give --prompt TEXT, or one prompt a line on standard input")

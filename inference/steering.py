@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from core.product import linear
+from core.text import parse_json, read_text
 from llama3.generate import HooksFor
 from llama3.sites import Hook
 from sae.model import SAE, Latents
@@ -147,8 +148,8 @@ class Recipe:
         if len(text) > MAX_RECIPE_CHARACTERS:
             raise ValueError(f"a recipe has at most {MAX_RECIPE_CHARACTERS:,} characters; found {len(text):,}")
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            data = parse_json(text)
+        except ValueError as error:
             raise ValueError(f"the recipe is not valid JSON: {error}") from None
         if not isinstance(data, dict) or data.get("format") not in (FORMAT, FORMAT_OF_SEVERAL):
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
@@ -166,7 +167,7 @@ class Recipe:
     def read(cls, path: Path) -> "Recipe":
         """Read a recipe from a file."""
         try:
-            return cls.from_json(path.read_text(encoding="utf-8-sig"))  # some editors put a mark first
+            return cls.from_json(read_text(path, "the recipe"))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 

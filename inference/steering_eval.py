@@ -29,6 +29,7 @@ from torch import Tensor
 from core.artifact import Builder, building, open_artifact
 from core.cli import Progress, run_stage
 from core.runtime import Runtime
+from core.text import lines, read_text
 from inference.measuring.steered_texts import (
     Interventions,
     Panel,
@@ -159,7 +160,7 @@ def measured_rows(
         builder.publish(ROWS_FILE, b"".join(builder.read(name) for name in parts.values()))
     for name in parts.values():
         builder.forget(name)
-    return [json.loads(line) for line in builder.read(ROWS_FILE).decode().splitlines()]
+    return [json.loads(line) for line in lines(builder.read(ROWS_FILE).decode())]
 
 
 def as_json(value: Any) -> str:
@@ -170,7 +171,7 @@ def read_prompts(path: Path | None) -> list[str]:
     """The prompts of a file, one a line, or the built-in ones; ValueError where there are fewer than two."""
     if path is None:
         return list(PROMPTS)
-    prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    prompts = [line for line in lines(read_text(path, f"--prompts {path}")) if line.strip()]
     if len(prompts) < 2:
         raise ValueError(f"--prompts {path}: expected two prompts or more, one a line; found {len(prompts)}")
     return prompts

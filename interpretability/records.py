@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from core.artifact import Artifact, open_artifact
+from core.text import parse_json
 from interpretability.parquet import parquet_bytes as parquet_bytes
 
 TOP_FILE = "top_sentences.parquet"
@@ -360,7 +361,7 @@ def read_explanations(path: Path) -> dict[int, Explanation]:
     with file.open("rb") if is_plain else gzip.open(file) as lines:
         for number, line in enumerate(lines, 1):
             try:
-                explanation = Explanation(**json.loads(line))
+                explanation = Explanation(**parse_json(line))
             except (ValueError, TypeError):
                 raise ValueError(
                     f"{file}: line {number} is no explanation; expected JSON with {', '.join(sorted(known))}"

@@ -3,12 +3,12 @@
     python -m interpretability.report --top top/ --explanations explanations/ --out report/
     python -m interpretability.report --top top/ --explanations explanations/ --out report/ --run run/ --evaluation evaluation/
 
-`--run` adds the training curves and each feature's neighbours, `--evaluation` what the SAE costs and keeps, `--map` the map.
+`--run` adds the training curves and each feature's neighbours, `--evaluation` what the SAE costs and keeps, `--map` the map,
+`--steerability` how well each feature steers.
 The page holds the list of features; `features/` and `words/` beside it hold their evidence and the text that is searched, which
 it loads when they are asked for, so that it stays usable with 65,536 features. `--one-file` puts all of that into the page.
 """
 
-import json
 import logging
 import math
 from collections import Counter
@@ -21,6 +21,8 @@ from core.artifact import Artifact, Builder, building, check_provenance, open_ar
 from core.cli import Progress, StageConfig, run_stage
 from core.lines import read_lines
 from core.runtime import Runtime
+from core.text import parse_json, read_text
+from interpretability.causal.records import Steerability, read_steerability
 from interpretability.map import MAP_FILE, read_map
 from interpretability.map import page as map_page
 from interpretability.pages.page import json_text, render
@@ -80,6 +82,8 @@ class ReportConfig(StageConfig):
     """Folder written by sae.evaluate. None: no evaluation in the report."""
     map: Path | None = None
     """Folder written by interpretability.map. None: no map beside the report."""
+    steerability: Path | None = None
+    """Folder written by interpretability.steerability. None: no figures of it on the cards."""
     best: int = 12
     """Features shown as cards above the list."""
     sentences: int = 8
@@ -107,6 +111,7 @@ class Inputs:
     curves: dict[str, Any] | None
     evaluation: dict[str, Any] | None
     map: dict[str, Any] | None
+    steerability: Steerability | None
     artifacts: list[Artifact]
 
 
@@ -127,7 +132,7 @@ def _write(config: ReportConfig, inputs: Inputs, builder: Builder, runtime: Runt
     """Publish the page and the files beside it; returns their names."""
     top, sae = inputs.top, inputs.sae
     near = nearest_that_fire(sae.W_dec, top.firing_counts.tolist(), config.neighbours) if sae else None
-    features = Features(top, inputs.explanations, near, config.sentences)
+    features = Features(top, inputs.explanations, near, config.sentences, inputs.steerability)
     inside: dict[str, str] = {}
     names = []
 
@@ -146,7 +151,7 @@ def _write(config: ReportConfig, inputs: Inputs, builder: Builder, runtime: Runt
     for index, first in enumerate(range(0, top.n_latents, WORDS_BLOCK)):
         beside(f"words/{index:05d}", features.words(range(first, min(first + WORDS_BLOCK, top.n_latents))))
     title = " · ".join(str(top.provenance[name]) for name in ("model", "site") if name in top.provenance)
-    styles, scripts = ("theme.css", "report.css"), ("dom.js", "charts.js", "report.js")
+    styles, scripts = ("theme.css", "report.css"), ("dom.js", "charts.js", "sentences.js", "report.js")
     page = render("report.html", title, contents(config, inputs, features), styles, scripts, inside)
     builder.publish(REPORT_FILE, page.encode())
     if inputs.map:
@@ -161,7 +166,7 @@ def open_inputs(config: ReportConfig) -> Inputs:
     explained = open_artifact(config.explanations, "explanations")
     _check_sae(f"explanations {config.explanations}", top, explained.manifest.provenance)
     artifacts = [top.artifact, explained]
-    sae = curves = evaluation = places = None
+    sae = curves = evaluation = places = steerability = None
     if config.run:
         artifacts.append(open_artifact(config.run / "sae", "sae"))
         sae = load_sae(config.run / "sae")
@@ -175,8 +180,11 @@ def open_inputs(config: ReportConfig) -> Inputs:
         artifacts.append(open_artifact(config.map, "map"))
         _check_sae(f"map {config.map}", top, artifacts[-1].manifest.provenance)
         places = read_map(config.map)
+    if config.steerability:
+        artifacts.append(open_artifact(config.steerability, "steerability"))
+        steerability = read_steerability(config.steerability, str(top.provenance.get("sae_hash")))
     explanations = read_explanations(config.explanations)
-    return Inputs(top, explanations, sae, curves, evaluation, places, artifacts)
+    return Inputs(top, explanations, sae, curves, evaluation, places, steerability, artifacts)
 
 
 def _check_sae(what: str, top: TopSentences, found: dict[str, Any]) -> None:
@@ -209,7 +217,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     A figure that does not exist (0 / 0), or that this evaluation does not have, is left out.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(read_text(path))
         values = {name: short(entry["value"]) for name, entry in found.items() if entry["value"] is not None}
         definitions = {name: str(entry["definition"]) for name, entry in found.items()}
         conditions: dict[str, Any] = next((entry["conditions"] for entry in found.values()), {})

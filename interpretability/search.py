@@ -4,6 +4,7 @@
     python -m interpretability.search --sae run/sae --explanations explanations/ --text "storm sea"
     python -m interpretability.search --sae run/sae --latent 896
     python -m interpretability.search --sae run/sae --top top/ --latents 3 17
+    python -m interpretability.search --sae run/sae --steerability steerability/ --rank steerability
 
 With --explanations the features in the table carry their titles. The table goes to stdout, everything else to stderr.
 
@@ -28,6 +29,7 @@ from core.norms import unit_rows
 from core.runtime import Runtime
 from core.shipped import absence, shipped_for
 from core.table import text_table
+from interpretability.causal.records import Steerability, read_steerability
 from interpretability.evidence.coactivation import Together, together
 from interpretability.opening import check_sae, open_explanations_of, open_top_of
 from interpretability.records import Explanation, title_of, trust
@@ -76,6 +78,15 @@ class Neighbour(NamedTuple):
 
     latent: int
     cosine: float
+
+
+class Steerable(NamedTuple):
+    """A feature found by its steerability alone."""
+
+    latent: int
+
+
+Hit = Ranked | Match | Neighbour | Steerable | Together
 
 
 def search_text(explanations: Mapping[int, Explanation], query: str, limit: int) -> list[Match]:
@@ -256,7 +267,8 @@ def _first_largest(x: Tensor, n: int) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig(StageConfig):
-    """Flags of `python -m interpretability.search`: one of --positive, --text, --latent, --latents says what to look for."""
+    """Flags of `python -m interpretability.search`: one of --positive, --text, --latent, --latents says what to look for, or
+    none with --rank steerability, which then ranks all features."""
 
     sae: Path | None = None
     """Folder of the SAE (`run/sae`). None: the one that ships with --model demo and smollm2, with its --top and
@@ -281,6 +293,10 @@ class SearchConfig(StageConfig):
     latents: tuple[int, ...] = ()
     """Latents that fire in the same sentences: of those that --top stores, the ones in which all do, the weakest of them
     strongest first."""
+    steerability: Path | None = None
+    """Folder of interpretability.steerability, whose figures are shown beside each feature. Needed with --rank steerability."""
+    rank: Literal["match", "steerability"] = "match"
+    """Order of what is shown: the best match first, or of the --n best matches the one of the largest output score first."""
     n: int = 20
     """Features shown, at most."""
     json: bool = False
@@ -290,8 +306,14 @@ class SearchConfig(StageConfig):
         if self.sae is None:
             self._take_what_ships()
         asked = [bool(self.positive), bool(self.text.strip()), self.latent is not None, bool(self.latents)]
-        if asked.count(True) != 1:
+        if asked.count(True) != 1 and (any(asked) or self.rank == "match"):
             raise ValueError("give one of --positive PROMPTS, --text WORDS, --latent NUMBER and --latents NUMBERS")
+        if self.rank == "steerability" and (self.steerability is None or self.latents):
+            raise ValueError(
+                "--rank steerability: --latents finds sentences, not features"
+                if self.latents
+                else "--steerability is missing: --rank reads the figures there"
+            )
         if self.negative and not self.positive:
             raise ValueError("--negative: only takes away from --positive; give --positive too")
         if self.positive and not self.model:
@@ -324,7 +346,8 @@ def run(config: SearchConfig, runtime: Runtime) -> None:
     sae = load(config.sae, runtime.device)
     explanations = {} if config.explanations is None else open_explanations_of(sae, config.explanations)
     top = None if config.top is None else open_top_of(sae, config.top)
-    hits: Sequence[Ranked | Match | Neighbour | Together]
+    figures = None if config.steerability is None else read_steerability(config.steerability, sae.weights_hash)
+    hits: Sequence[Hit]
     if config.positive:
         assert top is not None
         model, tokenizer = load_model(config.model, device=runtime.device), load_tokenizer(config.model)
@@ -336,19 +359,28 @@ def run(config: SearchConfig, runtime: Runtime) -> None:
         hits = together(top, config.latents)
     elif config.latent is not None:
         hits = neighbours(sae.W_dec, config.latent, config.n)
-    else:
+    elif config.text:
         hits = search_text(explanations, config.text, config.n)
-    shown = [_row(hit, explanations) for hit in hits[: config.n]]
+    else:
+        assert figures is not None
+        hits = [Steerable(latent) for latent in figures.order()]
+    best = hits[: config.n]
+    if config.rank == "steerability":
+        assert figures is not None
+        place = {latent: i for i, latent in enumerate(figures.order())}
+        best = sorted(best, key=lambda hit: place[hit.latent] if not isinstance(hit, Together) else 0)
+    shown = [_row(hit, explanations, figures) for hit in best]
     for line in map(json.dumps, shown) if config.json else text_table(shown):
         print(line)
     what = "sentences" if config.latents else "features"
     log.info("%d %s found in %s with %d latents, %d shown", len(hits), what, config.sae, sae.cfg.n_latents, len(shown))
 
 
-def _row(hit: Ranked | Match | Neighbour | Together, explanations: Mapping[int, Explanation]) -> dict[str, Any]:
+def _row(hit: Hit, explanations: Mapping[int, Explanation], figures: Steerability | None) -> dict[str, Any]:
     if isinstance(hit, Together):
         return hit._asdict()
-    return hit._asdict() | {"title": title_of(explanations.get(hit.latent))}
+    steers = {} if figures is None else figures.of(hit.latent)
+    return hit._asdict() | steers | {"title": title_of(explanations.get(hit.latent))}
 
 
 if __name__ == "__main__":

@@ -87,7 +87,10 @@ class ModelArgs:
 
     def _swiglu_width(self) -> int:
         """Two thirds of `4 dim`, times `ffn_dim_multiplier`, rounded up to `multiple_of` (Meta's `FeedForward`)."""
-        width = int(self.ffn_dim_multiplier * int(8 * self.dim / 3))
+        try:
+            width = int(self.ffn_dim_multiplier * int(8 * self.dim / 3))
+        except OverflowError:
+            raise ValueError("dim and ffn_dim_multiplier make a hidden layer wider than any number") from None
         return self.multiple_of * -(-width // self.multiple_of)
 
     @classmethod
@@ -174,7 +177,7 @@ class ModelArgs:
 
 
 WIDTHS = ("dim", "n_layers", "n_heads", "vocab_size", "head_dim", "hidden_dim", "max_seq_len")
-MOST = {"n_layers": 2**12, "n_heads": 2**14, "head_dim": 2**14, "max_seq_len": 2**22}
+MOST = {"n_layers": 2**12, "n_heads": 2**14, "head_dim": 2**14, "max_seq_len": 2**48}
 MOST_WIDTH = 2**28
 """Far above every model there is: a damaged description is refused before it asks for memory."""
 
@@ -214,7 +217,7 @@ SUPPORTED = {
 
 
 def _is_number(value: Any, kind: Any = int | float) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, kind) and not isinstance(value, bool) and (isinstance(value, int) or math.isfinite(value))
 
 
 def _is_positive(value: Any) -> bool:

@@ -10,10 +10,11 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from core.text import read_json
 from llama3.gguf import read_header
 from llama3.gguf_tokenizer import tokenizer_from_gguf
 from llama3.hub import TOKENIZER_FILES, locate
-from llama3.layouts import Layout, find_layout, interleave_, read_json
+from llama3.layouts import Layout, find_layout, interleave_
 from llama3.model import Transformer
 from llama3.tokenizer import N_SPECIAL_TOKENS, Tokenizer
 from llama3.tokenizer_json import read_tokenizer_json
@@ -32,6 +33,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
     layout = find_layout(locate(path))
     _check_tokenizer_model(layout)
     files = [open_weights(file) for file in layout.files]
+    _check_size(layout, files)
     with torch.device("meta"):
         model = Transformer(layout.args)
     places = _places(layout, files, model)
@@ -78,6 +80,24 @@ def _own_dtype(files: list[WeightFile]) -> torch.dtype:
     """That of the largest tensor: in GGUF files the norms are float32 whatever the matrices are."""
     entries = [entry for file in files for entry in file.entries.values()]
     return max(entries, key=lambda entry: math.prod(entry.shape)).dtype
+
+
+def _check_size(layout: Layout, files: list[WeightFile]) -> None:
+    """ValueError where a configuration describes more than the files can hold, before anything of that size is made."""
+    held = [math.prod(entry.shape) for file in files for entry in file.entries.values()]
+    args, numbers = layout.args, sum(held)
+    widest = max(("vocab_size", "hidden_dim"), key=lambda name: getattr(args, name))
+    for what, described, there in (
+        (f"n_layers {args.n_layers:,}", args.n_layers, len(held)),
+        (f"dim {args.dim:,} and {widest} {getattr(args, widest):,}", args.dim * getattr(args, widest), numbers),
+        (f"n_heads {args.n_heads:,} of head_dim {args.head_dim:,}", args.n_heads * args.head_dim * args.dim, numbers),
+    ):
+        if described > there:
+            place = layout.files[0] if layout.kind == "GGUF" else layout.files[0].parent
+            raise ValueError(
+                f"{place}: the configuration says {what}, more than the {len(held)} tensors ({numbers:,} "
+                f"numbers) of {len(files)} weight file(s) can hold; wrong params.json or config.json, or files missing"
+            )
 
 
 class Place(NamedTuple):

@@ -4,14 +4,14 @@ tensors belongs in the model.
 Shapes: H heads, K head_dim, D model width.
 """
 
-import json
 import re
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
+from core.text import read_json
 from llama3.args import ModelArgs
 from llama3.gguf import Header, read_header
 
@@ -144,17 +144,6 @@ def _hf_files(folder: Path) -> list[Path]:
     if not file.is_file():
         raise ValueError(f"{folder}: holds config.json but neither model.safetensors nor model.safetensors.index.json")
     return [file]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; ValueError naming the file where it is none."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: expected a JSON object, found a {type(data).__name__}")
-    return data
 
 
 def interleave_(weight: Tensor, head_dim: int) -> None:

@@ -126,6 +126,10 @@ class TransformerBlock(nn.Module):
         return hooks.at("resid_post", x)
 
 
+ROPE_LENGTH = 8192
+"""Positions of the first RoPE table."""
+
+
 class Transformer(nn.Module):
     """A Llama 3 decoder.
 
@@ -162,15 +166,21 @@ class Transformer(nn.Module):
         check_sites(permanent, params.n_layers)
         self._hooks.add_permanent(permanent)
 
-    def rope_table(self) -> Tensor:
-        """Cosine and sine of every position, float32 (max_seq_len, K/2, 2)."""
+    def rope_table(self, length: int = ROPE_LENGTH) -> Tensor:
+        """Cosine and sine of the first `length` positions, or of all where the context is shorter: float32 (length, K/2, 2)."""
         p = self.params
-        return precompute_freqs_cis(p.head_dim, p.max_seq_len, p.rope_theta, p.rope_scaling)
+        return precompute_freqs_cis(p.head_dim, min(length, p.max_seq_len), p.rope_theta, p.rope_scaling)
+
+    def _factors(self, positions: Tensor | slice, end: int) -> Tensor:
+        """RoPE factors of `positions`, all before `end`. The table grows with the longest sequence, not with the context."""
+        if end > len(self.freqs_cis):
+            self.freqs_cis = self.rope_table(max(end, 2 * len(self.freqs_cis))).to(self.freqs_cis.device)
+        return as_factors(self.freqs_cis[positions])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `.to(torch.bfloat16)` converts buffers too, and 8 bits of mantissa cannot tell position 300 from 301.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.freqs_cis = self.rope_table().to(self.freqs_cis.device)
+        self.freqs_cis = self.rope_table(len(self.freqs_cis)).to(self.freqs_cis.device)
         return self
 
     @property
@@ -222,7 +232,8 @@ class Transformer(nn.Module):
             pass  # the first T positions, in causal order
         else:
             positions, seen = (mask.long().cumsum(1) - 1).clamp(min=0), attention_mask(mask, T)
-        return as_factors(self.freqs_cis[positions]), None if seen is None else fold_mask(seen, self.params, self.dtype)
+        factors = self._factors(positions, T if cache is None else cache.length)
+        return factors, None if seen is None else fold_mask(seen, self.params, self.dtype)
 
     @contextmanager
     def hooks(self, fns: Mapping[str, Hook | Sequence[Hook]]) -> Iterator[None]:

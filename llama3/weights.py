@@ -5,7 +5,6 @@ one pass, which GGUF files share; Meta's `.pth` go through `torch.load(weights_o
 that runs code.
 """
 
-import json
 import math
 import mmap
 import operator
@@ -18,8 +17,10 @@ import torch
 import xxhash
 from torch import Tensor
 
+from core.text import parse_json
+
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+MAX_HEADER = 8_000_000  # bytes; that of Llama 3.1 405B has some 150 kB, and 100 MB of JSON take minutes and GBs
 BLOCK = 64 * 2**20  # bytes copied, hashed and released at a time
 
 
@@ -98,7 +99,7 @@ class Safetensors:
         self._spans: dict[str, tuple[int, int]] = {}
         self.entries: dict[str, Entry] = {}
         try:
-            described = json.loads(header, object_pairs_hook=_unique)
+            described = parse_json(header, object_pairs_hook=_unique)
             described.pop("__metadata__", None)
             for name, item in described.items():
                 begin, end = map(operator.index, item["data_offsets"])

@@ -31,6 +31,8 @@ STAGES = (
     Stage("interpretability.map", "a map of the features in one HTML file"),
     Stage("interpretability.splitting", "which latents of a large SAE each latent of a small one became"),
     Stage("interpretability.completeness", "for how many concepts the SAE has a feature"),
+    Stage("interpretability.attribute", "which features of a prompt move its answer, and what ablating them does"),
+    Stage("interpretability.steerability", "which latents would steer, before anything is generated"),
     Stage("inference.complete", "continue texts in the terminal, steered or not"),
     Stage("inference.chat", "talk with a model in the terminal, steered or not"),
     Stage("inference.app", "find features and steer with them in a browser"),

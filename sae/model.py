@@ -21,6 +21,7 @@ from core.artifact import Builder, building, open_artifact
 from core.norms import LARGEST, row_norms, unit_rows
 from core.product import linear
 from core.runtime import Mesh, Runtime, Solo
+from core.text import parse_json, read_text
 from sae.architectures import architecture
 from sae.config import SAEConfig as SAEConfig
 from sae.hyperparameters import Hyperparameters
@@ -389,7 +390,7 @@ def load(path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtyp
 
 def _read_config(path: Path) -> SAEConfig:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(read_text(path))
         known = {item.name for item in fields(SAEConfig)}
         if unknown := sorted(set(values) - known):
             raise ValueError(f"unknown key {unknown[0]!r}")

@@ -494,3 +494,35 @@ def test_check_provenance_names_both_values() -> None:
     check_provenance("the SAE", {"site": "embed", "d_model": 3}, {"site": "embed", "d_model": 4}, ["site"])
     with pytest.raises(ValueError, match="the SAE: d_model is 4, but 3 is needed"):
         check_provenance("the SAE", {"site": "embed", "d_model": 3}, {"site": "embed", "d_model": 4}, ["site", "d_model"])
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_an_output_is_apart_from_every_other(tmp_path: Path, link: bool) -> None:
+    """A file of another stage in a folder makes it unreadable, whether it is an input or not."""
+    build(tmp_path / "a")
+    before = sorted(tmp_path.rglob("*"))
+    given = tmp_path / "link"
+    if link:
+        given.symlink_to(tmp_path / "a")
+        before.append(given)
+    else:
+        given = tmp_path / "a"
+    for out in (given / "sae", given / "deep" / "er"):
+        with pytest.raises(ValueError, match=r"lies in .*the output of a stage"):
+            build(out)
+    source = open_artifact(tmp_path / "a")
+    with (
+        pytest.raises(ValueError, match="is one of the inputs"),
+        building(given, "numbers", Config(out=given), ALONE, [source]),
+    ):
+        pass
+    assert sorted(tmp_path.rglob("*")) == sorted(before)
+    verify(tmp_path / "a")
+
+
+def test_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for out in (tmp_path / "link", tmp_path / "link" / "below"):
+        with pytest.raises(ValueError, match=r"link: is a link to .*gone, where nothing is"):
+            build(out)
+    assert not (tmp_path / "gone").exists()

@@ -17,7 +17,7 @@ import torch
 import tyro
 
 from core.cli import Progress, StageConfig, machine, one_line_errors, parse, progress, run_stage, set_up_logging
-from core.runtime import Runtime, Solo
+from core.runtime import Runtime, Solo, open_runtime
 from tests.conftest import ROOT, Launch
 from tests.faults import ForkServer
 
@@ -250,7 +250,7 @@ def main_in_child(script: str, folder: str, *flags: str) -> None:
         (["--out", "o", "--how", "file"], 2, "error: /nowhere/x: No such file or directory"),
         (["--out", "o", "--device", "tpu"], 2, "error: --device 'tpu': expected auto, cpu, cuda or cuda:N"),
         (["--out", "o", "--many", "1", "--many=2"], 2, "error: --many is given 2 times; put all of its values behind one"),
-        (["--out", "o", "--timeout-s", "0"], 2, "error: --timeout-s must be more than 0; found 0.0"),
+        (["--out", "o", "--timeout-s", "0"], 2, "error: --timeout-s must be more than 0, at most 1,000,000,000; found 0.0"),
         (["--out", "o", "--threads", "-1"], 2, "error: --threads must be 0 (PyTorch's choice) or more; found -1"),
     ],
 )
@@ -384,3 +384,50 @@ def test_progress_counts_and_speaks_now_and_then(caplog: pytest.LogCaptureFixtur
             bar.update(1, loss=0.5)
     assert bar.done == 9
     assert not caplog.records
+
+
+def test_a_preset_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    assert parsed("--out", "o", toml="\ufeffk = 2\n", tmp_path=tmp_path).k == 2
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ("counts = " + "[" * 100_000, "nested"),
+        ("lr" + ".a" * 100_000 + " = 1", "nested"),
+        ("workers = 1e23", "'workers' takes whole numbers; found 1e\\+23"),
+        ("k = 2.0", "'k' takes whole numbers; found 2.0"),
+        ("counts = [1, 2.5]", "'counts' takes whole numbers; found 2.5"),
+        ("[inner]\nsteps = 1e3", "'inner.steps' takes whole numbers"),
+        ("lr = nan", "--lr nan"),
+        ("timeout_s = inf", "--timeout-s inf"),
+        ("[inner]\nrate = -inf", "--inner.rate -inf"),
+        ("[weights]\nu = nan", "--weights nan"),
+    ],
+)
+def test_numbers_and_depth_of_a_preset_are_checked(tmp_path: Path, toml: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as raised:
+        parsed("--out", "o", toml=toml, tmp_path=tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("flags", [("--lr", "nan"), ("--timeout-s", "NaN"), ("--inner.rate", "inf"), ("--weights", "u", "nan")])
+def test_flags_are_finite(flags: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=f"{flags[0]} (nan|inf): expected a finite number"):
+        parsed("--out", "o", *flags)
+
+
+def test_a_time_out_may_be_long_but_not_overflow() -> None:
+    with pytest.raises(ValueError, match="--timeout-s"), open_runtime("cpu", timeout_s=1e300):
+        pass
+
+
+def test_bytes_that_are_no_text_are_refused_unless_they_name_a_file(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"udcff.* is not UTF-8"):
+        parsed("--out", "o", "--names", "caf\udcff")
+    with pytest.raises(ValueError, match=r"udcff.* is not UTF-8"):
+        parsed("--out", "o", "--names=caf\udcff")
+    strange = tmp_path / "caf\udcff"
+    strange.touch()
+    assert parsed("--out", "o", f"--places={strange}").places == (strange,)
+    assert parsed("--out", "o", "--places", str(strange)).places == (strange,)

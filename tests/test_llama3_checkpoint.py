@@ -539,3 +539,54 @@ def test_a_hub_id_is_fetched_without_the_files_that_are_not_read(tiny: Path, mon
 def test_tiny_args_are_what_the_folder_says(tiny: Path) -> None:
     model = load_model(tiny)
     assert model.params == tiny_args(vocab_size=model.params.vocab_size, tie_word_embeddings=False)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"n_layers": 10**9}, "n_layers 1,000,000,000"),
+        ({"dim": 2**40}, "dim 1,099,511,627,776"),
+        ({"n_heads": 2**20, "head_dim": 2**30}, "n_heads 1,048,576 of head_dim"),
+        ({"vocab_size": 2**50}, "vocab_size 1,125"),
+        ({"ffn_dim_multiplier": 1e300}, "hidden_dim|ffn_dim_multiplier"),
+        ({"ffn_dim_multiplier": 1e308, "dim": 10**6}, "ffn_dim_multiplier"),
+    ],
+)
+def test_sizes_are_compared_with_the_files_before_memory_is_taken(
+    tmp_path: Path, values: dict[str, float], message: str
+) -> None:
+    folder = tiny_llama(tmp_path)
+    params = json.loads((folder / "params.json").read_text())
+    params.pop("hidden_dim", None)
+    (folder / "params.json").write_text(json.dumps(params | values))
+    with pytest.raises(ValueError, match=message):
+        load_model(folder)
+
+
+def test_a_long_context_takes_memory_when_it_is_used(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path)
+    short = load_model(folder)
+    params = json.loads((folder / "params.json").read_text())
+    (folder / "params.json").write_text("\ufeff" + json.dumps(params | {"max_seq_len": 10**12}))
+    model = load_model(folder)
+    assert len(model.freqs_cis) <= 8192
+    tokens = torch.arange(100)[None] % 50
+    assert torch.equal(model(tokens), short(tokens))
+    model.freqs_cis = model.rope_table(7)
+    assert torch.equal(model(tokens), short(tokens))
+    assert len(model.freqs_cis) == 100
+
+
+def test_deep_headers_and_descriptions_are_named(tmp_path: Path) -> None:
+    folder = tiny_llama(tmp_path)
+    deep = b'{"a": ' + b"[" * 100_000
+    weights = next(folder.glob("*.safetensors"))
+    weights.write_bytes(len(deep).to_bytes(8, "little") + deep)
+    with pytest.raises(ValueError, match=rf"{weights.name}: .*nested"):
+        load_model(folder)
+    weights.write_bytes((9_000_000).to_bytes(8, "little") + b"{" + b" " * 9_000_000)
+    with pytest.raises(ValueError, match=rf"{weights.name}: .*9,000,000"):
+        load_model(folder)
+    (folder / "params.json").write_bytes(deep)
+    with pytest.raises(ValueError, match=r"params\.json: .*nested"):
+        load_model(folder)

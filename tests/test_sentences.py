@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nltk.tokenize.punkt import PunktParameters
 
-from capture import listing, punkt, sentences, sources
+from capture import characters, listing, punkt, sentences, sources
 from capture.punkt import load_splitter
 from capture.sentences import SentencesConfig
 from capture.sources import Document, open_source
@@ -175,7 +176,7 @@ def test_parquet_and_compressed_files(tmp_path: Path) -> None:
 
 def test_long_texts_are_cut_and_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "PART_CHARACTERS", 300)
-    monkeypatch.setattr(sources, "READ_BYTES", 7)  # cuts inside characters, too
+    monkeypatch.setattr(characters, "READ_BYTES", 7)  # cuts inside characters, too
     paragraphs = [f"Paragraph {i} is für us.\nIts second line." for i in range(40)]
     path = write(tmp_path / "book.txt", "\n\n".join(paragraphs))
     documents = list(open_source(str(path)))
@@ -204,7 +205,7 @@ def test_long_texts_are_cut_and_nothing_is_lost(tmp_path: Path, monkeypatch: pyt
 def test_bad_files_are_refused_by_name_and_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str | bytes, message: str
 ) -> None:
-    monkeypatch.setattr(sources, "READ_BYTES", 3)
+    monkeypatch.setattr(characters, "READ_BYTES", 3)
     with pytest.raises(ValueError, match=message):
         list(open_source(str(write(tmp_path / name, content))))
 
@@ -400,7 +401,7 @@ Prepare = Callable[[Path], list[object]]
     [
         (lambda d: ["--source", d / "none"], "no such file or folder; expected a text file"),
         (lambda d: ["--source", write(d / "e.txt", " \n ")], "empty: it holds no sentence of at least 8 characters"),
-        (lambda d: ["--source", write(d / "x" / "t.md", "Text.").parent], "holds no .txt, .jsonl, .parquet file"),
+        (lambda d: ["--source", write(d / "x" / "t.md", "Text.").parent], "holds no .txt, .*, found 1 of .md"),
         (lambda d: ["--source", write(d / "l.txt", "caf\xe9 in latin".encode("latin-1"))], "l.txt: not utf-8"),
         (lambda d: ["--source", write(d / "s" / "manifest.json", "{}").parent], "the output of a stage"),
         (lambda d: ["--source", write(d / "t.txt", "A sentence."), "--encoding", "utf-9"], "'utf-9': no such encoding"),
@@ -416,7 +417,7 @@ def test_bad_input_is_one_line_and_code_2(
         stage(*arguments, "--out", tmp_path / "out")
     assert exit_.value.code == 2
     said = capsys.readouterr().err.strip()
-    assert message in said
+    assert re.search(message, said)
     assert len(said.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from core.text import lines
 from inference.session import Feature, Features, Session
 from inference.steering import Edit, Recipe, check_all
 from llama3.generate import Sampling
@@ -71,7 +72,7 @@ def stop_strings(text: Any) -> tuple[str, ...]:
         raise ValueError(f"stop strings must be text, one a line; found {type(text).__name__}")
     if len(text) > MAX_STOPS * (MAX_STOP_CHARACTERS + 1):
         raise ValueError(f"stop strings may hold {MAX_STOPS} lines of {MAX_STOP_CHARACTERS} characters; found {len(text):,}")
-    stops = tuple(unescaped(line) for line in text.split("\n") if line.strip())
+    stops = tuple(unescaped(line) for line in lines(text) if line.strip())
     if len(stops) > MAX_STOPS or any(len(stop) > MAX_STOP_CHARACTERS for stop in stops):
         raise ValueError(f"at most {MAX_STOPS} stop strings of {MAX_STOP_CHARACTERS} characters, one a line")
     return stops
@@ -121,7 +122,7 @@ def split_prompts(text: Any) -> list[str]:
         raise ValueError(f"prompts must be text; found {type(text).__name__}")
     if len(text) > MAX_PROMPT_CHARACTERS:
         raise ValueError(f"prompts may hold {MAX_PROMPT_CHARACTERS:,} characters together; found {len(text):,}")
-    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    prompts = [line.strip() for line in lines(text) if line.strip()]
     if not prompts:
         raise ValueError("the prompt is empty; write the beginning of a text, one prompt a line")
     if len(prompts) > MAX_PROMPTS:

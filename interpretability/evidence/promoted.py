@@ -37,29 +37,40 @@ def promoted_tokens(model_path: str, sae: SAE, tokenizer: Tokenizer, n: int) -> 
         return nothing
     model = load_model(model_path)
     check_provenance("the model of --model", sae.cfg.provenance, {"model_hash": model.weights_hash}, ("model_hash",))
-    # Inputs of attention and feed-forward do not reach the output as they are.
-    reaches = not sae.site.endswith(("attn_norm", "ffn_norm"))
-    return promoted_by(model, sae.site, sae.W_dec, tokenizer, n) if reaches else nothing
+    return promoted_by(model, sae.site, sae.W_dec, tokenizer, n) if reaches_output(sae.site) else nothing
 
 
 @torch.inference_mode()
 def promoted_by(model: Transformer, site: str, directions: Tensor, tokenizer: Tokenizer, n: int) -> PromotedTokens:
     """The `n` tokens of the highest and lowest logits for each of `directions` (L, width of `site`), without special tokens."""
+    names: dict[int, str] = {}
+    columns = (
+        [[names.setdefault(i, tokenizer.decode([i])) for i in row] for row in ids.tolist()]
+        for ids in promoted_ids(model, site, directions, tokenizer, n)
+    )
+    return PromotedTokens(*columns)
+
+
+@torch.inference_mode()
+def promoted_ids(model: Transformer, site: str, directions: Tensor, tokenizer: Tokenizer, n: int) -> tuple[Tensor, Tensor]:
+    """The same as token ids (L, n), promoted and suppressed; n is cut off at the ordinary tokens that there are."""
     rows = _in_residual_stream(model, site, directions.float())
     if site != "final_norm":
         rows = rows * model.norm.weight.float()
     unembedding = model.output.weight[: tokenizer.n_vocab].float()  # (V, D)
-    special = torch.tensor(sorted(tokenizer.special_tokens.values()))
+    special = torch.tensor(sorted(tokenizer.special_tokens.values()), device=rows.device)
     n = min(n, tokenizer.n_vocab - len(special))
-    names: dict[int, str] = {}
-    columns: tuple[list[list[str]], list[list[str]]] = ([], [])
+    found: tuple[list[Tensor], list[Tensor]] = ([], [])
     for block in torch.split(rows, LATENTS_AT_ONCE):
         logits = block @ unembedding.T  # (l, V)
-        for sign, column in zip((1, -1), columns, strict=True):
-            signed = (sign * logits).index_fill_(1, special, -torch.inf)
-            for ids in signed.topk(n, dim=1).indices.tolist():
-                column.append([names.setdefault(i, tokenizer.decode([i])) for i in ids])
-    return PromotedTokens(*columns)
+        for sign, column in zip((1, -1), found, strict=True):
+            column.append((sign * logits).index_fill_(1, special, -torch.inf).topk(n, dim=1).indices)
+    return torch.cat(found[0]), torch.cat(found[1])
+
+
+def reaches_output(site: str) -> bool:
+    """Whether directions at `site` come to the residual stream as they are; inputs of attention and feed-forward do not."""
+    return not site.endswith(("attn_norm", "ffn_norm"))
 
 
 def _in_residual_stream(model: Transformer, site: str, directions: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from core.text import lines, read_text
 from interpretability.labels.words import akin, units_of
 from interpretability.records import Explanation
 
@@ -37,7 +38,7 @@ def read_concepts(paths: Sequence[Path]) -> list[Concept]:
     for file in files:
         if not file.is_file():
             raise ValueError(f"{file}: no such file; expected a list of concepts, one a line")
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(lines(read_text(file)), 1):
             if line.strip() and not line.startswith("#"):
                 found.append(_concept(file, number, line))
     if not found:

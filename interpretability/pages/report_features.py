@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from interpretability.causal.records import Steerability
 from interpretability.labels.words import names_content
 from interpretability.records import (
     HISTOGRAM_BINS,
@@ -37,11 +38,17 @@ class Features:
     """The features of a folder of top sentences, read one after the other; what the whole list needs is kept by the way."""
 
     def __init__(
-        self, top: TopSentences, explanations: Mapping[int, Explanation], near: Neighbours | None, n_sentences: int
+        self,
+        top: TopSentences,
+        explanations: Mapping[int, Explanation],
+        near: Neighbours | None,
+        n_sentences: int,
+        steerability: Steerability | None = None,
     ) -> None:
         self.statistics: list[LatentStatistics] = []
         self.evenness: list[float] = []
         self._top, self._explanations, self._near, self._n = top, explanations, near, n_sentences
+        self._steerability = steerability
         self._evenness_by = "max" if "max" in top.aggregations else top.aggregations[0]
         self._aggregations = sorted(top.aggregations, key=lambda name: name != self._evenness_by)
 
@@ -74,6 +81,9 @@ class Features:
             "ngrams": [[item["text"], item["count"]] for item in row.ngrams],
             "cofiring": [[item["latent"], round(1000 * item["jaccard"])] for item in row.cofiring],
             "near": self._near[latent] if self._near else [],
+            "steers": {name: short(value) for name, value in self._steerability.of(latent).items()}
+            if self._steerability
+            else None,
         }
 
     def words(self, latents: Iterable[int]) -> list[str]:
@@ -186,6 +196,10 @@ def without_zeros(counts: Sequence[int]) -> list[int]:
 def short(value: float) -> float:
     """Four significant digits."""
     return float(f"{value:.4g}")
+
+
+def shortened(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: short(value) for name, value in values.items()}
 
 
 def short_or_none(value: float | None) -> float | None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sae.formats.weights import named
+from core.text import read_json
 
 T = TypeVar("T")
 MISSING: Any = object()
@@ -99,17 +99,6 @@ class Keys:
                 f"{self.where}: {name} ({self.values[name]!r}) is not known and may change what the SAE computes; "
                 "remove the key if it does not"
             )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """ValueError where the file is not a JSON object."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON object ({named(error)})") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: not a JSON object ({type(values).__name__})")
-    return values
 
 
 def _listed(values: tuple[Any, ...]) -> str:

@@ -29,6 +29,16 @@ function showTip(text, x, y) {
   tip.style.top = `${y - box.height - 9 < 4 ? y + 20 : y - box.height - 9}px`;
 }
 function hideTip() { if ($("tip").matches(":popover-open")) $("tip").hidePopover(); }
+// Whatever has a data-tip shows it.
+function setUpTips() {
+  document.addEventListener("pointerover", event => {
+    const target = event.target.closest("[data-tip]");
+    if (!target) { if (!event.target.closest("svg")) hideTip(); return; }
+    const box = target.getClientRects()[0];
+    showTip(target.dataset.tip, box.left + box.width / 2, box.top);
+  });
+  document.addEventListener("scroll", hideTip, {capture: true, passive: true});
+}
 
 // Light or dark: what the system says, until the button says otherwise; remembered where the browser allows it.
 function setUpTheme(button) {

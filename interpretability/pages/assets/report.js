@@ -1,10 +1,8 @@
 const data = JSON.parse($("data").textContent);
-const L = data.latents, about = data.about, size = L.title.length, SEPARATOR = "\x7f", ROWS = 25;
+const L = data.latents, about = data.about, size = L.title.length, ROWS = 25;
 const failed = new Set(data.failed), hidden = new Set(data.hidden);
 const dead = i => L.density[i] === 0;
-const split = text => text === "" ? [] : text.split(SEPARATOR);
 const plain = name => name.replaceAll("_", " ");
-const visible = token => token.replace(/\n/g, "↵").replace(/\t/g, "⇥").replace(/\r/g, "");
 const address = i => `#latent=${i}`;
 
 // Files beside the page: scripts, since a page from a disk may not fetch. In a page that holds everything they lie in it as JSON.
@@ -32,29 +30,6 @@ function label(i) {
   if (L.title[i]) return L.title[i];
   return h("span", {class: "none"}, dead(i) ? "never fired" : hidden.has(i) ? "no sentence shown" : failed.has(i) ? "explanation failed" : "not explained");
 }
-function sentence(pool, example, i, around) {
-  const tokens = split(pool.tokens[example[0]]), fires = new Map();
-  let peak = 0, largest = -1;
-  for (let j = 1; j < example.length; j += 2) {
-    fires.set(example[j], example[j + 1]);
-    if (example[j + 1] > largest) [peak, largest] = [example[j], example[j + 1]];
-  }
-  const first = around && peak > around ? peak - around + 4 : 0, end = around ? Math.min(tokens.length, first + 2 * around) : tokens.length;
-  const line = h("p", {class: "sentence"}, first > 0 && h("span", {class: "cut"}, "… "));
-  let plain = "";
-  for (let j = first; j < end; j++) {
-    const token = visible(tokens[j]), share = fires.get(j);
-    if (!share || !token) { plain += token; continue; }
-    const text = token.trimStart();
-    if (plain || text !== token) line.append(plain + token.slice(0, token.length - text.length));
-    plain = "";
-    const tip = `${digits(share * L.max[i] / 1000)} · ${Math.max(1, Math.round(share / 10))}\u2009% of the maximum`;
-    line.append(h("mark", {style: {"--a": (.06 + .56 * share / 1000).toFixed(3)}, "data-tip": tip}, text));
-  }
-  line.append(plain);
-  if (end < tokens.length) line.append(h("span", {class: "cut"}, " …"));
-  return line;
-}
 function score(i) {
   if (L.score[i] === null) return h("span", {class: "soft"}, "–");
   return [h("span", {class: "meter", style: {"--v": Math.max(0, 2 * L.score[i] - 1)}}), h("span", {class: "num"}, L.score[i].toFixed(2))];
@@ -62,7 +37,7 @@ function score(i) {
 function bestCard(i, examples) {
   return h("article", {class: "card", onclick: () => { location.hash = address(i); }},
     h("header", null, h("h3", null, h("a", {href: address(i)}, label(i))), h("span", {class: "num soft"}, String(i))),
-    examples.map(example => sentence(data.best.pool, example, i, 14)),
+    examples.map(example => sentence(data.best.pool, example, L.max[i], 14)),
     h("footer", null, h("span", null, L.score[i] === null ? "no score" : `score ${L.score[i].toFixed(2)}`), h("span", null, `${percent(L.density[i])} of tokens`)));
 }
 
@@ -151,13 +126,14 @@ function histogram(feature) {
 function facts(i, feature) {
   const rows = [["Score", L.score[i] === null ? null : L.score[i].toFixed(2)], ["Certainty", feature.certainty === null ? null : feature.certainty.toFixed(2)],
     ["Fires on", `${percent(L.density[i])} of tokens`], ["Tokens", whole(feature.firing)], ["Sentences", whole(feature.sentences)],
-    ["Maximum", digits(L.max[i])], ["Mean", digits(feature.mean)], ["Explained by", plain(feature.method) || null]];
+    ["Maximum", digits(L.max[i])], ["Mean", digits(feature.mean)], ["Explained by", plain(feature.method) || null],
+    ...(feature.steers ? [["Output score", digits(feature.steers.output_score)], ["Change of confidence", `${digits(feature.steers.confidence_change)} nats`]] : [])];
   return h("dl", {class: "facts"}, rows.filter(row => row[1] !== null).map(([name, value]) => h("div", null, h("dt", null, name), h("dd", null, value))));
 }
 function examples(feature, i, rows) {
   return h("ul", {class: "examples"}, rows.map(example => {
     const place = [feature.pool.label[example[0]], feature.pool.document[example[0]]].filter(Boolean).join(" · ");
-    return h("li", null, sentence(feature.pool, example, i, 0), place && h("small", null, place));
+    return h("li", null, sentence(feature.pool, example, L.max[i], 0), place && h("small", null, place));
   }));
 }
 const AGGREGATIONS = {max: "one token", mean: "on average", last: "last token"};
@@ -289,12 +265,6 @@ document.addEventListener("keydown", event => {
   else return;
   event.preventDefault();
 });
-document.addEventListener("pointerover", event => {
-  const target = event.target.closest("[data-tip]");
-  if (!target) { if (!event.target.closest("svg")) hideTip(); return; }
-  const box = target.getClientRects()[0];
-  showTip(target.dataset.tip, box.left + box.width / 2, box.top);
-});
-document.addEventListener("scroll", hideTip, {capture: true, passive: true});
+setUpTips();
 addEventListener("hashchange", follow);
 follow();
