@@ -27,6 +27,7 @@ from pathlib import Path
 from capture.sources import Document
 from core import files
 from core.cli import one_line_errors, parse
+from core.text import decode
 from demo.corpus import all_passages
 
 SPEECHES = ("state_union", "inaugural")
@@ -97,8 +98,8 @@ def reviews(folder: Path) -> Iterator[Document]:
 
 def written(paths: Sequence[Path]) -> Iterator[Document]:
     """What the model wrote itself."""
-    lines = (line for path in paths for line in path.read_text(encoding="utf-8").split("\n") if line)
-    for number, line in enumerate(lines):
+    found = (line for path in paths for line in decode(path.read_bytes(), str(path)).split("\n") if line)
+    for number, line in enumerate(found):
         row = json.loads(line)
         yield Document(f"written.{number:05d}", "written", row["text"], row.get("label"))
 
