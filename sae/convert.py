@@ -134,7 +134,7 @@ def fvu(sae: SAE, activations: Activations) -> float:
     for chunk in activations:
         keep = row_norms(chunk.activations) <= limit
         if activations.provenance.get("bos") != "feed":
-            keep[chunk.offsets[:-1]] = False
+            keep[chunk.offsets[:-1][chunk.offsets.diff() > 0]] = False
         found.append(chunk.activations[keep])
         n += len(found[-1])
         if n >= MEASURED_ROWS:
