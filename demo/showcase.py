@@ -4,7 +4,6 @@ import math
 import re
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -17,7 +16,6 @@ from llama3 import Sampling, complete
 
 SHOWN = 3
 SENTENCES = 5
-CANDIDATES = 40
 MIN_SCORE = 0.75
 MIN_PASSAGES = 3
 STRENGTHS = (0.5, 1.0, 2.0)
@@ -54,11 +52,10 @@ class Feature:
     steered: Steered
 
 
-def showcase(model: str, out: Path) -> list[Feature]:
-    """Pick three features of the finished demo in `out` and print them; returns what was printed."""
-    run = InferenceConfig(model=model, sae=(out / "run" / "sae",), top=(out / "top",), explanations=(out / "explanations",))
-    session = open_session(run, torch.device("cpu"))
-    features = pick(session)
+def showcase(config: InferenceConfig, tried: int) -> list[Feature]:
+    """Pick three features of an SAE, of the `tried` best candidates, and print them; returns what was printed."""
+    session = open_session(config, torch.device("cpu"))
+    features = pick(session, tried)
     if not features:
         print("\nNo latent has both a clear label and sentences that agree with it; more text or more steps would help.")
     for number, feature in enumerate(features, 1):
@@ -72,10 +69,10 @@ def showcase(model: str, out: Path) -> list[Feature]:
     return features
 
 
-def pick(session: Session) -> list[Feature]:
-    """Of the best candidates, those whose steering is seen best in the text while it stays readable; no label twice."""
+def pick(session: Session, n: int) -> list[Feature]:
+    """Of the `n` best candidates, those whose steering is seen best in the text while it stays readable; no label twice."""
     tried = []
-    for explanation, sentences in candidates(session):
+    for explanation, sentences in candidates(session)[:n]:
         words = telling_words(session, explanation)
         tried.append(Feature(explanation, sentences, words, steer(session, explanation.latent, words)))
     tried.sort(key=lambda feature: _unfit(feature.steered))
@@ -87,8 +84,8 @@ def pick(session: Session) -> list[Feature]:
 
 
 def candidates(session: Session) -> list[tuple[Explanation, list[TopSentence]]]:
-    """Latents named after content words, best scores first, whose sentences come from different documents and hold those words;
-    those that live in the passages come before those of the documentation."""
+    """Latents named after content words, best scores first, whose sentences come from different documents and hold the words
+    that the label quotes, if any; those that live in the passages come before those of the documentation."""
     known = session.needs_features()
     found: list[tuple[bool, float, Explanation, list[TopSentence]]] = []
     for explanation in known.explanations.values():
@@ -96,12 +93,12 @@ def candidates(session: Session) -> list[tuple[Explanation, list[TopSentence]]]:
         if explanation.state != "valid" or not names_content(explanation.title) or (explanation.score or 0.0) < MIN_SCORE:
             continue
         sentences = _distinct(known.top.sentences(explanation.latent))[:SENTENCES]
-        holding = [s for s in sentences if any(word.casefold() in s.text.casefold() for word in words)]
+        holding = [s for s in sentences if not words or any(word.casefold() in s.text.casefold() for word in words)]
         if len(holding) == SENTENCES:
             told = sum(sentence.label is not None for sentence in sentences)
             found.append((told < MIN_PASSAGES, -(explanation.score or 0.0), explanation, sentences))
     found.sort(key=lambda entry: (*entry[:2], entry[2].latent))
-    return [(explanation, sentences) for _, _, explanation, sentences in found[:CANDIDATES]]
+    return [(explanation, sentences) for _, _, explanation, sentences in found]
 
 
 def _distinct(sentences: list[TopSentence]) -> list[TopSentence]:

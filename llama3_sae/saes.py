@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from inference.session import EMBEDDED
+from core.shipped import absence, is_word, shipped_for
 from llama3.hub import REPOSITORY, fetch, file_names
 from sae.convert import read
 from sae.formats.finding import FOLDERS, SUFFIXES
@@ -18,14 +18,17 @@ N_LISTED = 12
 
 
 def load_sae(source: str | Path, device: torch.device | str = "cpu") -> SAE:
-    """The SAE at `source`: `demo` (the embedded one), a folder of ours (`run/sae`), a folder or file of another library (its
-    layout is seen from its files), or a Hub id: `owner/name`, with the SAE's folder behind it where there are several,
-    `owner/name/layers.10`.
+    """The SAE at `source`: `demo` or `smollm2` (those that ship), a folder of ours (`run/sae`), a folder or file of another
+    library (its layout is seen from its files), or a Hub id: `owner/name`, with the SAE's folder behind it where
+    there are several, `owner/name/layers.10`.
 
     ValueError says what lies there where it is no SAE, and lists the SAEs where there are several.
     """
-    if str(source) == "demo":
-        source = EMBEDDED / "sae"
+    if is_word(str(source)):
+        found = shipped_for(str(source))
+        if found is None:
+            raise ValueError(absence(str(source)))
+        source = found.sae
     path, on_the_hub = Path(source), ON_THE_HUB.fullmatch(str(source))
     if not path.exists() and on_the_hub:
         path = _fetched(on_the_hub[1], on_the_hub[2] or "")
