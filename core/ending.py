@@ -69,14 +69,13 @@ def end_at_sigterm() -> None:
 
     def wait() -> None:
         while True:
-            if signal.SIGTERM not in os.read(ours, 64):
-                continue
+            came = signal.SIGTERM in os.read(ours, 64)
+            if not came or not (heard.is_set() or signal.getsignal(signal.SIGTERM) is end):
+                continue  # another listens now, as training does
             if heard.wait(GRACE_S):
                 time.sleep(CLOSING_S)
-            elif signal.getsignal(signal.SIGTERM) is end:
+            else:
                 _say()
-            else:  # somebody else listens by now
-                continue
             os._exit(128 + signal.SIGTERM)
 
     def in_child() -> None:

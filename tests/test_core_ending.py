@@ -59,6 +59,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from core.artifact import building
 from core.cli import StageConfig, run_stage
+from sae.checkpoint import stop_signals
 
 @dataclass(frozen=True, kw_only=True)
 class Config(StageConfig):
@@ -74,6 +75,13 @@ def run(config, runtime):
         if config.how == "fork":
             print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
             time.sleep(7)  # longer than a process may stay deaf
+            return
+        if config.how == "another listens":
+            with stop_signals() as wish:
+                os.kill(os.getpid(), signal.SIGTERM)
+                while not wish.signal:
+                    time.sleep(0.01)
+            time.sleep(7)  # what it was asked for may take its time
             return
         print("ready", flush=True)
         while True:
@@ -105,6 +113,12 @@ def test_sigterm_to_a_forked_child_is_the_childs_alone(stage: Path, tmp_path: Pa
     with started(stage, "--out", tmp_path / "out", "--how", "fork") as process:
         out, said = process.communicate(timeout=60)
     assert (out, said, process.returncode) == ("-15\n", "", 0)
+
+
+def test_sigterm_that_training_hears_is_trainings_alone(stage: Path, tmp_path: Path) -> None:
+    with started(stage, "--out", tmp_path / "out", "--how", "another listens") as process:
+        out, said = process.communicate(timeout=100)
+    assert (out, said, process.returncode) == ("", "", 0)
 
 
 def test_nothing_changes_for_who_imports_the_packages() -> None:
