@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, cast
 import numpy as np
 import torch
 import torch.distributed as dist
+import xxhash
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
@@ -267,6 +268,12 @@ def pick_device(name: str, local_rank: int, world_size: int = 1) -> torch.device
         remedy = "choose a lower number" if asked[1] else "lower --nproc_per_node"
         raise ValueError(f"--device {name}: GPU {index} is needed, but only {visible} are visible; {remedy}")
     return torch.device("cuda", index)
+
+
+def unit_generator(seed: int, purpose: str, number: int) -> torch.Generator:
+    """Randomness for one unit of work, the same on whichever rank does it."""
+    digest = xxhash.xxh3_64_intdigest(f"{purpose} {number}".encode(), seed=seed)
+    return torch.Generator().manual_seed(digest >> 1)
 
 
 def seed_everything(seed: int) -> None:
