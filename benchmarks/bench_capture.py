@@ -107,7 +107,8 @@ class Bench:
         activations.load_model = lambda *_: self.model  # type: ignore[assignment]
         activations.load_tokenizer = lambda *_: self.tokenizer  # type: ignore[assignment]
         try:
-            activations.run(ActivationsConfig(model="demo", corpus=corpus, out=out, **flags), self.runtime)
+            config = ActivationsConfig(model="demo", corpus=corpus, out=out, bos="none", **flags)  # as what it races
+            activations.run(config, self.runtime)
         finally:
             activations.load_model, activations.load_tokenizer = before
         return out
@@ -222,7 +223,7 @@ def compare_reader(bench: Bench) -> Iterator[Row]:
 def write_rows(folder: Path, n_chunks: int, rows: int, d_model: int) -> Path:
     """An activations folder of random rows, sentences of 20 tokens."""
     site, per = "layers.4.resid_post", rows // 20
-    config = ActivationsConfig(model="demo", corpus=folder, out=folder, sites=(site,), chunk_sentences=per)
+    config = ActivationsConfig(model="demo", corpus=folder, out=folder, sites=(site,), bos="none", chunk_sentences=per)
     provenance = {"sites": [site], "d_model": d_model, "dtype": "bf16"}
     generator = torch.Generator().manual_seed(0)
     with building(folder, "activations", config, Runtime(0, 1, torch.device("cpu"), Solo()), provenance=provenance) as builder:
@@ -257,7 +258,19 @@ def compare_memory(bench: Bench) -> Iterator[Row]:
 
 def peak_memory(bench: Bench, corpus: Path, out: Path, chunk_sentences: int) -> int:
     """Bytes, sampled every 10 ms."""
-    command = [sys.executable, "-m", "capture.activations", "--model", "demo", "--corpus", corpus, "--out", out]
+    command = [
+        sys.executable,
+        "-m",
+        "capture.activations",
+        "--model",
+        "demo",
+        "--corpus",
+        corpus,
+        "--out",
+        out,
+        "--bos",
+        "none",
+    ]
     flags = ["--chunk-sentences", chunk_sentences, "--threads", max(bench.config.threads, 1), "--device", "cpu"]
     process = subprocess.Popen([str(part) for part in (*command, *flags)], stderr=subprocess.DEVNULL)
     status, peak = Path(f"/proc/{process.pid}/status"), 0

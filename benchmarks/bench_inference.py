@@ -84,7 +84,7 @@ class Decoding:
 
     def __init__(self, model: Transformer, tokenizer: Tokenizer, rows: int, n: int) -> None:
         self._model, self._n = model, n
-        self.prompts = [tokenizer.encode(PROMPT, bos=True)] * rows
+        self.prompts = [tokenizer.encode_prompt(PROMPT)] * rows
         self._tokenizer = copy.copy(tokenizer)
         self._tokenizer.stop_ids = frozenset()
 
@@ -139,7 +139,7 @@ def first_token(session: Session, config: BenchConfig, latent: int) -> Iterator[
     room = session.context - config.new_tokens
     for words in (1, 16, room // 2):
         text = " ".join((PROMPT.split() * words)[:words])
-        n_tokens = len(session.tokenizer.encode(text, bos=True))
+        n_tokens = len(session.tokenizer.encode_prompt(text))
 
         def begin(recipe: Recipe, text: str = text) -> None:
             next(compare(session, checked_request(session, text, recipe, Knobs())))
@@ -156,7 +156,7 @@ def first_token(session: Session, config: BenchConfig, latent: int) -> Iterator[
 def zero_edits(session: Session, latent: int) -> Row:
     """Largest difference of the logits of a prompt under edits that change nothing; 0 is bit-identical."""
     steering = session.needs_features().steering
-    tokens = torch.tensor([session.tokenizer.encode(PROMPT, bos=True)], device=session.model.device)
+    tokens = torch.tensor([session.tokenizer.encode_prompt(PROMPT)], device=session.model.device)
     plain, worst = session.model(tokens), 0.0
     nothing: Sequence[tuple[Edit, ...]] = ((), (Edit(latent=latent, strength=0),), (Edit(latent=latent, positions=10**6),))
     for edits in nothing:
@@ -168,13 +168,13 @@ def zero_edits(session: Session, latent: int) -> Row:
 
 def dearest_latent(session: Session) -> int:
     """The latent that fires on most tokens of the prompt."""
-    reading = session.read(session.tokenizer.encode(PROMPT, bos=True))
+    reading = session.read(session.tokenizer.encode_prompt(PROMPT))
     return int(reading.indices[1:][reading.values[1:] > 0].bincount().argmax())
 
 
 def silent_latent(session: Session) -> int:
     """The first latent that fires on the corpus and on no token of the prompt."""
-    reading = session.read(session.tokenizer.encode(PROMPT, bos=True))
+    reading = session.read(session.tokenizer.encode_prompt(PROMPT))
     silent = session.needs_features().max_values.cpu() > 0
     silent[reading.indices[reading.values > 0]] = False
     return int(silent.nonzero()[0])

@@ -29,7 +29,9 @@ from core.artifact import Builder, building
 from core.cli import Progress, StageConfig, machine, run_stage
 from core.runtime import Runtime
 from llama3 import Tokenizer, Transformer, load_model, load_tokenizer
+from llama3.hub import model_name
 from llama3.sites import as_sites, check_sites
+from llama3.tokenizer import Bos
 
 log = logging.getLogger("capture.activations")
 
@@ -39,7 +41,8 @@ class ActivationsConfig(StageConfig):
     """Flags of the stage."""
 
     model: str
-    """A model folder, a Hub id, or demo. The manifest holds its last part and the hash of its weights."""
+    """A model: a folder, a .gguf file, a Hub id, ollama:NAME, smollm2 or demo. The manifest holds its last part and the hash of
+    its weights."""
     corpus: Path
     """A corpus folder, from capture.sentences."""
     out: Path
@@ -51,8 +54,9 @@ class ActivationsConfig(StageConfig):
     storage: Storage = "bf16"
     """Type of the stored activations. int8, with one scale per row, takes half the bytes of bf16; SAEs of the embedded model
     trained on either had the same FVU, 0.404. Its error is 1e-4 of the variance, that of bf16 3e-6."""
-    bos: Literal["none", "feed"] = "none"
-    """feed: put the BOS token before each sentence, and do not store its row."""
+    bos: Bos = "auto"
+    """feed: put the BOS token before each sentence, and do not store its row. none: do not. auto: as the model was trained; the
+    manifest records which of the two that is."""
     max_length: int = 192
     """Tokens after which a sentence is cut; cut sentences are counted."""
     chunk_sentences: int = 2048
@@ -98,7 +102,11 @@ def run(config: ActivationsConfig, runtime: Runtime) -> None:
     corpus = open_corpus(config.corpus)
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model, runtime.device)
-    config = replace(config, sites=config.sites or (default_site(model.params.n_layers),))
+    config = replace(
+        config,
+        sites=config.sites or (default_site(model.params.n_layers),),
+        bos=tokenizer.bos_policy if config.bos == "auto" else config.bos,
+    )
     _check(config, model, tokenizer)
     how = _how(config, model, tokenizer)
     needed = runtime.on_main(lambda: plan.need(corpus, tokenizer, how, config.max_length)).part(config.part_of[1])
@@ -152,7 +160,7 @@ def _check(config: ActivationsConfig, model: Transformer, tokenizer: Tokenizer) 
 
 def _provenance(config: ActivationsConfig, model: Transformer, tokenizer: Tokenizer, corpus: Corpus) -> dict[str, Any]:
     return {
-        "model": "demo" if config.model == "demo" else Path(config.model).resolve().name,
+        "model": model_name(config.model),
         "model_hash": model.weights_hash,
         "tokenizer_hash": tokenizer.hash,
         "sites": list(config.sites),

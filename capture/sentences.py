@@ -75,7 +75,7 @@ class SentencesConfig(StageConfig):
     tokens: int = 64
     """Most tokens of a passage; it ends before the word that would not fit."""
     tokenizer: str = "demo"
-    """A model folder, a Hub id, or demo: whose tokens are counted for passages."""
+    """A model (as in capture.activations --model), whose tokens are counted for passages."""
     min_characters: int = 8
     """Shorter sentences are dropped and counted. 0 or 1 keep all."""
     deduplicate: bool = False

@@ -24,6 +24,8 @@ from core.version import VERSION
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+UNLISTED = ("README.md", "log.txt", "training.html")
+"""Files beside those of the manifest that a reader allows and never hashes: a model card, and what a person may read."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,8 @@ def open_artifact(path: Path, *kinds: str) -> Artifact:
     expected = {record.name: record for record in manifest.files}
     found = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
     found = {name for name in found if name != MANIFEST and not any(part.startswith(".") for part in name.split("/"))}
-    for what, names in (("missing", set(expected) - found), ("not listed in the manifest", found - set(expected))):
+    extra = found - set(expected) - set(UNLISTED)
+    for what, names in (("missing", set(expected) - found), ("not listed in the manifest", extra)):
         if names:
             elsewhere = "; were they written with --remote, fetch them with `python -m capture.remote`" if not found else ""
             raise ValueError(f"{path}: {len(names)} file(s) {what}, the first is {min(names)}{elsewhere}")

@@ -7,6 +7,7 @@ full disks read alike everywhere.
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import secrets
 import shutil
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import xxhash
+
+log = logging.getLogger("files")
 
 T = TypeVar("T")
 
@@ -173,14 +176,14 @@ def read_at(path: Path, start: int, out: memoryview) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, wait: bool = False) -> Iterator[None]:
     """Hold the lock of `folder`, made where it is missing. The kernel drops it when the process dies, so it is never stale.
 
-    Raises ValueError naming the host and process that hold it.
+    Raises ValueError naming the host and process that hold it; with `wait`, waits for them instead.
     """
     make_folder(folder)
     lock = folder / LOCK
-    descriptor = _take(lock)
+    descriptor = _take(lock, wait)
     try:
         _do("write", lock, lambda: _sign(descriptor))
         yield
@@ -192,16 +195,16 @@ def locked(folder: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _take(lock: Path) -> int:
+def _take(lock: Path, wait: bool) -> int:
     """A descriptor that holds the exclusive lock on the file which `lock` names now."""
     while True:
         descriptor = _do("open", lock, lambda: os.open(lock, os.O_RDWR | os.O_CREAT, 0o644))
         try:
-            _do("lock", lock, partial(fcntl.flock, descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB))
+            _lock(lock, descriptor, wait)
             if _names(lock, descriptor):
                 return descriptor
         except BlockingIOError:
-            holder = os.read(descriptor, 200).decode(errors="replace").strip() or "it has not said which"
+            holder = _holder(descriptor)
             os.close(descriptor)
             raise ValueError(
                 f"{lock.parent}: another job is writing here ({holder}); wait for it or choose another --out"
@@ -210,6 +213,21 @@ def _take(lock: Path) -> int:
             os.close(descriptor)
             raise OSError(error.errno, f"{lock.parent}: this file system cannot lock files ({error.strerror})") from error
         os.close(descriptor)  # the holder before us removed the file between our open and our lock
+
+
+def _lock(lock: Path, descriptor: int, wait: bool) -> None:
+    """BlockingIOError where another process has the lock and we do not `wait`."""
+    try:
+        _do("lock", lock, partial(fcntl.flock, descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB))
+    except BlockingIOError:
+        if not wait:
+            raise
+        log.info("%s: waiting for another process (%s)", lock.parent, _holder(descriptor))
+        _do("lock", lock, partial(fcntl.flock, descriptor, fcntl.LOCK_EX))
+
+
+def _holder(descriptor: int) -> str:
+    return os.read(descriptor, 200).decode(errors="replace").strip() or "it has not said which"
 
 
 def _names(lock: Path, descriptor: int) -> bool:

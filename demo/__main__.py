@@ -32,7 +32,7 @@ class DemoConfig:
     port: int = 7860
     """Port of the app on 127.0.0.1."""
     model: str = "demo"
-    """The embedded model, a folder in Meta's or Hugging Face's layout, or a Hub id."""
+    """The model: a folder, a .gguf file, a Hub id, ollama:NAME, smollm2 or demo, the embedded one."""
     source: str = ""
     """Text to use in place of the embedded corpus: a file, a folder, or nltk:NAME."""
     out: Path = Path("runs/demo")

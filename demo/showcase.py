@@ -129,7 +129,7 @@ def _unfit(steered: Steered) -> tuple[float, int, float]:
 def steer(session: Session, latent: int, words: frozenset[str]) -> Steered:
     """Continue the prompts at several strengths; the plainest effect among readable texts, else the most readable text."""
     sampling = Sampling(max_new_tokens=28, temperature=0.7, seed=3, repetition_penalty=1.15)
-    lengths = [len(session.tokenizer.encode(prompt, bos=True)) for prompt in PROMPTS]
+    lengths = [len(session.tokenizer.encode_prompt(prompt)) for prompt in PROMPTS]
     baseline = complete(session.model, session.tokenizer, list(PROMPTS), sampling)
     natural = [_judge(session, prompt, text, latent) for prompt, text in zip(PROMPTS, baseline, strict=True)]
     known = session.needs_features()
@@ -149,8 +149,8 @@ def steer(session: Session, latent: int, words: frozenset[str]) -> Steered:
 def _judge(session: Session, prompt: str, text: str, latent: int) -> tuple[float, float]:
     """What the unsteered model reads in `text` behind `prompt`: the latent's mean in multiples of its maximum, and the loss in
     nats per token."""
-    start = len(session.tokenizer.encode(prompt, bos=True))
-    ids = session.tokenizer.encode(prompt + text, bos=True)
+    start = len(session.tokenizer.encode_prompt(prompt))
+    ids = session.tokenizer.encode_prompt(prompt + text)
     if len(ids) <= start:
         return 0.0, math.inf
     values = session.read(ids).of(latent)[start:]

@@ -24,13 +24,15 @@ import torch
 
 from core.cli import machine, run_stage
 from core.runtime import Runtime
-from inference.dialogue import style_of
+from inference.dialogue import Style, check_style, style_of
 from inference.recipes import SteeringConfig
 from inference.session import open_session
 from inference.web.calls import CallCheck
 from inference.web.handlers import Handlers
 from inference.web.hosts import HostGuard, served_names
 from inference.web.middleware import Guard
+from llama3.chat import has_chat
+from llama3.tokenizer import Tokenizer
 
 log = logging.getLogger("inference.app")
 
@@ -56,7 +58,8 @@ class AppConfig(SteeringConfig):
     open_browser: bool = machine(False)
     """Open the page in the default browser."""
     style: str = machine("auto")
-    """Chat format: llama3 (the instruct models'), plain (a transcript), or auto: plain for the embedded model, else llama3."""
+    """Chat format: template (the checkpoint's own), llama3 (the Llama 3 instruct models'), plain (a transcript), or auto: plain
+    for the embedded model and for models without a chat format, else the template where there is one, else llama3."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,7 +69,12 @@ class AppConfig(SteeringConfig):
             what = "--public-link" if self.public_link else f"--host {self.host}"
             raise ValueError(f"{what} lets other machines in; give --password-file FILE too, or stay on 127.0.0.1")
         served_names(self.host, self.allow_host)
-        style_of(self.style, self.model)
+        check_style(self.style)
+
+    def chat_style(self, tokenizer: Tokenizer) -> Style:
+        """As in `inference.chat`, but a page opens for models without a chat format too. ValueError for a style that this model
+        cannot follow."""
+        return "plain" if self.style == "auto" and not has_chat(tokenizer) else style_of(self.style, self.model, tokenizer)
 
 
 def is_loopback(host: str) -> bool:
@@ -94,8 +102,8 @@ def run(config: AppConfig, runtime: Runtime) -> None:
 
 def open_handlers(config: AppConfig, device: torch.device) -> Handlers:
     """Load what `config` names; ValueError where a part is missing or does not belong to the others."""
-    session = open_session(config, device)
-    handlers, recipe = Handlers(session, style_of(config.style, config.model)), config.recipe(session)
+    session = open_session(config, device, config.chat_style)
+    handlers, recipe = Handlers(session, config.chat_style(session.tokenizer)), config.recipe(session)
     if not recipe.edits:
         return handlers
     try:

@@ -12,10 +12,11 @@ import json
 import logging
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 
 from core.cli import machine, run_stage
 from core.runtime import Runtime
-from inference.dialogue import prepare, style_of
+from inference.dialogue import check_style, prepare, style_of
 from inference.row import new_row
 from inference.session import Session, open_session
 from inference.steering import Recipe
@@ -36,13 +37,14 @@ class ChatConfig(SamplingConfig):
     system: str = ""
     """System prompt; empty sends none."""
     style: str = "auto"
-    """llama3 (the instruct models' format), plain (a transcript), or auto: plain for the embedded model, else llama3."""
+    """template (the chat template of the checkpoint), llama3 (the format of the Llama 3 instruct models), plain (a transcript),
+    or auto: plain for the embedded model, else the template where there is one, else llama3."""
     prompt: str = machine("> ")
     """What is shown before each message where standard input is a terminal."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        style_of(self.style, self.model)
+        check_style(self.style)
 
 
 def run(config: ChatConfig, runtime: Runtime) -> None:
@@ -50,7 +52,7 @@ def run(config: ChatConfig, runtime: Runtime) -> None:
     config.sampling()
     out = Output()
     with interruptible():
-        session = open_session(config, runtime.device)
+        session = open_session(config, runtime.device, partial(style_of, config.style, config.model))
         recipe = config.recipe(session)
         config.watcher(session)  # refuses a latent that does not exist before the first message
         opening = [Message("system", config.system)] if config.system else []
@@ -94,11 +96,11 @@ def _ask(config: ChatConfig) -> str | None:
 
 def _answer(config: ChatConfig, session: Session, recipe: Recipe, messages: list[Message], out: Output) -> str:
     """Stream the answer to the last message; returns its text."""
-    turn = prepare(session, messages, style_of(config.style, config.model), config.max_new_tokens)
+    turn = prepare(session, messages, style_of(config.style, config.model, session.tokenizer), config.max_new_tokens)
     if turn.dropped:
         log.info("the context is full: the oldest %d message(s) are left out", turn.dropped)
     sampling = config.sampling()
-    sampling = replace(sampling, stop=(*sampling.stop, *turn.stop))
+    sampling = replace(sampling, stop=(*sampling.stop, *turn.stop), stop_ids=turn.stop_ids)
     rows = [new_row(session, messages[-1].content, turn.ids)]
     turns = sum(message.role == "user" for message in messages)
     watch = config.watcher(session, rows, turns - 1, out.fresh_line)

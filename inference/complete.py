@@ -22,6 +22,7 @@ from inference.steering import Recipe
 from inference.terminal import Output, SamplingConfig, interruptible, watched_lines, watched_record
 from inference.watch import Watch
 from llama3.generate import Sampling, generate
+from llama3.tokenizer import Bos
 
 log = logging.getLogger("inference.complete")
 
@@ -36,8 +37,8 @@ class CompleteConfig(SamplingConfig):
     """Read standard input as one prompt, newlines included."""
     batch_size: int = machine(32)
     """Prompts continued at a time; a text does not depend on it."""
-    bos: bool = True
-    """Put <|begin_of_text|> before each prompt, as the model was trained."""
+    bos: Bos = "auto"
+    """Put BOS (<|begin_of_text|>) before each prompt: auto, as the model was trained; feed, always; none, never."""
     compare: bool = False
     """Continue each prompt without and with the recipe."""
 
@@ -58,7 +59,7 @@ def run(config: CompleteConfig, runtime: Runtime) -> None:
         session = open_session(config, runtime.device)
         recipe = config.recipe(session)
         config.watcher(session)  # refuses a latent that does not exist before anything is printed
-        rows = [new_row(session, prompt, session.tokenizer.encode(prompt, bos=config.bos)) for prompt in prompts]
+        rows = [new_row(session, prompt, session.tokenizer.encode_prompt(prompt, config.bos)) for prompt in prompts]
         recipes = [Recipe(), recipe] if config.compare else [recipe]
         for first in range(0, len(rows), config.batch_size):
             batch = rows[first : first + config.batch_size]

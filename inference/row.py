@@ -13,7 +13,7 @@ class Row:
 
     prompt: str
     ids: tuple[int, ...]
-    """Token ids of prompt (BOS first) and continuation, end token left out."""
+    """Token ids of prompt (as `Tokenizer.encode_prompt` has it) and continuation, end token left out."""
     prompt_length: int
     text: str = ""
     """The continuation."""
@@ -26,8 +26,8 @@ class Row:
 
 
 def new_row(session: Session, prompt: str, ids: Sequence[int] | None = None) -> Row:
-    """A row about to be continued; `ids` where the prompt is more than BOS and its text."""
-    ids = session.tokenizer.encode(prompt, bos=True) if ids is None else ids
+    """A row about to be continued; `ids` where the prompt is another than its text's."""
+    ids = session.tokenizer.encode_prompt(prompt) if ids is None else ids
     if len(ids) >= session.context:
         raise ValueError(
             f"a prompt has {len(ids):,} tokens, but the context holds {session.context:,} with the answer; shorten it: "

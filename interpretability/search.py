@@ -141,8 +141,9 @@ def search_prompts(
     counts in how many prompts of `positive` it is among the first RANK_TOP, minus the same for `negative`; so one prompt on
     which it is very strong weighs no more than another. Equal counts are ordered by the mean.
 
-    Each prompt is read behind BOS, and position 0 is left out: whatever stands there becomes the attention sink, a row of huge
-    norm that says nothing of the text, and with BOS there no word of the prompt is lost to it. Latents that never fired on the
+    Each prompt is read as the model met texts in training (`Tokenizer.encode_prompt`), and position 0 is left out: whatever
+    stands there becomes the attention sink, a row of huge norm that says nothing of the text. Where that is BOS no word of the
+    prompt is lost to it; without BOS its first token is. Latents that never fired on the
     corpus (maximum 0) have no range and never rank; of the others, those that count in at least one prompt are returned.
 
     ValueError without a prompt for, and for a prompt that is empty or too long for the model's context.
@@ -178,9 +179,11 @@ def search_prompts(
 
 
 def _prompt_ids(model: Transformer, tokenizer: Tokenizer, prompt: str) -> list[int]:
-    ids = tokenizer.encode(prompt, bos=True)
+    ids = tokenizer.encode_prompt(prompt)
     if not prompt.strip():
         raise ValueError("a prompt is empty; write the text that the feature should, or should not, fire on")
+    if len(ids) < 2:
+        raise ValueError(f"the prompt {prompt!r} is one token, and this model's first is never read; write a few words")
     if len(ids) > model.params.max_seq_len:
         raise ValueError(
             f"a prompt has {len(ids):,} tokens, but the context holds {model.params.max_seq_len:,}; shorten it: {prompt:.40}"
@@ -256,7 +259,8 @@ class SearchConfig(StageConfig):
     sae: Path
     """Folder of the SAE (`run/sae`)."""
     model: str = ""
-    """The model that it was trained on: a folder, a Hub id or `demo`. Needed with --positive."""
+    """The model that it was trained on: a folder, a .gguf file, a Hub id, ollama:NAME, smollm2 or demo.
+    Needed with --positive."""
     top: Path | None = None
     """Its top sentences, where the maxima of its latents are read. Needed with --positive and --latents."""
     explanations: Path | None = None

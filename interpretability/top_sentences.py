@@ -64,7 +64,8 @@ class TopSentencesConfig(StageConfig):
     """Folder of stored activations, of the site that the SAE was trained on. None: the model computes them, and none are
     stored."""
     model: str = machine()
-    """The model that the activations come from: a folder, a Hub id or `demo`. Gives tokens and promoted tokens."""
+    """The model that the activations come from: a folder, a .gguf file, a Hub id, ollama:NAME, smollm2 or demo.
+    Gives tokens and promoted tokens."""
     corpus: Path
     """Folder of the corpus that the activations come from. Gives texts and names of documents."""
     out: Path

@@ -5,7 +5,8 @@ Knows no SAE, no rank and no stage; everything else in this repository stands on
 
 from llama3.args import ModelArgs, RopeScaling
 from llama3.cache import KVCache
-from llama3.chat_format import Message, encode_dialog
+from llama3.chat import encode_dialog
+from llama3.chat_format import Message
 from llama3.checkpoint import load_model, load_tokenizer
 from llama3.generate import Piece, Sampling, complete, generate
 from llama3.model import Transformer

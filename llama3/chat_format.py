@@ -3,7 +3,7 @@
 Written from the model card's prompt format; the known ids are in tests/test_tokenizer.py.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from llama3.tokenizer import Tokenizer
@@ -20,23 +20,32 @@ class Message(NamedTuple):
     calls_tool: bool = False
 
 
-def encode_header(tokenizer: Tokenizer, role: str) -> list[int]:
-    """`<|start_header_id|>role<|end_header_id|>` and a blank line."""
+def check_role(role: str) -> None:
     if role not in ROLES:
         raise ValueError(f"unknown role {role!r}: expected one of {', '.join(ROLES)}")
+
+
+def speaks_llama3(tokenizer: Tokenizer) -> bool:
+    """Whether the vocabulary has the tokens of this format."""
+    return all(name in tokenizer.special_tokens for name in ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"))
+
+
+def encode_header(tokenizer: Tokenizer, role: str) -> list[int]:
+    """`<|start_header_id|>role<|end_header_id|>` and a blank line."""
+    check_role(role)
     start, end = _special(tokenizer, "<|start_header_id|>"), _special(tokenizer, "<|end_header_id|>")
-    return [start, *tokenizer.encode(role), end, *tokenizer.encode("\n\n")]
+    return [start, *tokenizer.encode_part(role), end, *tokenizer.encode_part("\n\n")]
 
 
 def encode_message(tokenizer: Tokenizer, message: Message) -> list[int]:
     """One message with its header and its end token. Special tokens spelled in the content stay plain text."""
     end = "<|eom_id|>" if message.calls_tool else "<|eot_id|>"
     call = [_special(tokenizer, "<|python_tag|>")] if message.calls_tool else []
-    content = tokenizer.encode(message.content.strip())
+    content = tokenizer.encode_part(message.content.strip())
     return [*encode_header(tokenizer, message.role), *call, *content, _special(tokenizer, end)]
 
 
-def encode_dialog(tokenizer: Tokenizer, messages: Sequence[Message] | Iterable[Message]) -> list[int]:
+def encode_llama3(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     """The whole dialogue, from `<|begin_of_text|>` to the open header of the assistant's next turn."""
     ids = [tokenizer.bos_id]
     for message in messages:

@@ -1,4 +1,5 @@
-"""Load a model and its tokenizer from Meta's or Hugging Face's layout: checked first, then copied once, to the device."""
+"""Load a model and its tokenizer from Meta's or Hugging Face's layout or a GGUF file: checked first,
+then copied once, to the device."""
 
 import math
 from collections.abc import Mapping
@@ -9,6 +10,8 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from llama3.gguf import read_header
+from llama3.gguf_tokenizer import tokenizer_from_gguf
 from llama3.hub import TOKENIZER_FILES, locate
 from llama3.layouts import Layout, find_layout, interleave_, read_json
 from llama3.model import Transformer
@@ -18,14 +21,14 @@ from llama3.weights import WeightFile, open_weights
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Transformer:
-    """The model of a folder, a Hub id or `demo` (see `llama3.hub.locate`), for inference: no parameter asks for gradients.
+    """The model that `path` names (see `llama3.hub.locate`), for inference: no parameter asks for gradients.
 
-    `dtype` None is float32 on the CPU and the checkpoint's own on a GPU. `weights_hash` of the result is the xxh3-64, in 16
-    hexadecimal digits, of the bytes of the weight files in order of name. Raises ValueError, before any weight is read, for a
-    layout, shape, name or vocabulary that does not fit.
+    `dtype` None is float32 on the CPU and on a GPU the checkpoint's own, bfloat16 for a quantised one.
+    `weights_hash` of the result is the xxh3-64, in 16 hexadecimal digits, of the bytes of the weight
+    files in order of name. Raises ValueError, before any weight is read, for a layout, shape, name or
+    vocabulary that does not fit.
     """
-    folder = locate(path)
-    layout = find_layout(folder)
+    layout = find_layout(locate(path))
     _check_tokenizer_model(layout)
     files = [open_weights(file) for file in layout.files]
     with torch.device("meta"):
@@ -33,7 +36,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
     places = _places(layout, files, model)
     device = torch.device(device)
     if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else files[0].entries[next(iter(places[0]))].dtype
+        dtype = torch.float32 if device.type == "cpu" else _own_dtype(files)
     _allocate(model, device, dtype)
     with torch.no_grad():
         model.weights_hash = _fill(layout, files, places, model)
@@ -42,9 +45,11 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a folder, a Hub id or `demo`. ValueError where there is none that can be read, or one with more tokens
-    than the model described beside it."""
+    """The tokenizer of a folder, a GGUF file, a Hub id or `demo`. ValueError where there is none that can be read, or one with
+    more tokens than the model described beside it."""
     folder = locate(path, TOKENIZER_FILES)
+    if folder.is_file():
+        return _gguf_tokenizer(folder)
     names = ["tokenizer.json", "original/tokenizer.model", "tokenizer.model"]
     if (folder / "params.json").is_file():
         names.reverse()
@@ -55,6 +60,23 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             _check_vocabulary(file, found.n_vocab)
             return found
     raise ValueError(f"{folder}: holds no tokenizer: expected tokenizer.model (Meta) or tokenizer.json (Hugging Face)")
+
+
+def _gguf_tokenizer(file: Path) -> Tokenizer:
+    header = read_header(file)
+    found = tokenizer_from_gguf(header.metadata, str(file))
+    embedding = header.tensors.get("token_embd.weight")
+    if embedding is not None and found.n_vocab > embedding.shape[0]:
+        raise ValueError(
+            f"{file}: its tokenizer has {found.n_vocab:,} tokens, its embedding {embedding.shape[0]:,} rows; it is damaged"
+        )
+    return found
+
+
+def _own_dtype(files: list[WeightFile]) -> torch.dtype:
+    """That of the largest tensor: in GGUF files the norms are float32 whatever the matrices are."""
+    entries = [entry for file in files for entry in file.entries.values()]
+    return max(entries, key=lambda entry: math.prod(entry.shape)).dtype
 
 
 class Place(NamedTuple):
@@ -79,23 +101,29 @@ def _places(layout: Layout, files: list[WeightFile], model: Transformer) -> list
             found.setdefault(parameter, []).append((index, name))
     if missing := [name for name in wanted if name not in found]:
         raise ValueError(
-            f"{files[0].path.parent}: {len(missing)} of {len(wanted)} tensors missing from {len(files)} file(s), the first is "
+            f"{layout.place}: {len(missing)} of {len(wanted)} tensors missing from {len(files)} file(s), the first is "
             f"{missing[0]}{_tie_hint(missing)}"
         )
     places: list[dict[str, Place]] = [{} for _ in files]
     for parameter, parts in found.items():
         shapes = [files[index].entries[name].shape for index, name in parts]
         dim = _split_dimension(wanted[parameter], shapes)
-        if dim is None or (layout.hugging_face and len(parts) > 1):
+        if dim is None or (layout.kind == "Hugging Face" and len(parts) > 1):
             raise ValueError(
                 f"{files[parts[0][0]].path}: {parts[0][1]} is {' + '.join(str(list(shape)) for shape in shapes)}, expected "
-                f"{list(wanted[parameter])} by the configuration beside it; wrong params.json or config.json, or shards missing"
+                f"{list(wanted[parameter])} {_source_of_shapes(layout)}"
             )
         start = 0
         for (index, name), shape in zip(parts, shapes, strict=True):
             places[index][name] = Place(parameter, dim, start % wanted[parameter][dim])
             start += shape[dim]
     return places
+
+
+def _source_of_shapes(layout: Layout) -> str:
+    if layout.kind == "GGUF":
+        return "by the file's own metadata; it is damaged or was converted wrongly"
+    return "by the configuration beside it; wrong params.json or config.json, or shards missing"
 
 
 def _tie_hint(missing: list[str]) -> str:
@@ -146,7 +174,7 @@ def _fill(layout: Layout, files: list[WeightFile], places: list[dict[str, Place]
             for name, place in part.items()
         }
         file.copy_to(targets, digest)
-    if layout.hugging_face:
+    if layout.kind == "Hugging Face":  # GGUF files hold them in Meta's order
         for name, parameter in parameters.items():
             if name.endswith(("wq.weight", "wk.weight")):
                 interleave_(parameter, layout.args.head_dim)
@@ -159,7 +187,7 @@ def _check_finite(model: Transformer, layout: Layout) -> None:
         # In parts: a sum in float32 first makes a float32 copy of what it sums.
         if not all(math.isfinite(part.sum(dtype=torch.float32).item()) for part in torch.split(parameter, 1024)):
             raise ValueError(
-                f"{layout.files[0].parent}: {name} holds NaN or infinity in {parameter.dtype}; the file is damaged, "
+                f"{layout.place}: {name} holds NaN or infinity in {parameter.dtype}; the file is damaged, "
                 "or the dtype too narrow for it"
             )
 
@@ -167,7 +195,7 @@ def _check_finite(model: Transformer, layout: Layout) -> None:
 def _check_tokenizer_model(layout: Layout) -> None:
     """Meta's tokenizer.model is quick to count, so that a wrong one is named before the weights are read."""
     file = layout.files[0].with_name("tokenizer.model")
-    if not layout.hugging_face and file.is_file():
+    if layout.kind == "Meta" and file.is_file():
         _check_vocabulary(file, len(file.read_bytes().splitlines()) + N_SPECIAL_TOKENS)
 
 

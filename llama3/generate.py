@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llama3.model import Transformer
 from llama3.sites import Hook
-from llama3.tokenizer import Tokenizer
+from llama3.tokenizer import Bos, Tokenizer
 
 HooksFor = Callable[[Tensor], Mapping[str, Hook]]
 Finished = Literal["", "stop", "length", "stop_string"]
@@ -21,6 +21,9 @@ Finished = Literal["", "stop", "length", "stop_string"]
 # Tokens beyond the best 512 are looked at only where these do not yet hold `top_p` of the probability: a full sort of 128,256
 # logits costs more than the forward pass of a small model.
 CANDIDATES = 512
+
+MIN_TEMPERATURE = 1e-6
+"""Below it logits divided by the temperature leave float32's range, and nothing but the most likely token has a chance."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Sampling:
     max_new_tokens: int = 64
     """Tokens to generate per row, at most; a row also ends where the context is full."""
     temperature: float = 0.8
-    """Logits are divided by it; 0 takes the most likely token."""
+    """Logits are divided by it; 0, or less than MIN_TEMPERATURE, takes the most likely token."""
     top_p: float = 0.95
     """Keep the fewest tokens that together hold this probability (Holtzman et al. 2020); 1 keeps all."""
     top_k: int = 0
@@ -38,13 +41,16 @@ class Sampling:
     min_p: float = 0.0
     """Keep tokens at least this fraction as likely as the most likely one (Nguyen et al. 2024); 0 keeps all."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens that the row already holds (Keskar et al. 2019); 1 is off."""
+    """Divides positive and multiplies negative logits of tokens that the row already holds (Keskar et al. 2019); 1 is off.
+    Special tokens are exempt: those that end and open the turns of a chat come again by design."""
     seed: int = 0
     """Row i draws from a generator seeded with (seed, i), so that its text does not depend on its neighbours."""
     first_row: int = 0
     """Number of the first row, where a caller cuts a long list of prompts into batches."""
     stop: tuple[str, ...] = ()
     """A row ends before the first of these strings in its text."""
+    stop_ids: frozenset[int] = frozenset()
+    """Tokens that end a row beside the tokenizer's own, such as the one that ends a turn of a chat."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
@@ -55,7 +61,7 @@ class Sampling:
             ("top_p", 0 < self.top_p <= 1, "above 0, at most 1"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("min_p", 0 <= self.min_p <= 1, "0 (off) to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty <= 100, "above 0, at most 100; 1 is off"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "0.01 to 100; 1 is off"),
             ("stop", all(self.stop), "strings that are not empty"),
         )
         for name, holds, expected in limits:
@@ -100,10 +106,10 @@ def complete(
     prompts: Sequence[str],
     sampling: Sampling,
     hooks_for: HooksFor | None = None,
-    bos: bool = True,
+    bos: Bos = "auto",
 ) -> list[str]:
     """The text that follows each prompt, end tokens and stop strings left out."""
-    ids = [tokenizer.encode(prompt, bos=bos) for prompt in prompts]
+    ids = [tokenizer.encode_prompt(prompt, bos) for prompt in prompts]
     texts = [""] * len(ids)
     for piece in generate(model, tokenizer, ids, sampling, hooks_for):
         texts[piece.row] += piece.text
@@ -121,7 +127,7 @@ def check_prompts(model: Transformer, tokenizer: Tokenizer, prompts: Sequence[Se
         raise ValueError("no prompt was given; expected at least one")
     for row, prompt in enumerate(prompts):
         if not prompt:
-            raise ValueError(f"prompt {row} is empty; expected at least one token, such as <|begin_of_text|>")
+            raise ValueError(f"prompt {row} is empty; expected at least one token")
         if len(prompt) >= args.max_seq_len:
             raise ValueError(
                 f"prompt {row} has {len(prompt):,} tokens and the context holds {args.max_seq_len:,}, the answer included; "
@@ -136,7 +142,7 @@ class _Row:
 
     def __init__(self, tokenizer: Tokenizer, sampling: Sampling, prompt_length: int, context: int) -> None:
         self._decoder = tokenizer.stream_decoder()
-        self._stop_ids = tokenizer.stop_ids
+        self._stop_ids = tokenizer.stop_ids | sampling.stop_ids
         self._stop = sampling.stop
         self._held = ""  # text that may be the beginning of a stop string
         self.position = prompt_length
@@ -226,26 +232,34 @@ class Chooser:
             self._seen = torch.zeros(len(prompts), self._n_vocab, dtype=torch.bool, device=device)
             for row, prompt in enumerate(prompts):
                 self._seen[row, torch.tensor(prompt, device=device)] = True
+            special = [index for index in tokenizer.special_tokens.values() if tokenizer.is_special(index)]
+            self._exempt = torch.tensor(special, dtype=torch.long, device=device)
+            self._seen.index_fill_(1, self._exempt, False)
 
     @torch.inference_mode()
     def choose(self, logits: Tensor) -> Tensor:
-        """Token ids (B), int64, for logits (B, V) of any floating dtype."""
+        """Token ids (B), int64, for logits (B, V) of any floating dtype. ValueError where a row's are NaN or infinite."""
         logits = logits[:, : self._n_vocab].float()  # a model may have more rows than the tokenizer has tokens
         if self._unassigned.numel():
             logits = logits.index_fill(1, self._unassigned, float("-inf"))
         if self._seen is not None:
             penalty = self.sampling.repetition_penalty
             logits = torch.where(self._seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
-        if self.sampling.temperature == 0:
-            chosen = logits.argmax(dim=-1)
-        else:
-            sums, ids = candidates(logits / self.sampling.temperature, self.sampling)
+        largest, chosen = logits.max(dim=-1)  # NaN counts as the largest
+        if not bool(largest.isfinite().all()):
+            raise ValueError(
+                f"the model's logits of row {int((~largest.isfinite()).nonzero()[0])} are NaN or infinite at new token "
+                f"{self._step + 1}: an edit too strong for this model, or a dtype too narrow for its weights"
+            )
+        if self.sampling.temperature >= MIN_TEMPERATURE:
+            # Less the largest first: divided by a low temperature, logits are so large that their differences are lost.
+            sums, ids = candidates((logits - largest[:, None]) / self.sampling.temperature, self.sampling)
             # The first token whose running sum exceeds the row's number, which is uniform in [0, last sum).
             index = (sums <= self._uniform[:, self._step, None] * sums[:, -1:]).sum(dim=-1, keepdim=True)
             chosen = ids.gather(1, index.clamp(max=sums.shape[1] - 1)).squeeze(1)
         self._step += 1
         if self._seen is not None:
-            self._seen.scatter_(1, chosen[:, None], True)
+            self._seen.scatter_(1, chosen[:, None], True).index_fill_(1, self._exempt, False)
         return chosen
 
 

@@ -1,4 +1,5 @@
-"""Meta's and Hugging Face's checkpoint layouts: which files there are, and where each of their tensors belongs in the model.
+"""Checkpoint layouts of Meta, Hugging Face and ggml: which files there are, and where each of their
+tensors belongs in the model.
 
 Shapes: H heads, K head_dim, D model width.
 """
@@ -6,11 +7,13 @@ Shapes: H heads, K head_dim, D model width.
 import json
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from llama3.args import ModelArgs
+from llama3.gguf import Header, read_header
 
 HF_NAMES = {
     "model.embed_tokens": "tok_embeddings",
@@ -26,6 +29,20 @@ HF_NAMES = {
     "mlp.down_proj": "feed_forward.w2",
     "mlp.up_proj": "feed_forward.w3",
 }
+GGUF_NAMES = {
+    "token_embd": "tok_embeddings",
+    "output_norm": "norm",
+    "attn_norm": "attention_norm",
+    "attn_q": "attention.wq",
+    "attn_k": "attention.wk",
+    "attn_v": "attention.wv",
+    "attn_output": "attention.wo",
+    "ffn_gate": "feed_forward.w1",
+    "ffn_down": "feed_forward.w2",
+    "ffn_up": "feed_forward.w3",
+}
+ROPE_TABLES = ("rope.freqs", "rope_freqs.weight")
+"""Tensors that hold no weights: what they say is in `ModelArgs`."""
 
 
 class Layout(NamedTuple):
@@ -33,34 +50,70 @@ class Layout(NamedTuple):
 
     args: ModelArgs
     files: list[Path]
-    hugging_face: bool
+    kind: Literal["Meta", "Hugging Face", "GGUF"]
 
     def parameter(self, name: str) -> str | None:
         """The model's name of the tensor that a file calls `name`; None for tables that are computed anew."""
-        if name == "rope.freqs" or name.endswith(".rotary_emb.inv_freq"):
+        if name in ROPE_TABLES or name.endswith(".rotary_emb.inv_freq"):
             return None
-        if not self.hugging_face:
+        if self.kind == "Meta":
             return name
         stem, _, kind = name.rpartition(".")
-        layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
+        names, layers = (GGUF_NAMES, r"blk") if self.kind == "GGUF" else (HF_NAMES, r"model\.layers")
+        layer = re.fullmatch(rf"{layers}\.(\d+)\.(.+)", stem)
         if layer:
-            return f"layers.{layer[1]}.{HF_NAMES.get(layer[2], layer[2])}.{kind}"
-        return f"{HF_NAMES.get(stem, stem)}.{kind}"
+            return f"layers.{layer[1]}.{names.get(layer[2], layer[2])}.{kind}"
+        return f"{names.get(stem, stem)}.{kind}"
+
+    @property
+    def place(self) -> Path:
+        """What messages call it: the file where there is one alone, else the folder."""
+        return self.files[0] if self.kind == "GGUF" else self.files[0].parent
 
 
-def find_layout(folder: Path) -> Layout:
-    """Recognise the layout of `folder`; ValueError where it has neither, or where files are missing."""
+def find_layout(place: Path) -> Layout:
+    """Recognise the layout of a folder, or of a GGUF file; ValueError where it has none, or where files are missing."""
+    return _gguf_layout(place) if place.is_file() else _folder_layout(place)
+
+
+def _folder_layout(folder: Path) -> Layout:
     if (folder / "params.json").is_file():
-        return Layout(ModelArgs.from_params(read_json(folder / "params.json")), _meta_files(folder), False)
+        return Layout(ModelArgs.from_params(read_json(folder / "params.json")), _meta_files(folder), "Meta")
     if (folder / "config.json").is_file():
-        return Layout(ModelArgs.from_hf_config(read_json(folder / "config.json")), _hf_files(folder), True)
+        return Layout(ModelArgs.from_hf_config(read_json(folder / "config.json")), _hf_files(folder), "Hugging Face")
     if (folder / "original" / "params.json").is_file():
-        return find_layout(folder / "original")
+        return _folder_layout(folder / "original")
     found = sorted(p.name for p in folder.iterdir())[:4] if folder.is_dir() else []
     raise ValueError(
         f"{folder}: expected a checkpoint: params.json with consolidated.*.pth (Meta), or config.json with *.safetensors "
-        f"(Hugging Face); found {', '.join(found) or 'nothing'}"
+        f"(Hugging Face), or a .gguf file itself; found {', '.join(found) or 'nothing'}"
     )
+
+
+def _gguf_layout(file: Path) -> Layout:
+    header = read_header(file, tokens=False)
+    parts = header.metadata.get("split.count", 0)
+    kind = header.metadata.get("general.type", "model")
+    try:
+        if parts not in (0, 1):
+            raise ValueError(f"is one of {parts} parts; join them with llama.cpp's llama-gguf-split --merge")
+        if kind != "model":
+            raise ValueError(f"general.type is {kind!r}, expected 'model'")
+        if (embedding := header.tensors.get("token_embd.weight")) is None:
+            raise ValueError("holds no token_embd.weight: a vocabulary without a model")
+        tied, divisors = "output.weight" not in header.tensors, _rope_divisors(file, header)
+        return Layout(ModelArgs.from_gguf(header.metadata, embedding.shape[0], tied, divisors), [file], "GGUF")
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def _rope_divisors(file: Path, header: Header) -> tuple[float, ...]:
+    info = header.tensors.get("rope_freqs.weight")
+    if info is None:
+        return ()
+    if info.type != "F32" or len(info.shape) > 1 or info.bytes > 2**20:
+        raise ValueError(f"rope_freqs.weight is {info.type} {list(info.shape)}, expected a short list of F32")
+    return tuple(map(float, np.fromfile(file, "<f4", info.bytes // 4, offset=info.offset)))
 
 
 def _meta_files(folder: Path) -> list[Path]:

@@ -8,18 +8,20 @@ import math
 import torch
 from torch import Tensor
 
-from llama3.args import RopeScaling
+from llama3.args import RopeFactors, RopeScaling
 
 
-def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
+def frequencies(head_dim: int, theta: float, scaling: RopeScaling | RopeFactors | None) -> Tensor:
     """Angle per position of each pair, float32 `[K / 2]`: `theta ** (-2i / K)` (Su et al. 2021, section 3.2.2).
 
-    With `scaling`, low frequencies are divided by `factor`, high ones are kept and those between are interpolated
-    (Llama 3.1, `apply_scaling` in meta-llama/llama-models).
+    With `RopeScaling`, low frequencies are divided by `factor`, high ones are kept and those between are interpolated
+    (Llama 3.1, `apply_scaling` in meta-llama/llama-models). `RopeFactors` are what each one is divided by.
     """
     freqs = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
     if scaling is None:
         return freqs
+    if isinstance(scaling, RopeFactors):
+        return freqs / torch.tensor(scaling.divisors, device="cpu")
     wavelength = 2 * math.pi / freqs
     turns = scaling.original_max_position_embeddings / wavelength  # full turns within the original context
     smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
@@ -27,7 +29,7 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Ten
     return (1 - smooth) * freqs / scaling.factor + smooth * freqs
 
 
-def precompute_freqs_cis(head_dim: int, length: int, theta: float, scaling: RopeScaling | None = None) -> Tensor:
+def precompute_freqs_cis(head_dim: int, length: int, theta: float, scaling: RopeScaling | RopeFactors | None = None) -> Tensor:
     """Cosine and sine for each position and pair, float32 `[length, K / 2, 2]` (the real form of Meta's complex table)."""
     angles = torch.outer(torch.arange(length, dtype=torch.float32, device="cpu"), frequencies(head_dim, theta, scaling))
     return torch.stack((angles.cos(), angles.sin()), dim=-1)

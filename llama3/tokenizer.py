@@ -4,13 +4,21 @@ import base64
 import binascii
 import codecs
 import hashlib
+import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, lru_cache
 from pathlib import Path
+from typing import Literal
 
 import regex  # type: ignore[import-untyped]
 import tiktoken
+
+log = logging.getLogger("llama3.tokenizer")
+
+Bos = Literal["auto", "feed", "none"]
+"""Whether BOS stands before a text: as the model was trained (`TextRules.add_bos`), always, never."""
 
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -67,10 +75,19 @@ class TextRules:
     eos: str = "<|end_of_text|>"
     stops: frozenset[str] = frozenset({"<|end_of_text|>", "<|eom_id|>", "<|eot_id|>"})
     """Tokens that end a generated text, as far as the vocabulary has them."""
+    add_bos: bool = True
+    """Whether the model was trained on texts that begin with `bos`. Changes no token of a text: no part of the hash."""
+    chat_template: str = ""
+    """Jinja source of the model's chat format; empty where the checkpoint brings none. No part of the hash."""
+    template_tokens: Mapping[str, str] = field(default_factory=dict)
+    """Special tokens by the names that `chat_template` uses, such as bos_token."""
 
 
 class Tokenizer:
-    """Byte-level BPE with special tokens. `n_vocab` counts both; `hash` identifies ranks, rules and special tokens."""
+    """Byte-level BPE with special tokens. `n_vocab` counts both; `hash` identifies ranks, rules and special tokens.
+
+    Bytes that the vocabulary has no token for are dropped, as Hugging Face drops them, with one warning.
+    """
 
     def __init__(self, ranks: dict[bytes, int], specials: dict[str, int], rules: TextRules | None = None) -> None:
         rules = rules or TextRules()
@@ -79,8 +96,12 @@ class Tokenizer:
                 raise ValueError(f"no special token {name!r} in this tokenizer; it has {', '.join(list(specials)[:5])}")
         self._bpe = tiktoken.Encoding("llama3", pat_str=rules.pattern, mergeable_ranks=ranks, special_tokens=specials)
         self._pre_split = [regex.compile(pattern) for pattern in rules.pre_split]
+        self._pattern = regex.compile(rules.pattern)
+        self._missing = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
+        self._warned = False
         self._find_special = _alternatives(set(specials))
         self._find_always = _alternatives(rules.always)
+        self.rules = rules
         self.special_tokens = specials
         self.n_vocab = self._bpe.n_vocab
         self.unassigned = sorted(set(range(self.n_vocab)) - set(ranks.values()) - set(specials.values()))
@@ -90,6 +111,7 @@ class Tokenizer:
         self.stop_ids = frozenset({self.eos_id, *(specials[name] for name in rules.stops if name in specials)})
         self._special_ids = frozenset(index for name, index in specials.items() if name not in rules.always)
         self.hash = _hash(ranks, specials, rules)
+        self.encode_part = lru_cache(maxsize=8192)(self._encode_part)
 
     @classmethod
     def from_file(cls, path: Path) -> "Tokenizer":
@@ -116,9 +138,50 @@ class Tokenizer:
                 ids.append(self.special_tokens[part])
                 continue
             for piece in _pieces(part):
-                for word in self._words(piece):
-                    ids += self._bpe.encode_ordinary(word)
+                ids += self._encode_plain(piece)
         return [*ids, self.eos_id] if eos else ids
+
+    def split_special(self, text: str) -> list[str]:
+        """`text` cut at the special tokens that it spells, added ones included, which stand at the odd places."""
+        return self._find_special.split(text) if self._find_special else [text]
+
+    def start(self, bos: Bos = "auto") -> list[int]:
+        """The ids that stand before a text: BOS or none."""
+        return [self.bos_id] if (self.bos_policy if bos == "auto" else bos) == "feed" else []
+
+    @property
+    def bos_policy(self) -> Bos:
+        """What `start` does by itself, as manifests record it: feed or none."""
+        return "feed" if self.rules.add_bos else "none"
+
+    def encode_prompt(self, text: str, bos: Bos = "auto") -> list[int]:
+        """Token ids of a text as the model met texts in training: behind `start`."""
+        return self.start(bos) + self.encode(text)
+
+    def _encode_part(self, text: str) -> tuple[int, ...]:
+        """`encode_part`: plain text as `encode` has it, remembered, since the parts of a dialogue come again with each turn."""
+        return tuple(self.encode(text))
+
+    def _encode_plain(self, text: str) -> list[int]:
+        if self._missing:
+            data = text.encode(errors="replace")
+            if len(data.translate(None, self._missing)) < len(data):
+                return self._encode_what_is_known(text)
+        return [i for word in self._words(text) for i in self._bpe.encode_ordinary(word)]
+
+    def _encode_what_is_known(self, text: str) -> list[int]:
+        """For a text with bytes that have no token: they are dropped from each word, and what is left merges."""
+        if not self._warned:
+            self._warned = True
+            log.warning("characters for whose bytes this vocabulary has no token are dropped (%s)", _named(self._missing))
+        # Lone surrogates become U+FFFD, as in tiktoken itself.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        ids: list[int] = []
+        for part in self._words(text):
+            for word in _isolate(self._pattern, part):
+                known = word.encode().translate(None, self._missing)
+                ids += self._bpe._encode_single_piece(known) if known else []
+        return ids
 
     def _words(self, text: str) -> list[str]:
         words = [text]
@@ -186,11 +249,35 @@ def _pieces(text: str) -> Iterator[str]:
 def _isolate(pattern: "regex.Pattern[str]", text: str) -> Iterator[str]:
     """`text` cut into the matches of `pattern` and what lies between them."""
     at = 0
-    for match in pattern.finditer(text):
-        yield from (part for part in (text[at : match.start()], match.group()) if part)
+    for match in pattern.finditer(_as_tiktoken_sees(text)):
+        yield from (part for part in (text[at : match.start()], text[match.start() : match.end()]) if part)
         at = match.end()
     if at < len(text):
         yield text[at:]
+
+
+def _as_tiktoken_sees(text: str) -> str:
+    """`text` with U+E000 for letters and digits of a later Unicode than tiktoken's, so that `regex` cuts it in the same way."""
+    if text.isascii():
+        return text
+    later = {ord(character): "\ue000" for character in set(text) if _is_later(character)}
+    return text.translate(later) if later else text
+
+
+@cache
+def _is_later(character: str) -> bool:
+    return regex.match(r"[\p{L}\p{N}]", character) is not None and bool(_neither().encode_ordinary(character))
+
+
+@cache
+def _neither() -> tiktoken.Encoding:
+    """Leaves of a text, as bytes, what tiktoken takes for neither letter nor digit."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    return tiktoken.Encoding("neither", pat_str=r"[^\p{L}\p{N}]", mergeable_ranks=ranks, special_tokens={})
+
+
+def _named(missing: bytes) -> str:
+    return f"{len(missing)}: {', '.join(f'0x{byte:02x}' for byte in missing[:3])}, ..."
 
 
 def _alternatives(names: Iterable[str]) -> "re.Pattern[str] | None":

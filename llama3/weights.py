@@ -1,7 +1,8 @@
 """Weight files opened without reading them: names, dtypes and shapes first, bytes only once everything fits.
 
 Safetensors are parsed here, because the copy to the device, the hash of the bytes and the release of the mapped pages happen in
-one pass; Meta's `.pth` go through `torch.load(weights_only=True, mmap=True)`, which refuses a pickle that runs code.
+one pass, which GGUF files share; Meta's `.pth` go through `torch.load(weights_only=True, mmap=True)`, which refuses a pickle
+that runs code.
 """
 
 import json
@@ -9,13 +10,15 @@ import math
 import mmap
 import operator
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import xxhash
 from torch import Tensor
+
+from llama3.gguf import is_gguf
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
@@ -40,8 +43,57 @@ class WeightFile(Protocol):
 
 
 def open_weights(path: Path) -> WeightFile:
-    """Open one `.safetensors` or `.pth` file. ValueError where it is damaged or holds something other than float tensors."""
-    return Safetensors(path) if path.suffix == ".safetensors" else TorchFile(path)
+    """Open one `.safetensors`, GGUF or `.pth` file. ValueError where it is damaged or holds something other than weights."""
+    if path.suffix == ".safetensors":
+        return Safetensors(path)
+    if is_gguf(path):
+        from llama3.gguf_weights import GgufFile  # the package gguf takes a moment to import
+
+        return GgufFile(path)
+    return TorchFile(path)
+
+
+class Span(NamedTuple):
+    """Where in its file a tensor lies, and how its bytes become numbers."""
+
+    begin: int
+    end: int
+    row: int
+    """Bytes of one row; 1 or more, a tensor without dimensions is one row."""
+    block: int
+    """Bytes to read at a time, if a row is not longer than that."""
+    decode: Callable[[mmap.mmap, int, int], Tensor]
+    """The numbers between two bytes of the file, whole rows of them."""
+
+
+def copy_mapped(path: Path, spans: Mapping[str, Span], targets: Mapping[str, Tensor], digest: xxhash.xxh3_64) -> None:
+    """`WeightFile.copy_to` for a file whose tensors lie one after the other, as `spans` has them: one pass over its bytes."""
+    with path.open("rb") as file:
+        # A private mapping, never written to: torch warns about buffers that are read-only.
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    at = 0
+    for name, (begin, end, row, block, decode) in spans.items():
+        _hash_block(mapped, at, begin, digest)  # the header, or the gap between two tensors
+        step = max(1, block // row) * row
+        for here in range(begin, end, step):
+            there = min(here + step, end)
+            _hash_block(mapped, here, there, digest)
+            if (target := targets.get(name)) is not None:
+                part = target[(here - begin) // row : (there - begin) // row] if target.ndim else target
+                part.copy_(decode(mapped, here, there).view(part.shape))
+            _release(mapped, here, there)
+        at = end
+    _hash_block(mapped, at, len(mapped), digest)
+
+
+def plain_numbers(dtype: torch.dtype) -> Callable[[mmap.mmap, int, int], Tensor]:
+    """Decodes bytes that are the numbers themselves."""
+
+    def decode(mapped: mmap.mmap, begin: int, end: int) -> Tensor:
+        source = torch.frombuffer(mapped, dtype=torch.uint8, count=end - begin, offset=begin)
+        return (source.clone() if begin % dtype.itemsize else source).view(dtype)  # a view as numbers must be aligned
+
+    return decode
 
 
 class Safetensors:
@@ -83,25 +135,12 @@ class Safetensors:
             raise _damaged(self.path, f"its tensors take {at:,} bytes, {available:,} are there")
 
     def copy_to(self, targets: Mapping[str, Tensor], digest: xxhash.xxh3_64) -> None:
-        with self.path.open("rb") as file:
-            # A private mapping, never written to: torch warns about buffers that are read-only.
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        _hash_block(mapped, 0, self._start, digest)
+        spans = {}
         for name, (begin, end) in self._spans.items():
-            entry, target = self.entries[name], targets.get(name)
-            row = max(1, math.prod(entry.shape[1:])) * entry.dtype.itemsize
-            step = max(1, BLOCK // row) * row
-            for at in range(begin, end, step):
-                here, there = self._start + at, self._start + min(at + step, end)
-                _hash_block(mapped, here, there, digest)
-                if target is not None:
-                    source = torch.frombuffer(mapped, dtype=torch.uint8, count=there - here, offset=here)
-                    if here % entry.dtype.itemsize:
-                        source = source.clone()  # a view as numbers must be aligned
-                    rows = slice((at - begin) // row, (at - begin) // row + (there - here) // row)
-                    part = target[rows] if entry.shape else target
-                    part.copy_(source.view(entry.dtype).view(part.shape))
-                _release(mapped, here, there)
+            dtype, shape = self.entries[name]
+            row = max(1, math.prod(shape[1:])) * dtype.itemsize
+            spans[name] = Span(self._start + begin, self._start + end, row, BLOCK, plain_numbers(dtype))
+        copy_mapped(self.path, spans, targets, digest)
 
 
 class TorchFile:

@@ -1,15 +1,16 @@
-"""SAEs to and from the folders of SAELens, sparsify and dictionary_learning.
+"""SAEs to the folders of SAELens, sparsify and dictionary_learning, and from those and other published layouts.
 
     python -m sae.convert --sae run/sae --to saelens --out exported/
     python -m sae.convert --sae theirs/ --to sae --out imported/ --activations acts/
 
-The format of `--sae` is seen from its files. After writing, the folder is read back and compared on random rows. Formats
-without a normalisation of their own get that of the dataset folded into the biases: latents come out in units of x, divided by
+The layout of `--sae` is seen from its files: those three (SAELens of any version), Llama Scope, Goodfire,
+qresearch, OpenAI, Gemma Scope, and the reference run. What no architecture here computes is refused by
+name. After writing, the folder is read back and compared on random rows. Formats without a normalisation
+of their own get that of the dataset folded into the biases: latents come out in units of x, divided by
 sqrt(d) / E||x||.
 """
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -21,7 +22,7 @@ from core.artifact import MANIFEST, Manifest, building, open_artifact
 from core.cli import StageConfig, run_stage
 from core.norms import row_norms
 from core.runtime import Runtime
-from sae.formats import FORMATS
+from sae.formats import FORMATS, finding
 from sae.model import SAE, load
 
 log = logging.getLogger("sae.convert")
@@ -35,7 +36,7 @@ class ConvertConfig(StageConfig):
     """Flags of the stage."""
 
     sae: Path
-    """Folder of an SAE: ours, or one of the other formats."""
+    """Folder or file of an SAE: ours, or one of the other layouts."""
     to: Literal["sae", "saelens", "sparsify", "dictionary_learning"]
     """The format to write; sae is ours."""
     out: Path
@@ -82,17 +83,11 @@ def _read_by(sae: SAE, path: Path) -> Activations:
 
 
 def read(path: Path) -> SAE:
-    """The SAE in a folder of any of the formats. ValueError where it is none of them."""
-    if not path.is_dir():
-        raise ValueError(f"{path}: no such folder; expected one with an SAE")
-    if (path / MANIFEST).is_file() and Manifest.read(path).kind == "sae":
-        return load(path)
-    found: list[Callable[[Path], SAE]] = [m.read for m in FORMATS.values() if all((path / name).is_file() for name in m.FILES)]
-    if not found:
-        known = "; ".join(f"{name}: {', '.join(m.FILES)}" for name, m in FORMATS.items())
-        raise ValueError(f"{path}: holds no SAE of a known format (sae: {MANIFEST}; {known})")
-    sae: SAE = found[0](path).eval()
-    return sae
+    """The SAE in a folder or file, ours or of any known layout. ValueError where it is none of them."""
+    folder = path if path.is_dir() else path.parent
+    if (folder / MANIFEST).is_file() and Manifest.read(folder).kind == "sae":
+        return load(folder)
+    return finding.read(path)
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ class EvaluateConfig(StageConfig):
     sae: Path
     """Folder of an SAE: run/sae."""
     model: str
-    """The model that its activations came from: a folder, a Hub id, or demo."""
+    """The model that its activations came from: a folder, a .gguf file, a Hub id, ollama:NAME, smollm2 or demo."""
     corpus: Path
     """Corpus folder; where it is the one that the SAE was trained on, only held-out documents are used."""
     out: Path

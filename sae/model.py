@@ -290,8 +290,8 @@ class SAE(nn.Module):
         return z_hat / norm.scale + norm.mean
 
     def forward(self, x: Tensor, h_bias: Tensor | None = None) -> Tensor:
-        """`x_hat` [..., d] for raw rows `x` [..., d]; `h_bias` as in `encode`."""
-        return self.decode(self.encode(x, h_bias), self.normalise(x))
+        """`x_hat` [..., d] for raw rows `x` [..., d], in their dtype; `h_bias` as in `encode`."""
+        return self.decode(self.encode(x, h_bias), self.normalise(x)).to(x.dtype)
 
     def directions(self, latents_idx: Tensor, norm: Normalised | None = None) -> Tensor:
         """What one unit of each latent adds to `x`: [M, d]. `layer` depends on the row: it needs `norm` and gives [N, M, d]."""

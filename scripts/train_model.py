@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 
 from demo.corpus import documents
 from llama3.args import ModelArgs
-from llama3.chat_format import Message, encode_dialog
+from llama3.chat_format import Message, encode_llama3
 from llama3.model import Transformer
 from llama3.tokenizer import Tokenizer
 from scripts.train_tokenizer import train_tokenizer, write_tokenizer
@@ -121,7 +121,7 @@ class Sequences:
         self.documents = [np.array(tokenizer.encode(t.text), dtype=np.int32) for t in texts]
         eot = tokenizer.special_tokens["<|eot_id|>"]
         self.dialogs = [
-            np.array([*encode_dialog(tokenizer, [Message("user", t.chat)])[1:], *tokenizer.encode(t.text), eot], dtype=np.int32)
+            np.array([*encode_llama3(tokenizer, [Message("user", t.chat)])[1:], *tokenizer.encode(t.text), eot], dtype=np.int32)
             for t in texts
             if t.chat
         ]

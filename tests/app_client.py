@@ -1,18 +1,33 @@
 """One page's connection to the app without a browser: what a client that ignores the page's own limits can send."""
 
+import asyncio
 import contextlib
 import gc
 import json
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import httpx
 
 from inference.app import AppConfig, serve
 from inference.web.handlers import Handlers
+
+T = TypeVar("T")
+
+
+def completed(coroutine: Coroutine[Any, Any, T]) -> T:
+    """What a coroutine returns, run on a loop of its own.
+
+    `asyncio.run` would also forget the loop that Gradio leaves in this thread, which is then collected without being closed.
+    """
+    loop = asyncio.new_event_loop()
+    try:
+        return loop.run_until_complete(coroutine)
+    finally:
+        loop.close()
 
 
 @contextlib.contextmanager

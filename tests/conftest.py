@@ -63,6 +63,18 @@ def fork_server() -> Iterator[ForkServer]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def smollm2_file() -> Path:
+    """SmolLM2's GGUF file, fetched once where it is not here; where it cannot be had, a test fails in one line."""
+    from llama3.hub import locate
+
+    try:
+        return locate("smollm2")
+    except ValueError as error:
+        reason = str(error)
+    pytest.fail(reason, pytrace=False)
+
+
 @pytest.fixture(autouse=True)
 def _no_fault_left_behind() -> Iterator[None]:
     """A test that injects faults must not harm the next one."""

@@ -1,6 +1,5 @@
 """The app's server: who reaches it, what it serves, and that many users at once get what each would get alone."""
 
-import asyncio
 import os
 import random
 import threading
@@ -25,7 +24,7 @@ from inference.web.middleware import MAX_BODY_BYTES, Guard, is_known
 from inference.web.queue import Turns
 from inference.web.validation import Knobs
 from llama3.sites import ActiveHooks
-from tests.app_client import Client, served
+from tests.app_client import Client, completed, served
 from tests.browser import running_app
 from tests.tiny import tiny_llama
 from tests.tiny_features import flags_of, tiny_sae, write_features
@@ -166,7 +165,7 @@ def test_large_bodies_are_refused_unread(length: str) -> None:
         raise AssertionError("the body was read")
 
     scope = {"type": "http", "path": "/gradio_api/queue/join", "headers": [(b"content-length", length.encode())]}
-    assert asyncio.run(asked(Guard(never), scope, never))[0]["status"] == 413
+    assert completed(asked(Guard(never), scope, never))[0]["status"] == 413
 
 
 def test_a_body_that_hides_its_length_is_cut_off() -> None:
@@ -180,7 +179,7 @@ def test_a_body_that_hides_its_length_is_cut_off() -> None:
     async def endless() -> Any:
         return {"type": "http.request", "body": b"x" * 100_000, "more_body": True}
 
-    asyncio.run(asked(Guard(app), {"type": "http", "path": "/gradio_api/queue/join", "headers": []}, endless))
+    completed(asked(Guard(app), {"type": "http", "path": "/gradio_api/queue/join", "headers": []}, endless))
     assert len(seen) == MAX_BODY_BYTES // 100_000 + 1
 
 

@@ -137,7 +137,7 @@ def test_abnormal_norms_are_counted_by_chunk(tiny: Path, tmp_path: Path, monkeyp
         return acts
 
     monkeypatch.setattr(Transformer, "capture", with_sink)
-    capture(tiny / "model", tiny / "corpus", tmp_path / "acts")
+    capture(tiny / "model", tiny / "corpus", tmp_path / "acts", bos="none")
     manifest = verify(tmp_path / "acts")
     expected = 0
     for chunk in open_activations(tmp_path / "acts", SITES[0]):
@@ -373,7 +373,7 @@ def command(*arguments: object) -> None:
     [
         (("--sites", "layers.3.resid_post"), "unknown site 'layers.3.resid_post': expected embed"),
         (("--sites", *SITES, SITES[0]), "a site is named twice"),
-        (("--max-length", 129), "the model's context is 128 tokens; give at most 128"),
+        (("--max-length", 129, "--bos", "none"), "the model's context is 128 tokens; give at most 128"),
         (("--max-length", 128, "--bos", "feed"), "give at most 127"),
         (("--batch-tokens", 0), "--batch-tokens 0: expected at least 1"),
         (("--max-padding", 1), "--max-padding 1.0: expected a share"),

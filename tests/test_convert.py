@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ import torch
 from torch import Tensor
 
 from core.artifact import verify
-from sae.architectures import names
 from sae.convert import ConvertConfig, compare, dense_codes, read, run
 from sae.formats import FORMATS
-from sae.formats.saelens import hook_name, site_of
+from sae.formats.sites import hook_name, site_of_hook
 from sae.model import SAE, SAEConfig, load
-from tests.sae_folders import ALONE, SITE, make_activations, own_tensors
+from tests.sae_folders import ALONE, SITE, make_activations
 
+ARCHITECTURES = ("topk", "batchtopk", "relu", "jumprelu", "matryoshka")
 SCALE = 0.37
 Computed = tuple[Tensor, Tensor]
 
@@ -33,12 +34,10 @@ def make_sae(architecture: str, norm: str = "dataset") -> SAE:
     sae = SAE(SAEConfig(**shape, architecture=architecture, prefixes=prefixes, provenance=provenance))
     sae.initialise_("tied", generator)
     with torch.no_grad():
-        for tensor in (getattr(sae, name) for name in ("b_enc", "b_pre", "W_enc") if hasattr(sae, name)):
-            tensor += 0.3 * torch.randn(tensor.shape, generator=generator)
-        for tensor in own_tensors(sae):
-            tensor += 0.4 if architecture == "batchtopk" else torch.rand(40, generator=generator)
-        if architecture == "gated":
-            sae.b_gate.sub_(1.2)
+        for parameter in (sae.b_enc, sae.b_pre, sae.W_enc):
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+        if sae.threshold is not None:
+            sae.threshold += 0.4 if architecture == "batchtopk" else torch.rand(40, generator=generator)
     return sae.requires_grad_(False)
 
 
@@ -58,10 +57,6 @@ def as_saelens(folder: Path, x: Tensor) -> Computed:
     if cfg["normalize_activations"] == "layer_norm":
         mean, std = x.mean(1, keepdim=True), x.std(1, keepdim=True)  # type: ignore[assignment]
         x = (x - mean) / (std + 1e-5)
-    if cfg["architecture"] == "gated":
-        u = (x - t["b_dec"] * cfg["apply_b_dec_to_input"]) @ t["W_enc"]
-        f = (u + t["b_gate"] > 0) * (u * t["r_mag"].exp() + t["b_mag"]).relu()
-        return f, (f @ t["W_dec"] + t["b_dec"]) * std + mean
     h = (x - t["b_dec"] * cfg["apply_b_dec_to_input"]) @ t["W_enc"] + t["b_enc"]
     if cfg["architecture"] == "topk":
         assert not cfg["rescale_acts_by_decoder_norm"]
@@ -79,17 +74,16 @@ def as_sparsify(folder: Path, x: Tensor) -> Computed:
 
 
 def as_dictionary_learning(folder: Path, x: Tensor) -> Computed:
-    """AutoEncoderTopK, BatchTopKSAE, AutoEncoder, JumpReluAutoEncoder and GatedAutoEncoder."""
+    """AutoEncoderTopK, BatchTopKSAE, AutoEncoder, AutoEncoderNew and JumpReluAutoEncoder."""
     kind = json.loads((folder / "config.json").read_text())["trainer"]["dict_class"]
     t = torch.load(folder / "ae.pt", weights_only=True)
     if kind == "JumpReluAutoEncoder":
         h = x @ t["W_enc"] + t["b_enc"]
         f = (h * (h > t["threshold"])).relu()
         return f, f @ t["W_dec"] + t["b_dec"]
-    if kind == "GatedAutoEncoder":
-        u, norms = (x - t["decoder_bias"]) @ t["encoder.weight"].T, t["decoder.weight"].norm(dim=0)
-        f = (u + t["gate_bias"] > 0) * (t["r_mag"].exp() * u + t["mag_bias"]).relu() * norms
-        return f, (f / norms) @ t["decoder.weight"].T + t["decoder_bias"]
+    if kind == "AutoEncoderNew":
+        f = (x @ t["encoder.weight"].T + t["encoder.bias"]).relu()
+        return f, f @ t["decoder.weight"].T + t["decoder.bias"]
     bias = t["bias" if kind == "AutoEncoder" else "b_dec"]
     f = ((x - bias) @ t["encoder.weight"].T + t["encoder.bias"]).relu()
     if kind == "AutoEncoderTopK":
@@ -100,7 +94,7 @@ def as_dictionary_learning(folder: Path, x: Tensor) -> Computed:
 
 
 FORMULAS = {"saelens": as_saelens, "sparsify": as_sparsify, "dictionary_learning": as_dictionary_learning}
-EXPRESSIBLE = [(to, a) for to in FORMATS for a in names() if to != "sparsify" or a in ("topk", "matryoshka")]
+EXPRESSIBLE = [(to, a) for to in FORMATS for a in ARCHITECTURES if to != "sparsify" or a in ("topk", "matryoshka")]
 
 
 def convert(source: Path, to: Any, out: Path, **flags: Any) -> Path:
@@ -129,6 +123,20 @@ def test_export_computes_the_same_and_comes_back(to: str, architecture: str, x: 
     assert back.cfg.norm == "none"
 
 
+@pytest.mark.parametrize(("to", "architecture"), EXPRESSIBLE)
+def test_rows_of_another_norm_are_kept(to: str, architecture: str, x: Tensor, tmp_path: Path) -> None:
+    """Imported SAEs have decoder rows of any norm; the latents that go out are those that come back."""
+    sae = make_sae(architecture)
+    with torch.no_grad():
+        sae.W_dec *= torch.rand(40, 1, generator=torch.Generator().manual_seed(5)) + 0.5
+    sae.save(tmp_path / "ours")
+    theirs = convert(tmp_path / "ours", to, tmp_path / "theirs")
+    f, x_hat = FORMULAS[to](theirs, x)
+    torch.testing.assert_close(f * SCALE, dense_codes(sae, x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(x_hat, sae(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dense_codes(read(theirs), x) * SCALE, dense_codes(sae, x), rtol=1e-4, atol=1e-5)
+
+
 def test_a_layer_norm_goes_to_saelens_alone(x: Tensor, tmp_path: Path) -> None:
     sae = make_sae("topk", norm="layer")
     sae.save(tmp_path / "ours")
@@ -144,16 +152,17 @@ def test_a_layer_norm_goes_to_saelens_alone(x: Tensor, tmp_path: Path) -> None:
         assert not (tmp_path / to).exists()
 
 
-@pytest.mark.parametrize("architecture", ["batchtopk", "relu", "jumprelu", "gated"])
+@pytest.mark.parametrize("architecture", ["batchtopk", "relu", "jumprelu"])
 def test_sparsify_holds_top_k_alone(architecture: str, tmp_path: Path) -> None:
     make_sae(architecture).save(tmp_path / "ours")
-    with pytest.raises(ValueError, match=f"sparsify holds only topk; this SAE is {architecture};"):
+    with pytest.raises(ValueError, match=f"top-k alone; this SAE is {architecture}"):
         convert(tmp_path / "ours", "sparsify", tmp_path / "out")
 
 
 def test_batchtopk_with_several_thresholds_is_refused(tmp_path: Path) -> None:
     sae = make_sae("batchtopk")
-    own_tensors(sae)[0][3] += 1
+    assert sae.threshold is not None
+    sae.threshold[3] += 1
     sae.save(tmp_path / "ours")
     with pytest.raises(ValueError, match="one threshold for all latents"):
         convert(tmp_path / "ours", "dictionary_learning", tmp_path / "out")
@@ -191,7 +200,7 @@ def foreign(tmp_path: Path, to: str, architecture: str = "topk") -> Path:
 def test_a_folder_of_another_library_is_read(to: str, x: Tensor, tmp_path: Path) -> None:
     sae = read(foreign(tmp_path, to))
     torch.testing.assert_close(sae(x), make_sae("topk")(x), rtol=1e-4, atol=1e-4)
-    assert sae.cfg.provenance.get("site") == (SITE if to == "saelens" else None)
+    assert sae.cfg.provenance.get("site") == (None if to == "sparsify" else SITE)
 
 
 def test_saelens_conventions_are_undone(x: Tensor, tmp_path: Path) -> None:
@@ -208,36 +217,15 @@ def test_saelens_conventions_are_undone(x: Tensor, tmp_path: Path) -> None:
     torch.testing.assert_close(found(x), sae(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("to", ["saelens", "dictionary_learning"])
-def test_a_gated_sae_of_another_library_keeps_its_paths(to: str, x: Tensor, tmp_path: Path) -> None:
-    """As it leaves their training: decoder rows of any norm, and a gate whose rows differ in length from the magnitudes'."""
-    folder, generator = foreign(tmp_path, to, "gated"), torch.Generator().manual_seed(3)
-    if to == "saelens":
-        t = safetensors.torch.load_file(folder / "sae_weights.safetensors")
-        t["W_dec"] *= 0.5 + torch.rand(40, 1, generator=generator)
-        safetensors.torch.save_file(t, folder / "sae_weights.safetensors")
-    else:
-        t = torch.load(folder / "ae.pt", weights_only=True)
-        t["decoder.weight"] *= 0.5 + torch.rand(40, generator=generator)
-        torch.save(t, folder / "ae.pt")
-    f, x_hat = FORMULAS[to](folder, x)
-    sae = read(folder)
-    assert sae.cfg.architecture == "gated"
-    torch.testing.assert_close(sae.r_mag, t["r_mag"])
-    assert 0 < int((f > 0).sum()) < f.numel() / 2
-    torch.testing.assert_close(dense_codes(sae, x), f, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(sae(x), x_hat, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize(
     ("to", "change", "message"),
     [
-        ("saelens", {"architecture": "temporal"}, "architecture 'temporal' cannot be read"),
-        ("saelens", {"normalize_activations": "expected_average_only_in"}, "keeps its scale elsewhere"),
-        ("saelens", {"architecture": "jumprelu"}, r"missing: \['threshold'\]"),
+        ("saelens", {"architecture": "gated"}, "architecture is 'gated'"),
+        ("saelens", {"normalize_activations": "expected_average_only_in"}, "keeps its factor elsewhere"),
+        ("saelens", {"architecture": "jumprelu"}, r"k \(5\) is not known"),
         ("sparsify", {"transcode": True}, "transcode is True"),
         ("sparsify", {"activation": "groupmax"}, "activation is 'groupmax'"),
-        ("dictionary_learning", {"trainer": {"dict_class": "CrossCoder"}}, "dict_class 'CrossCoder'"),
+        ("dictionary_learning", {"trainer": {"dict_class": "GatedAutoEncoder"}}, "dict_class is 'GatedAutoEncoder'"),
     ],
 )
 def test_what_cannot_be_computed_is_refused(to: str, change: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -280,9 +268,9 @@ def test_damaged_and_dangerous_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a JSON object"):
         read(folder)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no SAE of a known format"):
+    with pytest.raises(ValueError, match="holds no SAE of a known layout"):
         read(tmp_path / "empty")
-    with pytest.raises(ValueError, match="no such folder"):
+    with pytest.raises(ValueError, match="no such folder or file"):
         read(tmp_path / "nowhere")
 
 
@@ -294,15 +282,33 @@ def test_a_conversion_that_went_wrong_is_noticed() -> None:
         compare(sae, other)
 
 
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("Llama-3.2-3B", "meta-llama/Llama-3.2-3B"),
+        ("Meta-Llama-3-8B-Instruct", "meta-llama/Meta-Llama-3-8B-Instruct"),
+        ("someone/Llama-3.2-3B", "someone/Llama-3.2-3B"),
+        ("Llama-3.2-3B-poems", "Llama-3.2-3B-poems"),
+        ("tiny", "tiny"),
+        (None, None),
+    ],
+)
+def test_an_export_names_the_model_as_the_hub_does(model: str | None, name: str | None) -> None:
+    sae = make_sae("topk")
+    sae.cfg = replace(sae.cfg, provenance={"site": SITE, "model": model})
+    assert json.loads(FORMATS["saelens"].write(sae)["cfg.json"])["metadata"]["model_name"] == name
+    assert json.loads(FORMATS["dictionary_learning"].write(sae)["config.json"])["trainer"]["lm_name"] == name
+
+
 def test_sites_and_hooks() -> None:
     assert hook_name("layers.3.resid_post") == "blocks.3.hook_resid_post"
     assert hook_name("layers.0.ffn_out") == "blocks.0.hook_mlp_out"
     assert hook_name("layers.3.attn_norm") is None
     assert hook_name("final_norm") is None
-    assert site_of("blocks.11.hook_resid_pre") == "layers.11.resid_pre"
-    assert site_of("blocks.11.attn.hook_q") is None
+    assert site_of_hook("blocks.11.hook_resid_pre") == "layers.11.resid_pre"
+    assert site_of_hook("blocks.11.attn.hook_q") is None
     for site, hook in (("layers.3.ffn_hidden", "blocks.3.mlp.hook_post"), ("layers.3.attn_heads", "blocks.3.attn.hook_z")):
-        assert (hook_name(site), site_of(hook)) == (hook, site)
+        assert (hook_name(site), site_of_hook(hook)) == (hook, site)
 
 
 # the libraries themselves: `pytest -m peers`, where benchmarks/requirements.txt is installed ---------------------------
@@ -333,9 +339,11 @@ LIBRARIES = {"saelens": by_saelens, "sparsify": by_sparsify, "dictionary_learnin
 @pytest.mark.parametrize(("to", "architecture"), EXPRESSIBLE)
 def test_the_library_itself_computes_the_same(to: str, architecture: str, x: Tensor, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("SPARSIFY_DISABLE_TRITON", "1")
-    for norm in ("dataset", "layer") if to == "saelens" else ("dataset",):
+    cases = [("dataset", 1.0), ("dataset", 0.6)] + [("layer", 1.0)] * (to == "saelens")
+    for norm, length in cases:
         sae = make_sae(architecture, norm)
-        folder = tmp_path / norm
+        sae.W_dec *= length
+        folder = tmp_path / f"{norm} {length}"
         folder.mkdir()
         for name, content in FORMATS[to].write(sae).items():
             (folder / name).write_bytes(content)

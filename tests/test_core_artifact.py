@@ -15,6 +15,7 @@ import torch
 from core import files
 from core.artifact import (
     MANIFEST,
+    UNLISTED,
     Builder,
     FileRecord,
     Manifest,
@@ -278,6 +279,20 @@ def test_missing_and_extra_things_are_named(tmp_path: Path, harm: Callable[[Path
     build(tmp_path / "out")
     harm(tmp_path / "out")
     with pytest.raises(ValueError, match=message):
+        open_artifact(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", UNLISTED)
+def test_what_a_person_may_read_lies_beside_the_files_unhashed(name: str, tmp_path: Path) -> None:
+    build(tmp_path / "out")
+    before = Manifest.read(tmp_path / "out").hash
+    for text in ("a model card", "another"):
+        (tmp_path / "out" / name).write_text(text)
+        assert verify(tmp_path / "out").hash == before
+    build(tmp_path / "out")  # done already: nothing happens
+    (tmp_path / "out" / "deep").mkdir(exist_ok=True)
+    (tmp_path / "out" / "deep" / name).touch()
+    with pytest.raises(ValueError, match=f"not listed in the manifest, the first is deep/{name}"):
         open_artifact(tmp_path / "out")
 
 

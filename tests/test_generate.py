@@ -148,7 +148,7 @@ def test_complete_is_the_text_of_generate(model: Transformer, tokenizer: Tokeniz
     assert complete(model, tokenizer, PROMPTS, GREEDY) == ["".join(piece.text for piece in row) for row in rows]
     without = [tokenizer.encode(prompt) for prompt in PROMPTS]
     rows = by_row(generate(model, tokenizer, without, GREEDY), 4)
-    assert complete(model, tokenizer, PROMPTS, GREEDY, bos=False) == ["".join(piece.text for piece in row) for row in rows]
+    assert complete(model, tokenizer, PROMPTS, GREEDY, bos="none") == ["".join(piece.text for piece in row) for row in rows]
 
 
 # --- a model that says what it is told ------------------------------------------------------------------------------------
@@ -327,6 +327,7 @@ def test_repetition_penalty_is_that_of_transformers(bytewise: Tokenizer) -> None
     from transformers import RepetitionPenaltyLogitsProcessor
 
     prompt, logits = [3, 7, 3], torch.randn(1, bytewise.n_vocab, generator=torch.Generator().manual_seed(2))
+    logits[:, 256:] = float("-inf")  # special tokens, which we exempt
     chooser = Chooser(Sampling(temperature=0, repetition_penalty=1.7), [prompt], bytewise, torch.device("cpu"))
     seen = list(prompt)
     for _ in range(6):
@@ -470,7 +471,8 @@ def test_a_tokenizer_of_another_model_is_refused(tokenizer: Tokenizer, tmp_path:
         ({"top_p": 1.01}, "top_p must be above 0, at most 1; found 1.01"),
         ({"top_k": -1}, "top_k must be 0"),
         ({"min_p": 1.5}, "min_p must be 0"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be 0.01 to 100"),
+        ({"repetition_penalty": 1e-38}, "repetition_penalty must be 0.01 to 100"),
         ({"stop": ("a", "")}, "stop must be strings that are not empty"),
     ],
 )

@@ -37,7 +37,9 @@ RANK_CALLS = {"get_rank", "get_world_size", "get_local_rank", "get_node_local_ra
 NEWLINE = b"\n"
 PICKLES = {"cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
 FOREIGN_PICKLE = "sae/formats/dictionary_learning.py"
-"""Where a format of another library is a pickle by that library's choice (docs/decisions.md)."""
+"""The one writer of a pickle, by that library's choice (docs/decisions.md)."""
+FOREIGN_PICKLES = "sae/formats/"
+"""Where the pickles of other libraries are read, as tensors alone."""
 
 
 def sources(*folders: str) -> list[Path]:
@@ -144,7 +146,7 @@ def test_ranks_are_read_in_one_place() -> None:
 
 
 def pickles(path: str, text: str) -> list[str]:
-    """Places in `text`, lying at `path`, that write a pickle, or read one otherwise than llama3 and a foreign format may."""
+    """Places in `text`, lying at `path`, that write a pickle, or read one otherwise than llama3 and sae/formats may."""
     wrong = []
     for node in ast.walk(ast.parse(text)):
         where = f"{path}:{getattr(node, 'lineno', 0)}"
@@ -162,9 +164,9 @@ def pickles(path: str, text: str) -> list[str]:
             name, flags = called(node), {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             if name == "torch.save" and path != FOREIGN_PICKLE:
                 wrong.append(f"{where} writes a pickle")
-            may_load = path.startswith("llama3/") or path == FOREIGN_PICKLE
+            may_load = path.startswith(("llama3/", FOREIGN_PICKLES))
             if name == "torch.load" and (not may_load or flags.get("weights_only") != "True"):
-                wrong.append(f"{where} loads a pickle; only llama3 and a foreign format may, with weights_only=True")
+                wrong.append(f"{where} loads a pickle; only llama3 and sae/formats may, with weights_only=True")
             if flags.get("allow_pickle", "False") != "False":
                 wrong.append(f"{where} allows pickles")
     return wrong
@@ -190,6 +192,9 @@ def test_nothing_is_pickled_and_torch_load_is_safe() -> None:
         ("sae/x.py", "torch.load(path, weights_only=True)", 1),
         (FOREIGN_PICKLE, "torch.load(path, weights_only=True)\ntorch.save(tensors, path)", 0),
         (FOREIGN_PICKLE, "torch.load(path)", 1),
+        (FOREIGN_PICKLES + "x.py", "torch.load(path, weights_only=True)", 0),
+        (FOREIGN_PICKLES + "x.py", "torch.load(path)", 1),
+        (FOREIGN_PICKLES + "x.py", "torch.save(tensors, path)", 1),
         ("sae/x.py", "import pickle\npickle.dumps(x)", 1),
         ("llama3/x.py", "import pickle\ntry:\n    f()\nexcept pickle.UnpicklingError:\n    g()", 0),
         ("sae/x.py", "import joblib", 1),

@@ -25,7 +25,8 @@ from inference.dialogue import prepare, style_of
 from inference.recipes import parse_edits
 from inference.session import InferenceConfig, Session, open_session
 from inference.steering import Edit, Recipe
-from llama3.chat_format import Message, encode_dialog
+from llama3.chat import encode_dialog
+from llama3.chat_format import Message
 from llama3.generate import Piece, generate
 from sae.model import load
 from tests.tiny import tiny_llama
@@ -261,7 +262,7 @@ def test_dialogues_fit_into_the_context(paths: Features) -> None:
     assert plain == "Be kind.\nQuestion: question number 0\nAnswer:"
     with pytest.raises(ValueError, match="the context holds 128"):
         prepare(session, [Message("user", "word " * 60)], "llama3", 30)
-    assert (style_of("auto", "demo"), style_of("auto", "x")) == ("plain", "llama3")
+    assert [style_of("auto", model, session.tokenizer) for model in ("demo", "x")] == ["plain", "llama3"]
 
 
 @pytest.mark.parametrize(

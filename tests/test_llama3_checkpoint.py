@@ -18,7 +18,7 @@ import xxhash
 from safetensors.torch import load_file, save_file
 
 from llama3 import Transformer, load_model, load_tokenizer
-from llama3.hub import DEMO, locate
+from llama3.hub import DEMO, locate, model_name
 from llama3.layouts import interleave_
 from tests.tiny import tiny_args, tiny_llama
 
@@ -404,8 +404,12 @@ def test_folders_of_neither_layout(tmp_path: Path) -> None:
     refused(tmp_path, "expected a checkpoint: params.json .* or config.json .*; found nothing")
     (tmp_path / "model.gguf").touch()
     refused(tmp_path, "found model.gguf")
-    refused(tmp_path / "model.gguf", "is a file; expected the folder of a checkpoint")
-    refused(tmp_path / "absent", "no such folder; expected a folder with a checkpoint, a Hub id such as owner/name, or demo")
+    (tmp_path / "model.safetensors").touch()
+    refused(tmp_path / "model.safetensors", "is a file; expected a GGUF file or the folder of a checkpoint")
+    refused(
+        tmp_path / "absent",
+        r"no such folder or file; expected a folder .*, a \.gguf file, a Hub id .*, ollama:NAME, smollm2 or demo",
+    )
     refused(tmp_path, "holds no tokenizer", load_tokenizer)
 
 
@@ -504,6 +508,17 @@ def test_hub_trouble_is_explained(name: str, expected: str, tmp_path: Path, monk
     finally:
         server.shutdown()
         server.server_close()
+
+
+def test_a_manifest_calls_a_model_of_the_hub_by_its_whole_id(tmp_path: Path) -> None:
+    cached = tmp_path / "models--meta-llama--Llama-3.2-3B" / "snapshots" / "0123abcd"
+    folder = tmp_path / "Llama-3.2-3B"
+    for made in (cached, folder):
+        made.mkdir(parents=True)
+    assert model_name("meta-llama/Llama-3.2-3B") == "meta-llama/Llama-3.2-3B"
+    assert model_name(cached) == "meta-llama/Llama-3.2-3B"
+    assert model_name(folder) == "Llama-3.2-3B"
+    assert model_name("demo") == "demo"
 
 
 def test_a_hub_id_is_fetched_without_the_files_that_are_not_read(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

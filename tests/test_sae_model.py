@@ -223,6 +223,15 @@ def test_normalisation_round_trip(norm: str, scale: float) -> None:
 
 
 @pytest.mark.parametrize(("norm", "scale"), [("none", 1.0), ("dataset", 0.25), ("layer", 1.0)])
+def test_a_hook_gets_back_the_type_that_it_gave(norm: str, scale: float) -> None:
+    """A model in bfloat16 splices what comes back into its own sums."""
+    sae = make_sae(dtype=torch.float32, norm=norm, scale=scale)
+    x = rows(5, 12, dtype=torch.bfloat16)
+    assert sae(x).dtype == torch.bfloat16
+    torch.testing.assert_close(sae(x), sae(x.float()).bfloat16(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("norm", "scale"), [("none", 1.0), ("dataset", 0.25), ("layer", 1.0)])
 def test_forward_equals_the_equations(norm: str, scale: float) -> None:
     sae, x = make_sae(norm=norm, scale=scale), 3 * rows(8, 12) + 5
     z = sae.normalise(x).z

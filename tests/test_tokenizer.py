@@ -129,7 +129,7 @@ def test_tokenizer_json_keeps_its_own_special_tokens(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").unlink()
     (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": [0]}))
     assert (load_tokenizer(tmp_path).bos_id, load_tokenizer(tmp_path).eos_id) == (1, 0)
-    with pytest.raises(ValueError, match=r"has no <\|start_header_id\|>: it knows no Llama 3 chat format"):
+    with pytest.raises(ValueError, match="no chat format"):
         encode_dialog(tokenizer, [Message("user", "hi")])
 
 
@@ -374,7 +374,7 @@ def test_damaged_tokenizer_model(tmp_path: Path, content: str, message: str) -> 
         ({"model": {"byte_fallback": True}}, "SentencePiece"),
         ({"model": {"dropout": 0.1}}, "dropout = 0.1 is not supported"),
         ({"model": {"vocab": {"▁a": 0}}}, "a token holds '▁'"),
-        ({"model": {"vocab": {"a": 0}}}, "no token for some single bytes"),
+        ({"model": {"vocab": {"a": 0}}}, "which is not in the vocabulary"),
         ({"model": {"merges": ["a b"]}}, "a merge makes 'ab', which is not in the vocabulary|come from no merge"),
         ({"model": {"merges": []}}, r"token\(s\) come from no merge"),
         ({"added_tokens": []}, r"token\(s\) come from no merge"),

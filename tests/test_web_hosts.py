@@ -1,6 +1,5 @@
 """`HostGuard` alone, around applications that are not Gradio: which requests pass, and what is said of the others."""
 
-import asyncio
 import logging
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from core.cli import parse
 from inference.app import AppConfig
 from inference.web.asgi import QUIET_S, RefusalLog
 from inference.web.hosts import LOOPBACK, HostGuard, authority, is_origin_of, served_names
+from tests.app_client import completed
 
 Headers = Sequence[tuple[str, str]]
 
@@ -34,7 +34,7 @@ def asked(guard: HostGuard, headers: Headers, path: str = "/", method: str = "GE
     }  # fmt: skip
     if kind == "http":
         scope["method"] = method
-    asyncio.run(guard(scope, receive, send))
+    completed(guard(scope, receive, send))
     return sent
 
 
@@ -255,7 +255,7 @@ def test_a_fastapi_server_takes_it() -> None:
             )
             return [(await client.post("/v1/completions?prompt=a", headers=headers)).status_code for headers in requests]
 
-    assert asyncio.run(statuses()) == [200, 200, 421, 403, 403]
+    assert completed(statuses()) == [200, 200, 421, 403, 403]
     assert calls == ["a", "a"]
 
 

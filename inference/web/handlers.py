@@ -169,7 +169,7 @@ class Handlers:
         said = [Message("user" if role == "user" else "assistant", text) for role, text in messages]
         turn = prepare(self.session, [*opening, *said], self.style, sampling.max_new_tokens)
         row = new_row(self.session, "", turn.ids)
-        request = Request((row,), recipe, replace(sampling, stop=(*turn.stop, *sampling.stop)))
+        request = Request((row,), recipe, replace(sampling, stop=(*turn.stop, *sampling.stop), stop_ids=turn.stop_ids))
         return ((row.text.strip(), turn.dropped) for row in answer(self.session, request))
 
 

@@ -245,8 +245,8 @@ def _row(session: Session, row: Row, values: Sequence[float] | None, largest: fl
     if values is None:
         body = f'<span class="given">{escape(row.prompt)}</span><span class="new">{escape(row.text)}</span>'
     else:
-        pieces = session.tokenizer.pieces(row.ids[1:])
-        cut = row.prompt_length - 1
+        pieces = session.tokenizer.pieces(row.ids[session.lead :])
+        cut = row.prompt_length - session.lead
         body = (
             f'<span class="given">{tokens(pieces[:cut], values[:cut], largest)}</span>'
             f'<span class="new">{tokens(pieces[cut:], values[cut:], largest)}</span>'

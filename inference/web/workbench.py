@@ -124,5 +124,7 @@ def confidence(features: Features, latent: int) -> float:
 
 
 def heat(session: Session, rows: Sequence[Row], feature: Feature) -> list[list[float]]:
-    """For each row, the feature's value at each token after BOS, read on the unsteered model."""
-    return [session.read(row.ids, feature.site).of(feature.latent)[1:] for row in rows]
+    """For each row, the feature's value at each token of its text, BOS left out, read on the unsteered model; 0 at position
+    0, the attention sink."""
+    values = [[0.0, *session.read(row.ids, feature.site).of(feature.latent)[1:]] for row in rows]
+    return [row[session.lead :] for row in values]

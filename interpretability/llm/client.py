@@ -67,7 +67,7 @@ class AskConfig(StageConfig):
 
     model: str = ""
     """Who answers. anthropic: a model id (empty: claude-haiku-5-5); openai: a name that the server knows; llama: a folder, a
-    Hub id or `demo`."""
+    .gguf file, a Hub id, ollama:NAME, smollm2 or demo."""
     max_tokens: int = 2048
     """Most tokens of one answer, the model's thinking included."""
     base_url: str = machine("")

@@ -7,7 +7,8 @@ import torch
 from core.cli import Progress
 from interpretability.llm.client import AskConfig, Reply, Request
 from llama3 import load_model, load_tokenizer
-from llama3.chat_format import Message, encode_dialog
+from llama3.chat import check_chat, encode_dialog, turn_ends
+from llama3.chat_format import Message
 from llama3.generate import Sampling, generate
 
 NAME = "llama"
@@ -20,12 +21,17 @@ class InProcess:
 
     def __init__(self, config: AskConfig, device: torch.device) -> None:
         if not config.model:
-            raise ValueError("--model is missing: the Llama that answers, a folder, a Hub id or demo")
+            raise ValueError(
+                "--model is missing: the Llama that answers, a folder, a .gguf file, a Hub id, ollama:NAME, smollm2 or demo"
+            )
         self._tokenizer = load_tokenizer(config.model)
+        check_chat(self._tokenizer)  # before the weights are read
         self._llama = load_model(config.model, device).eval()
         self.model = f"{config.model.rstrip('/').rpartition('/')[2]} {self._llama.weights_hash[:8]}"
         self._rows = config.concurrency
-        self._sampling = Sampling(max_new_tokens=config.max_tokens, temperature=0.0, seed=config.seed)
+        self._sampling = Sampling(
+            max_new_tokens=config.max_tokens, temperature=0.0, seed=config.seed, stop_ids=turn_ends(self._tokenizer)
+        )
 
     def ask(self, requests: Sequence[Request]) -> Iterator[Reply]:
         context = self._llama.params.max_seq_len

@@ -1,4 +1,7 @@
-"""Formats of other libraries, a module each: `FILES` that make up a folder, `write` to the bytes of those, `read` from them."""
+"""Layouts of other libraries, a module each with `read`; those that we write have `write` as well, the bytes of their `FILES`.
+
+`finding.py` sees which reader a folder or a file is for.
+"""
 
 from sae.formats import dictionary_learning, saelens, sparsify
 

@@ -6,13 +6,12 @@ Shapes: n latents, d model width.
 """
 
 import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sae.architectures import architecture, names
+from core.norms import row_norms, unit_rows
 from sae.model import SAE, SAEConfig
 
 
@@ -23,8 +22,7 @@ class Plain(NamedTuple):
     b_enc: Tensor  # [n]
     W_dec: Tensor  # [n, d]
     b_dec: Tensor  # [d]
-    threshold: Tensor | None = None  # [n], what a latent must exceed; None: 0, or the best k
-    r_mag: Tensor | None = None  # [n], where gates have rows of their own: log of how much longer those of W_enc are
+    threshold: Tensor | None = None  # [n]; batchtopk and jumprelu
 
     def on_cpu(self) -> "Plain":
         """As they are stored: float32, contiguous, without gradients."""
@@ -32,24 +30,9 @@ class Plain(NamedTuple):
 
     def unit_rows(self) -> "Plain":
         """The same function with rows of `W_dec` of norm 1 and latents that many times larger."""
-        norms = torch.linalg.vector_norm(self.W_dec, dim=1)
+        norms = row_norms(self.W_dec).float()
         threshold = None if self.threshold is None else self.threshold * norms
-        W_enc, W_dec = self.W_enc * norms[:, None], self.W_dec / norms[:, None]
-        return self._replace(W_enc=W_enc, b_enc=self.b_enc * norms, W_dec=W_dec, threshold=threshold)
-
-    def gate(self) -> tuple[Tensor, Tensor]:
-        """Rows [n, d] and bias [n] of a gate that is open where a latent exceeds its threshold."""
-        assert self.r_mag is not None
-        assert self.threshold is not None
-        factor = self.r_mag.exp()
-        return self.W_enc / factor[:, None], (self.b_enc - self.threshold) / factor
-
-    @classmethod
-    def gated(cls, W_gate: Tensor, b_gate: Tensor, r_mag: Tensor, b_mag: Tensor) -> dict[str, Tensor]:
-        """The other way round: what to give for the encoder of a gated SAE, `W_gate` [n, d] and [n] each."""
-        factor = r_mag.exp()
-        threshold = b_mag - factor * b_gate
-        return {"W_enc": W_gate * factor[:, None], "b_enc": b_mag, "threshold": threshold, "r_mag": r_mag}
+        return Plain(self.W_enc * norms[:, None], self.b_enc * norms, unit_rows(self.W_dec), self.b_dec, threshold)
 
     def absorbed(self, sign: int = -1) -> "Plain":
         """For encoders that do not subtract `b_dec`: `b_enc - W_enc b_dec` in place of `b_enc`; with `sign` 1 the way back."""
@@ -69,78 +52,53 @@ def fold(sae: SAE, what: str) -> Plain:
             f"this SAE normalises each row by its own mean and std, which no fixed weights can stand for, and {what} has no "
             "such normalisation; export with --to saelens, or train with --norm dataset"
         )
-    plain, s = unfolded(sae), sae.cfg.scale
-    threshold = None if plain.threshold is None else plain.threshold / s
-    return plain._replace(b_enc=plain.b_enc / s, b_dec=plain.b_dec / s, threshold=threshold)
+    s = sae.cfg.scale
+    plain = Plain(sae.W_enc, sae.b_enc / s, sae.W_dec, sae.b_pre / s, None if sae.threshold is None else sae.threshold / s)
+    return plain.on_cpu()
 
 
-def unfolded(sae: SAE) -> Plain:
-    """`sae` on normalised rows."""
-    tensors = sae.plain()
-    tensors["b_dec"] = tensors.pop("b_pre")
-    return Plain(**tensors).on_cpu()
-
-
-def name_of(form: str, cfg: SAEConfig) -> str:
-    """What the format `form` calls an SAE's architecture. ValueError where it has no name for it."""
-    kind = architecture(cfg.architecture)
-    found = dict(kind.exports)
-    while kind.exported_as:  # what stands in for it
-        kind = architecture(kind.exported_as)
-        found = kind.exports | found
-    if form not in found:
-        others = f"export with --to {' or '.join(found)}" if found else "keep it in our own format"
-        raise ValueError(f"{form} holds only {', '.join(kinds(form))}; this SAE is {cfg.architecture}; {others}")
-    return str(found[form])
-
-
-def kinds(form: str) -> dict[str, str]:
-    """Our names of the architectures that the format `form` has names for, by those."""
-    found = {name: architecture(name).exports.get(form) for name in names()}
-    return {theirs: name for name, theirs in found.items() if theirs}
-
-
-def tensor_names(name: str) -> set[str]:
-    """The fields of `Plain` that an architecture fills."""
-    with torch.device("meta"):
-        sae = SAE(SAEConfig(d_model=1, n_latents=1, k=1, architecture=name))
-    return set(sae.plain()) - {"b_pre"} | {"b_dec"}
-
-
-def sae_of(plain: Plain, architecture: str, k: int, provenance: dict[str, Any], norm: str = "none", eps: float = 1e-6) -> SAE:
-    """The SAE whose tensors these are. ValueError where their shapes do not fit together, or a number is not finite."""
-    shape = tuple(plain.W_dec.shape)
-    n, d = shape if len(shape) == 2 else (0, 0)
-    wanted = {"W_enc": (n, d), "W_dec": (n, d), "b_dec": (d,)}
+def plain_of(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, threshold: Tensor | None = None) -> Plain:
+    """The tensors of a file, as they are stored here; a threshold may be one number for all latents.
+    ValueError where their shapes do not fit together, or a number is not finite.
+    """
+    n, d = W_dec.shape
+    if threshold is not None and threshold.numel() == 1:
+        threshold = threshold.reshape(1).expand(n)
+    plain = Plain(W_enc, b_enc, W_dec, b_dec, threshold)
+    wanted = {"W_enc": (n, d), "b_enc": (n,), "W_dec": (n, d), "b_dec": (d,), "threshold": (n,)}
     for name, tensor in plain._asdict().items():
-        if tensor is not None and (tuple(tensor.shape) != wanted.get(name, (n,)) or not tensor.numel()):
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, which does not fit a decoder of {list(shape)}")
+        if tensor is not None and (tuple(tensor.shape) != wanted[name] or not tensor.numel()):
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, which does not fit a decoder of {[n, d]}")
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name} holds NaN or infinite values")
-    cfg = SAEConfig(d_model=d, n_latents=n, k=k, architecture=architecture, norm=norm, norm_eps=eps, provenance=provenance)
+    return plain.on_cpu()
+
+
+class Norm(NamedTuple):
+    """What is done to rows before the encoder and undone after the decoder; as in `SAEConfig`."""
+
+    norm: str = "none"
+    scale: float = 1.0
+    norm_eps: float = 1e-6
+
+
+PLAIN = Norm()
+
+
+def sae_of(plain: Plain, architecture: str, k: int | None, provenance: dict[str, Any], norm: Norm = PLAIN) -> SAE:
+    """The SAE whose tensors these are. `k` is None where the layout has none: relu and jumprelu do not select by it."""
+    assert k is not None or architecture in ("relu", "jumprelu"), architecture
+    n, d = plain.W_dec.shape
+    parts: dict[str, Any] = {"d_model": d, "n_latents": n, "k": 1 if k is None else k, **norm._asdict()}
+    cfg = SAEConfig(**parts, architecture=architecture, provenance=provenance)
     with torch.device("meta"):
         sae = SAE(cfg)
-    tensors = {name: tensor for name, tensor in plain._asdict().items() if tensor is not None}
-    tensors["b_pre"] = tensors.pop("b_dec")
-    sae.load_plain_({name: tensor.float().contiguous() for name, tensor in tensors.items()})
+    tensors = {"W_enc": plain.W_enc, "b_enc": plain.b_enc, "W_dec": plain.W_dec, "b_pre": plain.b_dec}
+    if plain.threshold is not None:
+        tensors["threshold"] = plain.threshold
+    sae.load_state_dict({name: tensor.float().contiguous() for name, tensor in tensors.items()}, assign=True)
     return sae.requires_grad_(False)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """ValueError where the file is not a JSON object."""
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not a JSON object ({error})") from None
 
 
 def as_json(values: dict[str, Any]) -> bytes:
     return (json.dumps(values, indent=1) + "\n").encode()
-
-
-def taken(tensors: dict[str, Tensor], path: Path, *names: str) -> list[Tensor]:
-    """The tensors of these names. ValueError where one is missing, or there are others that would change what is computed."""
-    missing, strange = sorted(set(names) - set(tensors)), sorted(set(tensors) - set(names))
-    if missing or strange:
-        raise ValueError(f"{path}: expected tensors {', '.join(names)}; missing: {missing}, not known: {strange}")
-    return [tensors[name] for name in names]

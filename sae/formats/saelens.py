@@ -1,6 +1,8 @@
-"""SAELens, from 6.0 on: `cfg.json` and `sae_weights.safetensors`, with `W_enc` [d, n].
+"""SAELens: `cfg.json` and `sae_weights.safetensors`, with `W_enc` [d, n].
 
-Read from sae_lens 6.54: saes/sae.py (SAEConfig, the normalisations), saes/{standard,topk,jumprelu}_sae.py (encode and decode).
+Read from sae-lens 6.54.12: saes/sae.py (SAEConfig, the normalisations),
+saes/{standard,topk,batchtopk,jumprelu}_sae.py (encode and decode),
+loading/pretrained_sae_loaders.py (handle_pre_6_0_config: what files from before version 6 mean).
 """
 
 from pathlib import Path
@@ -8,48 +10,54 @@ from typing import Any
 
 import safetensors.torch
 
-from sae.formats.plain import Plain, as_json, fold, kinds, name_of, read_json, sae_of, taken, tensor_names, unfolded
+from sae.formats.keys import Keys
+from sae.formats.plain import Norm, Plain, as_json, fold, plain_of, sae_of
+from sae.formats.sites import hook_name, model_name, site_of_hook
+from sae.formats.weights import read_safetensors, taken
 from sae.model import SAE
 
 FILES = ("cfg.json", "sae_weights.safetensors")
+ARCHITECTURES = {"topk": "topk", "matryoshka": "topk", "relu": "standard", "jumprelu": "jumprelu", "batchtopk": "jumprelu"}
+OURS = {
+    "topk": "topk",
+    "standard": "relu",
+    "jumprelu": "jumprelu",
+    "batchtopk": "batchtopk",  # this and the next in checkpoints of a training alone: what is exported is a jumprelu
+    "matryoshka_batchtopk": "batchtopk",
+}
+TRANSCODER = "a transcoder reads at one site and writes at another; only SAEs of one site can be read"
+REFUSED = {
+    "gated": "a gate beside the magnitudes decides what fires, and no architecture here has one",
+    "abstopk": "the largest absolute values fire, negative ones too",
+    "matching_pursuit": "latents are chosen one after the other, each on what the others left",
+    "temporal": "it needs the tokens before as well",
+    **dict.fromkeys(("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"), TRANSCODER),
+}
+THRESHOLDS = {"jumprelu": ("threshold",), "batchtopk": ("topk_threshold",), "matryoshka_batchtopk": ("topk_threshold",)}
+RESCALED = ("topk", "batchtopk", "matryoshka_batchtopk")  # have rescale_acts_by_decoder_norm
 LAYER_EPS = 1e-5  # of its `layer_norm`, which puts the std back without it
-HOOKS = {
-    "attn_heads": "attn.hook_z",  # [B, T, heads, head_dim] there
-    "attn_out": "hook_attn_out",
-    "ffn_hidden": "mlp.hook_post",
-    "ffn_out": "hook_mlp_out",
-} | {name: f"hook_{name}" for name in ("resid_pre", "resid_mid", "resid_post")}
-
-
-def hook_name(site: str) -> str | None:
-    """TransformerLens' name of a site, `layers.3.resid_post` being `blocks.3.hook_resid_post`; None where it has none."""
-    _, _, rest = site.partition("layers.")
-    layer, _, place = rest.partition(".")
-    return f"blocks.{layer}.{HOOKS[place]}" if place in HOOKS else None
-
-
-def site_of(hook: str) -> str | None:
-    """The other way round."""
-    _, _, rest = hook.partition("blocks.")
-    layer, _, place = rest.partition(".")
-    return next((f"layers.{layer}.{name}" for name, theirs in HOOKS.items() if theirs == place), None)
+SCALER = "activation_scaler.json"
+# Keys of the TrainingSAEConfigs of 6.54.12 that matter while training alone.
+TRAINING = (
+    *("decoder_init_norm", "aux_loss_coefficient", "use_sparse_activations", "topk_threshold_lr", "matryoshka_widths"),
+    *("use_matryoshka_aux_loss", "l1_coefficient", "lp_norm", "l1_warm_up_steps", "l0_coefficient", "l0_warm_up_steps"),
+    *("jumprelu_init_threshold", "jumprelu_bandwidth", "jumprelu_sparsity_loss_mode", "jumprelu_tanh_scale"),
+    *("jumprelu_ste_to_input", "pre_act_loss_coefficient", "target_l0"),
+)
 
 
 def write(sae: SAE) -> dict[str, bytes]:
-    """All architectures, or what they are at inference. A `layer` norm is kept, with
-    SAELens' epsilon in place of ours.
+    """All architectures; batchtopk as the jumprelu that it is at inference, matryoshka as topk. A
+    `layer` norm is kept, with SAELens' epsilon in place of ours.
     """
     cfg, layer = sae.cfg, sae.cfg.norm == "layer"
-    plain = unfolded(sae) if layer else fold(sae, "SAELens")
+    plain = Plain(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_pre, sae.threshold).on_cpu() if layer else fold(sae, "SAELens")
     tensors = {"W_enc": plain.W_enc.T.contiguous(), "b_enc": plain.b_enc, "W_dec": plain.W_dec, "b_dec": plain.b_dec}
-    if plain.r_mag is not None:
-        W_gate, b_gate = plain.gate()
-        tensors |= {"W_enc": W_gate.T.contiguous(), "b_gate": b_gate, "r_mag": plain.r_mag, "b_mag": tensors.pop("b_enc")}
-    elif plain.threshold is not None:
+    if plain.threshold is not None:
         tensors["threshold"] = plain.threshold
     site = str(cfg.provenance.get("site", ""))
     values: dict[str, Any] = {
-        "architecture": name_of("saelens", cfg),
+        "architecture": ARCHITECTURES[cfg.architecture],
         "d_in": cfg.d_model,
         "d_sae": cfg.n_latents,
         "dtype": "float32",
@@ -60,7 +68,7 @@ def write(sae: SAE) -> dict[str, bytes]:
         "metadata": {
             "sae_lens_version": "6.0.0",  # the format's; without it the nested names are dropped
             "sae_lens_training_version": None,
-            "model_name": cfg.provenance.get("model"),
+            "model_name": model_name(cfg.provenance.get("model")),
             "hook_name": hook_name(site),
             "hook_head_index": None,
             "context_size": cfg.provenance.get("max_length"),
@@ -68,44 +76,120 @@ def write(sae: SAE) -> dict[str, bytes]:
             "llama3_sae": cfg.provenance,
         },
     }
-    if sae.selects_top_k:
+    if values["architecture"] == "topk":
         values |= {"k": cfg.k, "rescale_acts_by_decoder_norm": False}
     return {"cfg.json": as_json(values), "sae_weights.safetensors": safetensors.torch.save(tensors)}
 
 
 def read(folder: Path) -> SAE:
-    """ValueError for what this cannot hold: transcoders, and a normalisation whose scale lies elsewhere."""
-    cfg, weights = read_json(folder / "cfg.json"), folder / "sae_weights.safetensors"
-    kind, ours = cfg.get("architecture"), kinds("saelens")
-    if kind not in ours:
-        raise ValueError(
-            f"{folder}: architecture {kind!r} cannot be read; expected one of {', '.join(ours)}, written by SAELens 6"
-        )
-    norm = cfg.get("normalize_activations", "none")
-    if norm not in ("none", "layer_norm"):
-        raise ValueError(
-            f"{folder}: normalize_activations {norm!r} keeps its scale elsewhere; fold it into the weights in SAELens"
-        )
-    plain = _tensors(weights, tensor_names(ours[kind]))
-    if cfg.get("rescale_acts_by_decoder_norm"):  # h times the rows' norms, and rows of unit norm
+    """Folders of any version. ValueError names what cannot be computed here, and what is missing or not known."""
+    cfg, weights = Keys.read(folder / "cfg.json"), folder / "sae_weights.safetensors"
+    metadata = cfg.object("metadata")
+    early = _version(cfg, metadata) < 6
+    kind, k = _early_kind(cfg) if early else _kind(cfg)
+    for keys in (cfg, metadata):
+        keys.one_of("hook_head_index", None, default=None)  # one head's rows alone
+        keys.one_of("hook_name_out", None, default=None)  # a transcoder's
+    cfg.one_of("finetuning_scaling_factor", False, None, default=False)  # a factor for each latent, of early versions
+    hook = str(metadata.note("hook_name") or cfg.note("hook_name") or cfg.note("hook_point") or "")
+    model = metadata.note("model_name") or cfg.note("model_name")
+    # Both defaults: SAEConfig and handle_pre_6_0_config of sae-lens 6.54.12.
+    subtracts = cfg.get("apply_b_dec_to_input", bool, True)
+    cfg.one_of("reshape_activations", "none", *["hook_z"] * hook.endswith("hook_z"), default="none")
+    rescales = cfg.one_of("rescale_acts_by_decoder_norm", False, *[True] * (kind in RESCALED), default=False)
+    norm = _norm(cfg, folder)
+    shape = (cfg.need("d_in", int), cfg.need("d_sae", int))
+    provenance = metadata.object("llama3_sae").values or {"site": site_of_hook(hook), "model": model}
+    if not early:  # its own loader drops other keys of earlier files, which held every flag of the training
+        cfg.skip("dtype", "device", *TRAINING)
+        cfg.refuse_others()
+    plain = _tensors(weights, kind)
+    if tuple(plain.W_enc.T.shape) != shape:
+        raise ValueError(f"{weights}: W_enc is {list(plain.W_enc.T.shape)}, but cfg.json says d_in, d_sae {list(shape)}")
+    if rescales:  # h times the rows' norms, and rows of unit norm; the threshold is compared with the product
         plain = plain.unit_rows()._replace(threshold=plain.threshold)
-    if not cfg.get("apply_b_dec_to_input", True):
+    if not subtracts:
         plain = plain.absorbed(sign=1)
-    metadata = cfg.get("metadata") or {}
-    provenance = metadata.get("llama3_sae") or {
-        "site": site_of(metadata.get("hook_name") or ""),
-        "model": metadata.get("model_name"),
-    }
-    layer = {"norm": "layer", "eps": LAYER_EPS} if norm == "layer_norm" else {}
-    return sae_of(plain, ours[kind], int(cfg.get("k", 1)), provenance, **layer)  # type: ignore[arg-type]
+    return sae_of(plain, OURS[kind], k, provenance, norm)
 
 
-def _tensors(path: Path, fields: set[str]) -> Plain:
-    """What the file holds, for an SAE of these fields of `Plain`."""
-    tensors = safetensors.torch.load_file(path)
-    if "r_mag" in fields:
-        W_enc, W_dec, b_dec, *gate = taken(tensors, path, "W_enc", "W_dec", "b_dec", "b_gate", "r_mag", "b_mag")
-        encoder = Plain.gated(W_enc.T.float(), *(tensor.float() for tensor in gate))
-        return Plain(**encoder, W_dec=W_dec.float(), b_dec=b_dec.float())
-    found = dict(zip(sorted(fields), taken(tensors, path, *sorted(fields)), strict=True))
-    return Plain(**{name: (tensor.T if name == "W_enc" else tensor).float() for name, tensor in found.items()})
+def _version(cfg: Keys, metadata: Keys) -> int:
+    """The major version of SAELens that wrote the file, 0 where it does not say;
+    handle_config_defaulting asks the same.
+    """
+    version = cfg.note("sae_lens_version") or metadata.note("sae_lens_version")
+    major = str(version or "0").partition(".")[0]
+    if not major.isdigit():
+        raise ValueError(f"{cfg.where}: sae_lens_version is {version!r}; expected a version like 6.54.12")
+    return int(major)
+
+
+def _kind(cfg: Keys) -> tuple[str, int | None]:
+    """Architecture and k of a file of version 6 or later. `k` is never supposed: every such file of
+    a topk holds it.
+    """
+    kind = cfg.one_of("architecture", *OURS, refused=REFUSED)
+    if kind == "topk":
+        return kind, cfg.need("k", int)
+    return kind, max(1, round(cfg.need("k", float))) if OURS[kind] == "batchtopk" else None
+
+
+def _early_kind(cfg: Keys) -> tuple[str, int | None]:
+    """Architecture and k of a file from before version 6, as handle_pre_6_0_config of sae-lens
+    6.54.12 finds them.
+
+    There the activation function decides, not the architecture: topk stood as `standard` with
+    `activation_fn_str: "topk"`.
+    """
+    early = [name for name in OURS if OURS[name] != "batchtopk"]
+    kind = cfg.one_of("architecture", *early, default="standard", refused=REFUSED)
+    functions = {str(cfg.one_of(name, "relu", "topk")) for name in ("activation_fn", "activation_fn_str") if name in cfg}
+    if len(functions) > 1:
+        raise ValueError(f"{cfg.where}: activation_fn and activation_fn_str differ; which of them holds is not known")
+    details = cfg.object("activation_fn_kwargs")
+    details.one_of("signed", False, default=False)
+    details.skip("use_sparse_activations")
+    k = details if "k" in details else cfg
+    cfg.one_of("hook_point_head_index", None, default=None)
+    if "topk" in functions and kind == "standard":
+        kind = "topk"
+    if "topk" in functions and kind != "topk":
+        raise ValueError(f"{cfg.where}: architecture {kind!r} with the activation function 'topk' cannot be computed here")
+    if kind != "topk":
+        details.note("k")
+        details.refuse_others()
+        return kind, None
+    count = k.need("k", int)
+    details.refuse_others()
+    return kind, count
+
+
+def _norm(cfg: Keys, folder: Path) -> Norm:
+    """What `normalize_activations` stands for. A checkpoint of a training keeps the factor for all
+    rows in a file beside it.
+    """
+    if cfg.values.get("normalize_activations") is None or isinstance(cfg.values["normalize_activations"], bool):
+        # handle_pre_6_0_config; a version 6 file without the key has SAEConfig's default, "none"
+        name = "expected_average_only_in" if cfg.note("normalize_activations") else "none"
+    else:
+        name = cfg.one_of("normalize_activations", "none", "layer_norm", "expected_average_only_in")
+    if name == "layer_norm":
+        return Norm("layer", norm_eps=LAYER_EPS)
+    if name == "none":
+        return Norm()
+    if not (folder / SCALER).is_file():
+        raise ValueError(
+            f"{folder}: normalize_activations 'expected_average_only_in' keeps its factor elsewhere; expected {SCALER} beside "
+            "cfg.json, or the factor folded into the weights (fold_activation_norm_scaling_factor in SAELens)"
+        )
+    return Norm("dataset", scale=Keys.read(folder / SCALER).positive("scaling_factor"))
+
+
+def _tensors(path: Path, kind: str) -> Plain:
+    tensors = read_safetensors(path)
+    ones = tensors.get("scaling_factor")  # read_sae_components_from_disk of sae-lens 6.54.12 drops it where it does nothing
+    if ones is not None and bool((ones == 1).all()):
+        del tensors["scaling_factor"]
+    names = ["W_enc", "b_enc", "W_dec", "b_dec", *THRESHOLDS.get(kind, ())]
+    W_enc, b_enc, W_dec, b_dec, *threshold = taken(tensors, path, names)
+    return plain_of(W_enc.T, b_enc, W_dec, b_dec, *threshold)
