@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
@@ -192,9 +192,15 @@ class Runtime:
     world_size: int
     device: torch.device
     comm: WorldComm
+    _meshes: dict[int, Mesh] = field(default_factory=dict, compare=False, repr=False)
 
     def mesh(self, latent_size: int) -> Mesh:
         """The grid with `latent_size` ranks in a latent group; all ranks call it. ValueError where they do not fill it."""
+        if latent_size not in self._meshes:
+            self._meshes[latent_size] = self._new_mesh(latent_size)
+        return self._meshes[latent_size]
+
+    def _new_mesh(self, latent_size: int) -> Mesh:
         if latent_size < 1 or self.world_size % latent_size:
             raise ValueError(f"--latent-parallel must divide the number of processes, {self.world_size}; found {latent_size}")
         if not isinstance(self.comm, World):

@@ -12,8 +12,12 @@ class Buffer:
 
     def __init__(self, n_rows: int, width: int, dtype: torch.dtype, device: torch.device, pinned: bool = False) -> None:
         self._rows = torch.empty(n_rows, width, dtype=dtype, device=device, pin_memory=pinned)
-        self._slots = torch.arange(n_rows, device=device)  # in the order in which they become free
-        self._n_free, self._n_filled = n_rows, 0
+        self.clear()
+
+    def clear(self) -> None:
+        """All slots are free."""
+        self._slots = torch.arange(len(self._rows), device=self._rows.device)  # as they become free
+        self._n_free, self._n_filled = len(self._rows), 0
 
     @property
     def room(self) -> int:

@@ -52,10 +52,15 @@ class StreamReader:
         self, site: str, pump: Pump, windows: Windows, data: Comm, storage: Storage
     ) -> None:
         self.total_steps, self.site = windows.n_steps, site
-        self._pump, self._windows, self._data, self._storage = pump, windows, data, storage
-        self._mine = windows.share(data.rank, data.size)
+        self._pump, self._windows, self._data, self._device = pump, windows, data, storage.device
+        mine = windows.share(data.rank, data.size)
+        self._n_mine = mine.stop - mine.start  # rows of a step
+        place = torch.device("cpu") if storage.on_host else storage.device
+        pinned = storage.on_host and storage.device.type == "cuda"
+        n_rows = windows.window_steps * self._n_mine
+        self._buffer = Buffer(n_rows, storage.width, storage.dtype, place, pinned)
         self._pieces: deque[Piece] = deque()
-        self._step = -1  # nothing is there yet
+        self.seek(0, {})
 
     # what a trainer asks for ----------------------------------------------------------------------
 
@@ -65,46 +70,46 @@ class StreamReader:
 
     def take(self, step: int) -> Tensor:
         """This rank's rows of `step` [n, d], on the device; steps come one after the other."""
-        if self._step < 0:
-            self.seek(0, {})
         assert step == self._step, f"step {step} is asked for, {self._step} would be next"
         window = step // self._windows.window_steps
         if window == self._filling:
-            self._complete()
-        steps = self._windows.steps(window)
-        self._buffer.skip(self._skipped * self._n_mine)
-        self._skipped = 0
+            self._begin(step - self._windows.steps(window).start)
         rows = self._buffer.draw(self._n_mine)
         self._step += 1
-        self._refill((self._step - steps.start) * self._windows.batch_size)
-        return self._delivered(rows)
+        drawn = (self._step - self._windows.steps(window).start) * self._windows.batch_size
+        self._fill(min(drawn, self._windows.rows(self._filling)))
+        if rows.device == self._device:
+            return rows
+        return rows.pin_memory().to(self._device, non_blocking=True)
 
     def position(self, step: int) -> dict[str, Tensor]:
         """What `seek` needs to go on with `step`, which is the next one."""
         place = self._starts[step // self._windows.window_steps]
         return {ORDINAL: torch.tensor(place.ordinal), OFFSET: torch.tensor(place.offset)}
 
-    # the stream -----------------------------------------------------------------------------------
-
     def seek(self, step: int, position: Mapping[str, Tensor]) -> None:
         """Go on with `step`: what its window holds is computed again, from its first chunk on."""
-        windows = self._windows
         start = Place(int(position.get(ORDINAL, 0)), int(position.get(OFFSET, 0)))
-        self._filling = step // windows.window_steps
-        self._step, self._skipped = step, step - self._filling * windows.window_steps
-        self._starts = {self._filling: start}
+        self._step, self._first = step, start.ordinal
+        self._starts = {step // self._windows.window_steps: start}
         self._pieces.clear()
-        self._offset = start.offset  # rows of the first piece that are placed already
-        self._first = start.ordinal
-        self._waiting = -start.offset  # rows in pieces that are not placed
-        self._n_mine = self._mine.stop - self._mine.start
-        storage = self._storage
-        pinned = storage.on_host and storage.device.type == "cuda"
-        place = torch.device("cpu") if storage.on_host else storage.device
-        n_rows = windows.window_steps * self._n_mine
-        self._buffer = Buffer(n_rows, storage.width, storage.dtype, place, pinned)
-        self._open(self._filling)
+        self._offset = start.offset  # rows of the first piece that were placed
+        self._waiting = -start.offset  # rows of the pieces that were not
+        self._buffer.clear()
+        self._open(step // self._windows.window_steps)
         self._pump.seek(self.site, start.ordinal)
+
+    # what the pump asks and gives -----------------------------------------------------------------
+
+    @property
+    def done(self) -> bool:
+        """Whether no further row is needed."""
+        return self._filling * self._windows.window_steps >= self._windows.n_steps
+
+    @property
+    def surplus(self) -> int:
+        """Rows, of all ranks together, that came before there was a slot for them."""
+        return self._filled + self._waiting - self._wanted
 
     def give(self, piece: Piece) -> None:
         """Take the next piece; those before the place that was sought are passed over."""
@@ -112,69 +117,54 @@ class StreamReader:
             self._pieces.append(piece)
             self._waiting += len(piece.x)
 
-    @property
-    def waiting(self) -> int:
-        """Rows that were computed and have no slot yet, all ranks together."""
-        return self._waiting
+    # the stream -----------------------------------------------------------------------------------
 
     def _open(self, window: int) -> None:
         """`window` is to be filled from now on."""
         self._filling = window
-        self._filled, self._placed = 0, 0  # rows of the window, and this rank's among them
-        self._rows = self._windows.of_rank(window, self._data.rank, self._data.size)
+        self._filled = self._placed = 0  # rows of it that came by, and this rank's among them
+        self._wanted = 0  # rows of it that there are slots for
+        if not self.done:
+            self._rows = self._windows.of_rank(window, self._data.rank, self._data.size)
 
-    def _complete(self) -> None:
-        """Get all rows of the window that is being filled, and draw from it."""
-        n_rows = self._windows.rows(self._filling)
-        while self._filled < n_rows:
-            if not self._pieces:
-                self._pump.fetch(self.site)
-            self._place()
+    def _begin(self, skipped: int) -> None:
+        """Get the rest of the window, and draw from it; its first steps may be `skipped`."""
+        self._fill(self._windows.rows(self._filling))
         self._buffer.begin(self._rows.drawn)
-        after = self._filling + 1
-        if self._windows.steps(after):
-            self._open(after)
-        else:
-            self._filling = after
+        self._buffer.skip(skipped * self._n_mine)
+        self._open(self._filling + 1)
 
-    def _refill(self, drawn: int) -> None:
-        """Fill the slots of the `drawn` rows with rows of the next window, if there is one."""
-        if not self._windows.steps(self._filling):
+    def _fill(self, wanted: int) -> None:
+        """Have the first `wanted` rows of the window come by."""
+        if self.done:
             return
-        free = min(self._windows.rows(self._filling), drawn)
+        self._wanted = wanted
         self._place()
-        while self._filled + self._waiting < free:
+        while self._filled + self._waiting < wanted:
             self._pump.fetch(self.site)
             self._place()
 
     def _place(self) -> None:
-        """Put what has a slot into the buffer, piece by piece."""
+        """Put this rank's rows into the buffer, as far as there is room."""
         n_rows = self._windows.rows(self._filling)
         while self._pieces and self._filled < n_rows:
             piece = self._pieces[0]
             n = min(len(piece.x) - self._offset, n_rows - self._filled)
             stop = int(torch.searchsorted(self._rows.arrivals, self._filled + n))
             last = min(stop, self._placed + self._buffer.room)
-            if last < stop:  # up to the first row that finds no room
+            if last < stop:  # up to the first row that finds none
                 n = int(self._rows.arrivals[last]) - self._filled
             chosen = self._rows.arrivals[self._placed : last] - self._filled + self._offset
-            if len(chosen):
-                self._buffer.put(piece.x[chosen.to(piece.x.device)])
+            self._buffer.put(piece.x[chosen.to(piece.x.device)])
             self._placed = last
             self._filled += n
             self._offset += n
             self._waiting -= n
-            if done := self._offset == len(piece.x):
+            if passed := self._offset == len(piece.x):
                 self._pieces.popleft()
                 self._offset = 0
             if self._filled == n_rows:
-                self._starts[self._filling + 1] = Place(piece.ordinal + done, self._offset)
+                self._starts[self._filling + 1] = Place(piece.ordinal + passed, self._offset)
                 self._starts.pop(self._filling - 2, None)
             if last < stop:
                 return
-
-    def _delivered(self, rows: Tensor) -> Tensor:
-        device = self._storage.device
-        if rows.device == device:
-            return rows
-        return rows.pin_memory().to(device, non_blocking=True)
