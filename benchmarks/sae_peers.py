@@ -18,7 +18,7 @@ os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "0" if torch.cuda.is_available(
 
 from sae.hyperparameters import Hyperparameters
 from sae.loss import ALONE, LossConfig, aux_weight, default_k_aux
-from sae.model import SAE, SAEConfig
+from sae.model import SAE, SAEConfig, best_encoder_norm
 from sae.optimizer_step import optimizer_step
 
 NEVER = 10**9  # since when a latent that is to count as dead has not fired
@@ -58,7 +58,7 @@ class Setup:
     def start(self) -> "Start":
         """The weights that our trainer starts from, with this seed."""
         sae = SAE(SAEConfig(d_model=self.d, n_latents=self.n, k=self.k, norm="none"))
-        norm = self.hyperparameters.initial_encoder_norm(self.d)
+        norm = self.hyperparameters.encoder_norm or best_encoder_norm(self.n, self.k, self.d)
         sae.initialise_("tied", torch.Generator().manual_seed(self.seed), encoder_norm=norm)
         return Start(sae.W_enc.detach(), sae.W_dec.detach())
 

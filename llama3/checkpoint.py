@@ -17,7 +17,8 @@ from llama3.layouts import Layout, find_layout, interleave_, read_json
 from llama3.model import Transformer
 from llama3.tokenizer import N_SPECIAL_TOKENS, Tokenizer
 from llama3.tokenizer_json import read_tokenizer_json
-from llama3.weights import WeightFile, open_weights
+from llama3.weight_files import open_weights
+from llama3.weights import WeightFile
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Transformer:

@@ -18,8 +18,6 @@ import torch
 import xxhash
 from torch import Tensor
 
-from llama3.gguf import is_gguf
-
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 BLOCK = 64 * 2**20  # bytes copied, hashed and released at a time
@@ -40,17 +38,6 @@ class WeightFile(Protocol):
 
     def copy_to(self, targets: Mapping[str, Tensor], digest: xxhash.xxh3_64) -> None:
         """Copy each tensor named in `targets` there, converted to its device and dtype; feed the file's bytes to `digest`."""
-
-
-def open_weights(path: Path) -> WeightFile:
-    """Open one `.safetensors`, GGUF or `.pth` file. ValueError where it is damaged or holds something other than weights."""
-    if path.suffix == ".safetensors":
-        return Safetensors(path)
-    if is_gguf(path):
-        from llama3.gguf_weights import GgufFile  # the package gguf takes a moment to import
-
-        return GgufFile(path)
-    return TorchFile(path)
 
 
 class Span(NamedTuple):

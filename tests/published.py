@@ -29,6 +29,7 @@ def drawn() -> dict[str, Tensor]:
 T = drawn()
 LINEAR = {"encoder.weight": T["W_enc"], "encoder.bias": T["b_enc"], "decoder.weight": T["W_dec"].T.contiguous()}
 PARAMETERS = {"W_enc": T["W_enc"].T.contiguous()} | {name: T[name] for name in ("b_enc", "W_dec", "b_dec")}
+GATE = {"gate_bias": T["threshold"] - 2, "r_mag": T["b_enc"] / 2}
 UNIT = T["W_dec"] / T["W_dec"].norm(dim=1, keepdim=True)
 
 
@@ -80,6 +81,12 @@ def relu_of_unit_rows(x: Tensor) -> Computed:
 
 def relu_of_plain_input(x: Tensor) -> Computed:
     f = linear(x, 0.0).relu()
+    return f, f @ T["W_dec"] + T["b_dec"]
+
+
+def gated(x: Tensor) -> Computed:
+    u = (x - T["b_dec"]) @ T["W_enc"].T
+    f = (u + GATE["gate_bias"] > 0) * (GATE["r_mag"].exp() * u + T["b_enc"]).relu()
     return f, f @ T["W_dec"] + T["b_dec"]
 
 
@@ -181,6 +188,11 @@ PUBLISHED: dict[str, Published] = {
     ),
     "JumpReluAutoEncoder": dictionary(
         "JumpReluAutoEncoder", PARAMETERS | {"threshold": T["threshold"]}, jumprelu_of_plain_input, "jumprelu"
+    ),
+    "GatedAutoEncoder": dictionary(
+        "GatedAutoEncoder",
+        GATE | {n: LINEAR[n] for n in LINEAR if n != "encoder.bias"} | {"mag_bias": T["b_enc"], "decoder_bias": T["b_dec"]},
+        gated, "gated",
     ),
     "Llama Scope": Published(
         "Llama3_1-8B-Base-L15R-8x",

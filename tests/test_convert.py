@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from core.artifact import verify
+from sae.architectures import names
 from sae.convert import ConvertConfig, compare, dense_codes, read, run
 from sae.formats import FORMATS
 from sae.formats.sites import hook_name, site_of_hook
 from sae.model import SAE, SAEConfig, load
-from tests.sae_folders import ALONE, SITE, make_activations
+from tests.sae_folders import ALONE, SITE, make_activations, own_tensors
 
-ARCHITECTURES = ("topk", "batchtopk", "relu", "jumprelu", "matryoshka")
 SCALE = 0.37
 Computed = tuple[Tensor, Tensor]
 
@@ -34,10 +34,12 @@ def make_sae(architecture: str, norm: str = "dataset") -> SAE:
     sae = SAE(SAEConfig(**shape, architecture=architecture, prefixes=prefixes, provenance=provenance))
     sae.initialise_("tied", generator)
     with torch.no_grad():
-        for parameter in (sae.b_enc, sae.b_pre, sae.W_enc):
-            parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
-        if sae.threshold is not None:
-            sae.threshold += 0.4 if architecture == "batchtopk" else torch.rand(40, generator=generator)
+        for tensor in (getattr(sae, name) for name in ("b_enc", "b_pre", "W_enc") if hasattr(sae, name)):
+            tensor += 0.3 * torch.randn(tensor.shape, generator=generator)
+        for tensor in own_tensors(sae):
+            tensor += 0.4 if architecture == "batchtopk" else torch.rand(40, generator=generator)
+        if architecture == "gated":
+            sae.b_gate.sub_(1.2)
     return sae.requires_grad_(False)
 
 
@@ -57,6 +59,10 @@ def as_saelens(folder: Path, x: Tensor) -> Computed:
     if cfg["normalize_activations"] == "layer_norm":
         mean, std = x.mean(1, keepdim=True), x.std(1, keepdim=True)  # type: ignore[assignment]
         x = (x - mean) / (std + 1e-5)
+    if cfg["architecture"] == "gated":
+        u = (x - t["b_dec"] * cfg["apply_b_dec_to_input"]) @ t["W_enc"]
+        f = (u + t["b_gate"] > 0) * (u * t["r_mag"].exp() + t["b_mag"]).relu()
+        return f, (f @ t["W_dec"] + t["b_dec"]) * std + mean
     h = (x - t["b_dec"] * cfg["apply_b_dec_to_input"]) @ t["W_enc"] + t["b_enc"]
     if cfg["architecture"] == "topk":
         assert not cfg["rescale_acts_by_decoder_norm"]
@@ -74,13 +80,17 @@ def as_sparsify(folder: Path, x: Tensor) -> Computed:
 
 
 def as_dictionary_learning(folder: Path, x: Tensor) -> Computed:
-    """AutoEncoderTopK, BatchTopKSAE, AutoEncoder, AutoEncoderNew and JumpReluAutoEncoder."""
+    """AutoEncoderTopK, BatchTopKSAE, AutoEncoder, AutoEncoderNew, JumpReluAutoEncoder and GatedAutoEncoder."""
     kind = json.loads((folder / "config.json").read_text())["trainer"]["dict_class"]
     t = torch.load(folder / "ae.pt", weights_only=True)
     if kind == "JumpReluAutoEncoder":
         h = x @ t["W_enc"] + t["b_enc"]
         f = (h * (h > t["threshold"])).relu()
         return f, f @ t["W_dec"] + t["b_dec"]
+    if kind == "GatedAutoEncoder":
+        u = (x - t["decoder_bias"]) @ t["encoder.weight"].T
+        f = (u + t["gate_bias"] > 0) * (t["r_mag"].exp() * u + t["mag_bias"]).relu()
+        return f, f @ t["decoder.weight"].T + t["decoder_bias"]
     if kind == "AutoEncoderNew":
         f = (x @ t["encoder.weight"].T + t["encoder.bias"]).relu()
         return f, f @ t["decoder.weight"].T + t["decoder.bias"]
@@ -94,7 +104,7 @@ def as_dictionary_learning(folder: Path, x: Tensor) -> Computed:
 
 
 FORMULAS = {"saelens": as_saelens, "sparsify": as_sparsify, "dictionary_learning": as_dictionary_learning}
-EXPRESSIBLE = [(to, a) for to in FORMATS for a in ARCHITECTURES if to != "sparsify" or a in ("topk", "matryoshka")]
+EXPRESSIBLE = [(to, a) for to in FORMATS for a in names() if to != "sparsify" or a in ("topk", "matryoshka")]
 
 
 def convert(source: Path, to: Any, out: Path, **flags: Any) -> Path:
@@ -152,17 +162,16 @@ def test_a_layer_norm_goes_to_saelens_alone(x: Tensor, tmp_path: Path) -> None:
         assert not (tmp_path / to).exists()
 
 
-@pytest.mark.parametrize("architecture", ["batchtopk", "relu", "jumprelu"])
+@pytest.mark.parametrize("architecture", ["batchtopk", "relu", "jumprelu", "gated"])
 def test_sparsify_holds_top_k_alone(architecture: str, tmp_path: Path) -> None:
     make_sae(architecture).save(tmp_path / "ours")
-    with pytest.raises(ValueError, match=f"top-k alone; this SAE is {architecture}"):
+    with pytest.raises(ValueError, match=f"sparsify holds only topk; this SAE is {architecture};"):
         convert(tmp_path / "ours", "sparsify", tmp_path / "out")
 
 
 def test_batchtopk_with_several_thresholds_is_refused(tmp_path: Path) -> None:
     sae = make_sae("batchtopk")
-    assert sae.threshold is not None
-    sae.threshold[3] += 1
+    own_tensors(sae)[0][3] += 1
     sae.save(tmp_path / "ours")
     with pytest.raises(ValueError, match="one threshold for all latents"):
         convert(tmp_path / "ours", "dictionary_learning", tmp_path / "out")
@@ -217,15 +226,38 @@ def test_saelens_conventions_are_undone(x: Tensor, tmp_path: Path) -> None:
     torch.testing.assert_close(found(x), sae(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("to", ["saelens", "dictionary_learning"])
+def test_a_gated_sae_of_another_library_keeps_its_paths(to: str, x: Tensor, tmp_path: Path) -> None:
+    """As it leaves their training: decoder rows of any norm, and a gate whose rows differ in length from the magnitudes'."""
+    folder, generator = foreign(tmp_path, to, "gated"), torch.Generator().manual_seed(3)
+    if to == "saelens":
+        t = safetensors.torch.load_file(folder / "sae_weights.safetensors")
+        t["W_dec"] *= 0.5 + torch.rand(40, 1, generator=generator)
+        safetensors.torch.save_file(t, folder / "sae_weights.safetensors")
+    else:
+        t = torch.load(folder / "ae.pt", weights_only=True)
+        t["decoder.weight"] *= 0.5 + torch.rand(40, generator=generator)
+        torch.save(t, folder / "ae.pt")
+    f, x_hat = FORMULAS[to](folder, x)
+    sae = read(folder)
+    assert sae.cfg.architecture == "gated"
+    torch.testing.assert_close(sae.r_mag, t["r_mag"])
+    assert 0 < int((f > 0).sum()) < f.numel() / 2
+    torch.testing.assert_close(dense_codes(sae, x), f, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(sae(x), x_hat, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("to", "change", "message"),
     [
-        ("saelens", {"architecture": "gated"}, "architecture is 'gated'"),
+        ("saelens", {"architecture": "temporal"}, "architecture is 'temporal'"),
+        ("saelens", {"architecture": "gated"}, r"k \(5\) is not known"),
         ("saelens", {"normalize_activations": "expected_average_only_in"}, "keeps its factor elsewhere"),
         ("saelens", {"architecture": "jumprelu"}, r"k \(5\) is not known"),
         ("sparsify", {"transcode": True}, "transcode is True"),
         ("sparsify", {"activation": "groupmax"}, "activation is 'groupmax'"),
-        ("dictionary_learning", {"trainer": {"dict_class": "GatedAutoEncoder"}}, "dict_class is 'GatedAutoEncoder'"),
+        ("dictionary_learning", {"trainer": {"dict_class": "CrossCoder"}}, "dict_class is 'CrossCoder'"),
+        ("dictionary_learning", {"trainer": {"dict_class": "GatedAutoEncoder"}}, r"missing: .*'r_mag'"),
     ],
 )
 def test_what_cannot_be_computed_is_refused(to: str, change: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -100,6 +100,20 @@ def test_a_relu_of_any_version_is_a_relu(cfg: Keys, x: Tensor, tmp_path: Path) -
     torch.testing.assert_close(dense_codes(sae, x), codes(tensors(), x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("cfg", [EARLY, MODERN, MODERN | {"apply_b_dec_to_input": False}])
+def test_a_gated_sae_of_any_version_is_one(cfg: Keys, x: Tensor, tmp_path: Path) -> None:
+    """Before version 6 and since, `b_enc` is missing: each path has a bias of its own."""
+    weights, generator = tensors(), torch.Generator().manual_seed(2)
+    del weights["b_enc"]
+    weights |= {name: 0.5 * torch.randn(N, generator=generator) for name in ("b_gate", "r_mag", "b_mag")}
+    sae = read(folder_of(tmp_path / "theirs", cfg | {"architecture": "gated"}, weights))
+    u = (x - weights["b_dec"] * cfg["apply_b_dec_to_input"]) @ weights["W_enc"]
+    f = (u + weights["b_gate"] > 0) * (u * weights["r_mag"].exp() + weights["b_mag"]).relu()
+    assert sae.cfg.architecture == "gated"
+    torch.testing.assert_close(dense_codes(sae, x), f, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sae(x), f @ weights["W_dec"] + weights["b_dec"], rtol=1e-5, atol=1e-5)
+
+
 def test_a_checkpoint_of_a_batchtopk_has_one_threshold_for_all(x: Tensor, tmp_path: Path) -> None:
     """What a training leaves is compared with the threshold after the multiplication by the norms of the decoder's rows."""
     weights = tensors("batchtopk")
@@ -141,7 +155,7 @@ REFUSED: list[tuple[Keys, str]] = [
     (EARLY_TOPK | {"activation_fn": "relu"}, "activation_fn and activation_fn_str differ"),
     (EARLY_TOPK | {"architecture": "jumprelu"}, "'jumprelu' with the activation function 'topk'"),
     (EARLY | {"architecture": "topk"}, "k is missing"),
-    (EARLY | {"architecture": "gated"}, "architecture is 'gated'"),
+    (EARLY_TOPK | {"architecture": "gated"}, "'gated' with the activation function 'topk'"),
     (EARLY | {"finetuning_scaling_factor": True}, "finetuning_scaling_factor is True"),
     (EARLY | {"hook_head_index": 2}, "hook_head_index is 2"),
     (EARLY | {"hook_point_head_index": 2}, "hook_point_head_index is 2"),
@@ -153,7 +167,7 @@ REFUSED: list[tuple[Keys, str]] = [
     (EARLY | {"d_sae": 64}, r"d_in, d_sae \[12, 64\]"),
     (MODERN | {"architecture": "topk"}, "k is missing"),
     (MODERN | {"architecture": "batchtopk"}, "k is missing"),
-    (MODERN | {"architecture": "gated"}, "architecture is 'gated'"),
+    (MODERN | {"architecture": "gated"}, r"missing: \['b_gate', 'b_mag', 'r_mag'\]"),
     (MODERN_TOPK | {"architecture": "abstopk"}, "architecture is 'abstopk'"),
     (MODERN | {"architecture": "matching_pursuit"}, "architecture is 'matching_pursuit'"),
     (MODERN | {"architecture": "transcoder", "d_out": D}, "architecture is 'transcoder'"),

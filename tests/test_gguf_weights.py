@@ -134,7 +134,7 @@ def test_the_package_dequantises_what_it_did() -> None:
 def test_the_own_dtype_of_a_quantised_model_is_bfloat16(tmp_path: Path) -> None:
     """What a GPU would load it in; the norms, float32 in every GGUF file, do not decide."""
     from llama3.checkpoint import _own_dtype
-    from llama3.weights import open_weights
+    from llama3.weight_files import open_weights
 
     for kind, dtype in {"Q4_1": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}.items():
         assert _own_dtype([open_weights(llama_gguf(tmp_path / "x.gguf", random_model(), kind))]) == dtype

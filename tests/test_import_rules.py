@@ -347,7 +347,7 @@ def test_the_search_for_switches_finds_what_it_should(path: str, text: str, n: i
     ("modules", "most", "absent"),
     [
         ("sae.hyperparameters, sae.config, sae.architectures", 5, ("torch", "numpy")),
-        ("sae.train", 26, ("llama3", "capture.activations", "sae.architectures.topk", "sae.plan")),
+        ("sae.train", 31, ("llama3", "capture.activations", "sae.architectures.topk", "sae.plan")),
     ],
 )
 def test_little_is_loaded_before_it_is_used(modules: str, most: int, absent: tuple[str, ...]) -> None:

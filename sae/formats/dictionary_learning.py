@@ -15,30 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sae.architectures import architecture
 from sae.formats.keys import Keys
-from sae.formats.plain import Plain, as_json, fold, plain_of, sae_of
+from sae.formats.plain import Plain, as_json, fold, kinds, name_of, plain_of, sae_of
 from sae.formats.sites import model_name, site_of_module
 from sae.formats.weights import read_pickle, taken
 from sae.model import SAE
 
 FILES = ("ae.pt", "config.json")
-CLASSES = {
-    "topk": "AutoEncoderTopK",
-    "matryoshka": "AutoEncoderTopK",
-    "batchtopk": "BatchTopKSAE",
-    "relu": "AutoEncoder",
-    "jumprelu": "JumpReluAutoEncoder",
-}
-OURS = {
-    "AutoEncoderTopK": "topk",
-    "BatchTopKSAE": "batchtopk",
-    "MatryoshkaBatchTopKSAE": "batchtopk",  # its groups matter while training alone
-    "AutoEncoder": "relu",
-    "AutoEncoderNew": "relu",
-    "JumpReluAutoEncoder": "jumprelu",
-}
-REFUSED = {"GatedAutoEncoder": "a gate beside the magnitudes decides what fires, and no architecture here has one"}
+# Classes that no architecture here is exported as; groups of a matryoshka matter while training alone.
+ALSO_READ = {"MatryoshkaBatchTopKSAE": "batchtopk", "AutoEncoderNew": "relu"}
 LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight")
+GATED = ("encoder.weight", "gate_bias", "r_mag", "mag_bias", "decoder.weight", "decoder_bias")
 PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 NAMES = {
     "AutoEncoderTopK": (*LINEAR, "b_dec"),
@@ -58,31 +46,14 @@ log = logging.getLogger("sae.formats")
 
 
 def write(sae: SAE) -> dict[str, bytes]:
-    """All architectures; matryoshka as topk. ValueError for `layer`, and for thresholds that differ
-    in a batchtopk.
+    """All architectures, or what they are at inference. ValueError for `layer`, and for thresholds
+    that differ in a batchtopk.
     """
     cfg, plain = sae.cfg, fold(sae, "dictionary_learning")
-    linear = {"encoder.weight": plain.W_enc, "encoder.bias": plain.b_enc, "decoder.weight": plain.W_dec.T.contiguous()}
-    kind, tensors = CLASSES[cfg.architecture], {}
-    if cfg.architecture == "jumprelu":
-        absorbed = plain.absorbed()  # its encoder does not subtract b_dec
-        tensors = {"W_enc": plain.W_enc.T.contiguous(), "W_dec": plain.W_dec, "b_enc": absorbed.b_enc, "b_dec": plain.b_dec}
-        assert plain.threshold is not None
-        tensors["threshold"] = plain.threshold.clamp_min(0)
-    elif cfg.architecture == "relu" and _of_unit_norm(plain.W_dec):
-        tensors = linear | {"bias": plain.b_dec}
-    elif cfg.architecture == "relu":  # AutoEncoder would give the rows unit norm, and latents another size
-        kind = "AutoEncoderNew"
-        tensors = linear | {"encoder.bias": plain.absorbed().b_enc, "decoder.bias": plain.b_dec}
-    else:
-        threshold = torch.tensor(-1.0)
-        if plain.threshold is not None:
-            threshold = plain.threshold[0].clone()
-            if not bool((plain.threshold == threshold).all()):
-                raise ValueError(
-                    "dictionary_learning's BatchTopKSAE has one threshold for all latents; export with --to saelens"
-                )
-        tensors = linear | {"b_dec": plain.b_dec, "k": torch.tensor(cfg.k, dtype=torch.int32), "threshold": threshold}
+    kind = name_of("dictionary_learning", cfg)
+    if kind == "AutoEncoder" and not _of_unit_norm(plain.W_dec):
+        kind = "AutoEncoderNew"  # AutoEncoder would give the rows unit norm, and latents another size
+    tensors = _state_dict(plain, kind, cfg.k)
     trainer = {
         "dict_class": kind,
         "trainer_class": None,
@@ -100,6 +71,31 @@ def write(sae: SAE) -> dict[str, bytes]:
     return {"ae.pt": content.getvalue(), "config.json": as_json(config)}
 
 
+def _state_dict(plain: Plain, kind: str, k: int) -> dict[str, Tensor]:
+    """As the class `kind` names its tensors."""
+    linear = {"encoder.weight": plain.W_enc, "encoder.bias": plain.b_enc, "decoder.weight": plain.W_dec.T.contiguous()}
+    if kind == "AutoEncoder":
+        return linear | {"bias": plain.b_dec}
+    if kind == "AutoEncoderNew":
+        return linear | {"encoder.bias": plain.absorbed().b_enc, "decoder.bias": plain.b_dec}
+    if kind == "JumpReluAutoEncoder":
+        assert plain.threshold is not None
+        b_enc = plain.absorbed().b_enc  # its encoder does not subtract b_dec
+        threshold = plain.threshold.clamp_min(0)
+        weights = {"W_enc": plain.W_enc.T.contiguous(), "W_dec": plain.W_dec}
+        return weights | {"b_enc": b_enc, "b_dec": plain.b_dec, "threshold": threshold}
+    if kind == "GatedAutoEncoder":
+        assert plain.r_mag is not None
+        (W_gate, b_gate), biases = plain.gate(), {"decoder_bias": plain.b_dec, "mag_bias": plain.b_enc, "r_mag": plain.r_mag}
+        return biases | {"encoder.weight": W_gate, "gate_bias": b_gate, "decoder.weight": linear["decoder.weight"]}
+    threshold = torch.tensor(-1.0)
+    if plain.threshold is not None:
+        threshold = plain.threshold[0].clone()
+        if not bool((plain.threshold == threshold).all()):
+            raise ValueError("dictionary_learning's BatchTopKSAE has one threshold for all latents; export with --to saelens")
+    return linear | {"b_dec": plain.b_dec, "k": torch.tensor(k, dtype=torch.int32), "threshold": threshold}
+
+
 def _layer(site: str) -> int | None:
     number = site.removeprefix("layers.").partition(".")[0]
     return int(number) if number.isdigit() else None
@@ -112,24 +108,29 @@ def read(folder: Path) -> SAE:
     """
     config, weights = Keys.read(folder / "config.json"), folder / "ae.pt"
     trainer = config.object("trainer")
-    kind = str(trainer.one_of("dict_class", *OURS, refused=REFUSED))
+    ours = kinds("dictionary_learning") | ALSO_READ
+    kind = str(trainer.one_of("dict_class", *ours))
+    name = ours[kind]
     tensors = read_pickle(weights)
     if "ae" in tensors:
         raise ValueError(f"{weights}: a backup from the middle of training, in other units; expected the ae.pt of its end")
     k = None
-    if OURS[kind] in ("topk", "batchtopk"):
+    if architecture(name).sets_k:
         k = trainer.need("k", int)  # AutoEncoderTopK.from_pretrained(path, k=k) takes it and refuses another in the file
         held: Any = torch.as_tensor(tensors.pop("k", k)).tolist()
         if held != k:
             raise ValueError(f"{weights}: k is {held}, but config.json says {k}; the folder was put together wrongly")
     plain = _plain(kind, tensors, weights)
-    if plain.threshold is not None and bool((plain.threshold < 0).any()) and OURS[kind] == "batchtopk":
+    if k is not None and plain.threshold is not None and bool((plain.threshold < 0).any()):
         log.warning("%s: its threshold was never set, which makes it a ReLU; a checkpoint of the first steps?", weights)
     provenance = config.object("llama3_sae").values or {"model": trainer.note("lm_name"), "site": _site(trainer, folder)}
-    return sae_of(plain, OURS[kind], k, provenance)
+    return sae_of(plain, name, k, provenance)
 
 
 def _plain(kind: str, tensors: dict[str, Any], weights: Path) -> Plain:
+    if kind == "GatedAutoEncoder":
+        W_gate, b_gate, r_mag, b_mag, W_dec, b_dec = taken(tensors, weights, GATED)
+        return Plain.gated((W_gate, b_gate), r_mag, b_mag, W_dec.T, b_dec)
     W_enc, b_enc, W_dec, b_dec, *threshold = taken(tensors, weights, NAMES[kind], optional=UNUSED.get(kind, ()))
     if "W_enc" in NAMES[kind]:
         W_enc = W_enc.T

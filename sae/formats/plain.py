@@ -6,12 +6,14 @@ Shapes: n latents, d model width.
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from core.norms import row_norms, unit_rows
+from sae.architectures import architecture, names
 from sae.model import SAE, SAEConfig
 
 
@@ -22,7 +24,8 @@ class Plain(NamedTuple):
     b_enc: Tensor  # [n]
     W_dec: Tensor  # [n, d]
     b_dec: Tensor  # [d]
-    threshold: Tensor | None = None  # [n]; batchtopk and jumprelu
+    threshold: Tensor | None = None  # [n], what a latent must exceed; None: 0, or the best k
+    r_mag: Tensor | None = None  # [n], where gates have rows of their own: log of how much longer those of W_enc are
 
     def on_cpu(self) -> "Plain":
         """As they are stored: float32, contiguous, without gradients."""
@@ -32,7 +35,27 @@ class Plain(NamedTuple):
         """The same function with rows of `W_dec` of norm 1 and latents that many times larger."""
         norms = row_norms(self.W_dec).float()
         threshold = None if self.threshold is None else self.threshold * norms
-        return Plain(self.W_enc * norms[:, None], self.b_enc * norms, unit_rows(self.W_dec), self.b_dec, threshold)
+        W_enc, b_enc = self.W_enc * norms[:, None], self.b_enc * norms
+        return self._replace(W_enc=W_enc, b_enc=b_enc, W_dec=unit_rows(self.W_dec), threshold=threshold)
+
+    def gate(self) -> tuple[Tensor, Tensor]:
+        """Rows [n, d] and bias [n] of a gate that is open where a latent exceeds its threshold."""
+        assert self.r_mag is not None
+        assert self.threshold is not None
+        factor = self.r_mag.exp()
+        return self.W_enc / factor[:, None], (self.b_enc - self.threshold) / factor
+
+    @classmethod
+    def gated(cls, gate: tuple[Tensor, Tensor], r_mag: Tensor, b_mag: Tensor, W_dec: Tensor, b_dec: Tensor) -> "Plain":
+        """The other way round: what to hold of a file's gate, rows [n, d] and bias [n], and the path of the values.
+        ValueError as from `plain_of`.
+        """
+        W_gate, b_gate = gate
+        _check({"W_gate": W_gate, "b_gate": b_gate, "r_mag": r_mag, "b_mag": b_mag, "W_dec": W_dec, "b_dec": b_dec})
+        W_gate, b_gate, r_mag, b_mag = (tensor.float() for tensor in (W_gate, b_gate, r_mag, b_mag))
+        factor = r_mag.exp()
+        threshold = b_mag - factor * b_gate
+        return plain_of(W_gate * factor[:, None], b_mag, W_dec, b_dec, threshold)._replace(r_mag=r_mag.cpu())
 
     def absorbed(self, sign: int = -1) -> "Plain":
         """For encoders that do not subtract `b_dec`: `b_enc - W_enc b_dec` in place of `b_enc`; with `sign` 1 the way back."""
@@ -52,26 +75,63 @@ def fold(sae: SAE, what: str) -> Plain:
             f"this SAE normalises each row by its own mean and std, which no fixed weights can stand for, and {what} has no "
             "such normalisation; export with --to saelens, or train with --norm dataset"
         )
-    s = sae.cfg.scale
-    plain = Plain(sae.W_enc, sae.b_enc / s, sae.W_dec, sae.b_pre / s, None if sae.threshold is None else sae.threshold / s)
-    return plain.on_cpu()
+    plain, s = unfolded(sae), sae.cfg.scale
+    threshold = None if plain.threshold is None else plain.threshold / s
+    return plain._replace(b_enc=plain.b_enc / s, b_dec=plain.b_dec / s, threshold=threshold)
+
+
+def unfolded(sae: SAE) -> Plain:
+    """`sae` on normalised rows."""
+    tensors = sae.plain()
+    tensors["b_dec"] = tensors.pop("b_pre")
+    return Plain(**tensors).on_cpu()
+
+
+def name_of(form: str, cfg: SAEConfig) -> str:
+    """What the format `form` calls an SAE's architecture. ValueError where it has no name for it."""
+    kind = architecture(cfg.architecture)
+    found = dict(kind.exports)
+    while kind.exported_as:  # what stands in for it
+        kind = architecture(kind.exported_as)
+        found = kind.exports | found
+    if form not in found:
+        others = f"export with --to {' or '.join(found)}" if found else "keep it in our own format"
+        raise ValueError(f"{form} holds only {', '.join(kinds(form))}; this SAE is {cfg.architecture}; {others}")
+    return str(found[form])
+
+
+def kinds(form: str) -> dict[str, str]:
+    """Our names of the architectures that the format `form` has names for, by those."""
+    found = {name: architecture(name).exports.get(form) for name in names()}
+    return {theirs: name for name, theirs in found.items() if theirs}
+
+
+def tensor_names(name: str) -> set[str]:
+    """The fields of `Plain` that an architecture fills."""
+    with torch.device("meta"):
+        sae = SAE(SAEConfig(d_model=1, n_latents=1, k=1, architecture=name))
+    return set(sae.plain()) - {"b_pre"} | {"b_dec"}
 
 
 def plain_of(W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, threshold: Tensor | None = None) -> Plain:
     """The tensors of a file, as they are stored here; a threshold may be one number for all latents.
     ValueError where their shapes do not fit together, or a number is not finite.
     """
-    n, d = W_dec.shape
     if threshold is not None and threshold.numel() == 1:
-        threshold = threshold.reshape(1).expand(n)
+        threshold = threshold.reshape(1).expand(len(W_dec))
     plain = Plain(W_enc, b_enc, W_dec, b_dec, threshold)
-    wanted = {"W_enc": (n, d), "b_enc": (n,), "W_dec": (n, d), "b_dec": (d,), "threshold": (n,)}
-    for name, tensor in plain._asdict().items():
-        if tensor is not None and (tuple(tensor.shape) != wanted[name] or not tensor.numel()):
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, which does not fit a decoder of {[n, d]}")
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{name} holds NaN or infinite values")
+    _check({name: tensor for name, tensor in plain._asdict().items() if tensor is not None})
     return plain.on_cpu()
+
+
+def _check(tensors: Mapping[str, Tensor]) -> None:
+    n, d = tensors["W_dec"].shape
+    for name, tensor in tensors.items():
+        wanted = (n, d) if name.startswith("W_") else (d,) if name == "b_dec" else (n,)
+        if tuple(tensor.shape) != wanted or not tensor.numel():
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, which does not fit a decoder of {[n, d]}")
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} holds NaN or infinite values")
 
 
 class Norm(NamedTuple):
@@ -85,18 +145,17 @@ class Norm(NamedTuple):
 PLAIN = Norm()
 
 
-def sae_of(plain: Plain, architecture: str, k: int | None, provenance: dict[str, Any], norm: Norm = PLAIN) -> SAE:
-    """The SAE whose tensors these are. `k` is None where the layout has none: relu and jumprelu do not select by it."""
-    assert k is not None or architecture in ("relu", "jumprelu"), architecture
+def sae_of(plain: Plain, name: str, k: int | None, provenance: dict[str, Any], norm: Norm = PLAIN) -> SAE:
+    """The SAE of architecture `name` of these tensors. `k` is None where the layout has none: not all architectures set one."""
+    assert k is not None or not architecture(name).sets_k, name
     n, d = plain.W_dec.shape
     parts: dict[str, Any] = {"d_model": d, "n_latents": n, "k": 1 if k is None else k, **norm._asdict()}
-    cfg = SAEConfig(**parts, architecture=architecture, provenance=provenance)
+    cfg = SAEConfig(**parts, architecture=name, provenance=provenance)
     with torch.device("meta"):
         sae = SAE(cfg)
-    tensors = {"W_enc": plain.W_enc, "b_enc": plain.b_enc, "W_dec": plain.W_dec, "b_pre": plain.b_dec}
-    if plain.threshold is not None:
-        tensors["threshold"] = plain.threshold
-    sae.load_state_dict({name: tensor.float().contiguous() for name, tensor in tensors.items()}, assign=True)
+    tensors = {name: tensor for name, tensor in plain._asdict().items() if tensor is not None}
+    tensors["b_pre"] = tensors.pop("b_dec")
+    sae.load_plain_({name: tensor.float().contiguous() for name, tensor in tensors.items()})
     return sae.requires_grad_(False)
 
 

@@ -10,31 +10,24 @@ from typing import Any
 
 import safetensors.torch
 
+from sae.architectures import architecture
 from sae.formats.keys import Keys
-from sae.formats.plain import Norm, Plain, as_json, fold, plain_of, sae_of
+from sae.formats.plain import Norm, Plain, as_json, fold, kinds, name_of, plain_of, sae_of, tensor_names, unfolded
 from sae.formats.sites import hook_name, model_name, site_of_hook
 from sae.formats.weights import read_safetensors, taken
 from sae.model import SAE
 
 FILES = ("cfg.json", "sae_weights.safetensors")
-ARCHITECTURES = {"topk": "topk", "matryoshka": "topk", "relu": "standard", "jumprelu": "jumprelu", "batchtopk": "jumprelu"}
-OURS = {
-    "topk": "topk",
-    "standard": "relu",
-    "jumprelu": "jumprelu",
-    "batchtopk": "batchtopk",  # this and the next in checkpoints of a training alone: what is exported is a jumprelu
-    "matryoshka_batchtopk": "batchtopk",
-}
+# In checkpoints of a training alone: what is exported is a jumprelu.
+CHECKPOINTS = {"batchtopk": "batchtopk", "matryoshka_batchtopk": "batchtopk"}
 TRANSCODER = "a transcoder reads at one site and writes at another; only SAEs of one site can be read"
 REFUSED = {
-    "gated": "a gate beside the magnitudes decides what fires, and no architecture here has one",
     "abstopk": "the largest absolute values fire, negative ones too",
     "matching_pursuit": "latents are chosen one after the other, each on what the others left",
     "temporal": "it needs the tokens before as well",
     **dict.fromkeys(("transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder"), TRANSCODER),
 }
-THRESHOLDS = {"jumprelu": ("threshold",), "batchtopk": ("topk_threshold",), "matryoshka_batchtopk": ("topk_threshold",)}
-RESCALED = ("topk", "batchtopk", "matryoshka_batchtopk")  # have rescale_acts_by_decoder_norm
+RESCALED = ("topk", *CHECKPOINTS)  # have rescale_acts_by_decoder_norm
 LAYER_EPS = 1e-5  # of its `layer_norm`, which puts the std back without it
 SCALER = "activation_scaler.json"
 # Keys of the TrainingSAEConfigs of 6.54.12 that matter while training alone.
@@ -47,17 +40,20 @@ TRAINING = (
 
 
 def write(sae: SAE) -> dict[str, bytes]:
-    """All architectures; batchtopk as the jumprelu that it is at inference, matryoshka as topk. A
-    `layer` norm is kept, with SAELens' epsilon in place of ours.
+    """All architectures, or what they are at inference. A `layer` norm is kept, with SAELens'
+    epsilon in place of ours.
     """
     cfg, layer = sae.cfg, sae.cfg.norm == "layer"
-    plain = Plain(sae.W_enc, sae.b_enc, sae.W_dec, sae.b_pre, sae.threshold).on_cpu() if layer else fold(sae, "SAELens")
+    plain = unfolded(sae) if layer else fold(sae, "SAELens")
     tensors = {"W_enc": plain.W_enc.T.contiguous(), "b_enc": plain.b_enc, "W_dec": plain.W_dec, "b_dec": plain.b_dec}
-    if plain.threshold is not None:
+    if plain.r_mag is not None:
+        W_gate, b_gate = plain.gate()
+        tensors |= {"W_enc": W_gate.T.contiguous(), "b_gate": b_gate, "r_mag": plain.r_mag, "b_mag": tensors.pop("b_enc")}
+    elif plain.threshold is not None:
         tensors["threshold"] = plain.threshold
     site = str(cfg.provenance.get("site", ""))
     values: dict[str, Any] = {
-        "architecture": ARCHITECTURES[cfg.architecture],
+        "architecture": name_of("saelens", cfg),
         "d_in": cfg.d_model,
         "d_sae": cfg.n_latents,
         "dtype": "float32",
@@ -76,7 +72,7 @@ def write(sae: SAE) -> dict[str, bytes]:
             "llama3_sae": cfg.provenance,
         },
     }
-    if values["architecture"] == "topk":
+    if sae.selects_top_k:
         values |= {"k": cfg.k, "rescale_acts_by_decoder_norm": False}
     return {"cfg.json": as_json(values), "sae_weights.safetensors": safetensors.torch.save(tensors)}
 
@@ -110,7 +106,7 @@ def read(folder: Path) -> SAE:
         plain = plain.unit_rows()._replace(threshold=plain.threshold)
     if not subtracts:
         plain = plain.absorbed(sign=1)
-    return sae_of(plain, OURS[kind], k, provenance, norm)
+    return sae_of(plain, _ours()[kind], k, provenance, norm)
 
 
 def _version(cfg: Keys, metadata: Keys) -> int:
@@ -124,14 +120,19 @@ def _version(cfg: Keys, metadata: Keys) -> int:
     return int(major)
 
 
+def _ours() -> dict[str, str]:
+    """Our names of the architectures that can be read, by those of SAELens."""
+    return kinds("saelens") | CHECKPOINTS
+
+
 def _kind(cfg: Keys) -> tuple[str, int | None]:
     """Architecture and k of a file of version 6 or later. `k` is never supposed: every such file of
     a topk holds it.
     """
-    kind = cfg.one_of("architecture", *OURS, refused=REFUSED)
-    if kind == "topk":
-        return kind, cfg.need("k", int)
-    return kind, max(1, round(cfg.need("k", float))) if OURS[kind] == "batchtopk" else None
+    kind = str(cfg.one_of("architecture", *_ours(), refused=REFUSED))
+    if kind in CHECKPOINTS:
+        return kind, max(1, round(cfg.need("k", float)))
+    return kind, cfg.need("k", int) if architecture(_ours()[kind]).sets_k else None
 
 
 def _early_kind(cfg: Keys) -> tuple[str, int | None]:
@@ -141,8 +142,7 @@ def _early_kind(cfg: Keys) -> tuple[str, int | None]:
     There the activation function decides, not the architecture: topk stood as `standard` with
     `activation_fn_str: "topk"`.
     """
-    early = [name for name in OURS if OURS[name] != "batchtopk"]
-    kind = cfg.one_of("architecture", *early, default="standard", refused=REFUSED)
+    kind = cfg.one_of("architecture", *kinds("saelens"), default="standard", refused=REFUSED)
     functions = {str(cfg.one_of(name, "relu", "topk")) for name in ("activation_fn", "activation_fn_str") if name in cfg}
     if len(functions) > 1:
         raise ValueError(f"{cfg.where}: activation_fn and activation_fn_str differ; which of them holds is not known")
@@ -190,6 +190,12 @@ def _tensors(path: Path, kind: str) -> Plain:
     ones = tensors.get("scaling_factor")  # read_sae_components_from_disk of sae-lens 6.54.12 drops it where it does nothing
     if ones is not None and bool((ones == 1).all()):
         del tensors["scaling_factor"]
-    names = ["W_enc", "b_enc", "W_dec", "b_dec", *THRESHOLDS.get(kind, ())]
-    W_enc, b_enc, W_dec, b_dec, *threshold = taken(tensors, path, names)
-    return plain_of(W_enc.T, b_enc, W_dec, b_dec, *threshold)
+    fields = tensor_names(_ours()[kind])
+    if "r_mag" in fields:
+        W_gate, *others = taken(tensors, path, ("W_enc", "b_gate", "r_mag", "b_mag", "W_dec", "b_dec"))
+        return Plain.gated((W_gate.T, others[0]), *others[1:])
+    names = ["W_enc", "b_enc", "W_dec", "b_dec"]
+    if "threshold" in fields:
+        names.append("topk_threshold" if kind in CHECKPOINTS else "threshold")
+    W_enc, *others = taken(tensors, path, names)
+    return plain_of(W_enc.T, *others)

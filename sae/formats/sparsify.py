@@ -11,7 +11,7 @@ from typing import Any
 import safetensors.torch
 
 from sae.formats.keys import Keys
-from sae.formats.plain import as_json, fold, plain_of, sae_of
+from sae.formats.plain import as_json, fold, name_of, plain_of, sae_of
 from sae.formats.sites import site_of_module
 from sae.formats.weights import read_safetensors, taken
 from sae.model import SAE
@@ -25,12 +25,11 @@ log = logging.getLogger("sae.formats")
 def write(sae: SAE) -> dict[str, bytes]:
     """topk and matryoshka. ValueError for the others, and for `layer`."""
     cfg = sae.cfg
-    if cfg.architecture not in ("topk", "matryoshka"):
-        raise ValueError(f"sparsify knows top-k alone; this SAE is {cfg.architecture}; export with --to saelens")
+    activation = name_of("sparsify", cfg)
     plain = fold(sae, "sparsify")
     tensors = {"encoder.weight": plain.W_enc, "encoder.bias": plain.b_enc, "W_dec": plain.W_dec, "b_dec": plain.b_dec}
     values = {
-        "activation": "topk",
+        "activation": activation,
         "expansion_factor": max(1, cfg.n_latents // cfg.d_model),
         "normalize_decoder": True,
         "num_latents": cfg.n_latents,
