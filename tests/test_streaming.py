@@ -1,0 +1,411 @@
+"""Training while the model runs: the rows of each step, and whole runs."""
+
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from capture.activations import ActivationsConfig
+from capture.activations import run as capture
+from capture.sentences import SentencesConfig
+from capture.sentences import run as sentences
+from core.artifact import verify
+from core.lines import read_lines
+from core.runtime import Solo
+from sae.batches import Batches, Statistics
+from sae.checkpoint import complete
+from sae.model import load
+from sae.preprocess import PreprocessConfig
+from sae.preprocess import run as preprocess
+from sae.streaming.order import ChunkOrder, Windows
+from sae.streaming.reader import Piece, Storage, StreamReader
+from sae.train import TrainConfig, run
+from sae.trainer import Trainer
+from tests.conftest import Launch
+from tests.faults import ForkServer
+from tests.sae_folders import ALONE
+from tests.tiny import tiny_llama
+
+CPU = torch.device("cpu")
+SITE = "layers.1.resid_post"
+WORDS = (
+    "the ship left harbour in a storm while old men sang about winter bread and the price of "
+    "salt before rain took every lantern from their hands near seven grey hills"
+).split()
+
+
+# the order of rows ----------------------------------------------------------------------------------
+
+
+class Rank(Solo):
+    """One of several that share out rows, as far as a reader asks."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+
+class NumberedRows:
+    """A pump whose rows say where in the stream they stand; chunk i has `sizes[i % len(sizes)]`."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        self.sizes, self.readers = sizes, dict[str, StreamReader]()
+        self.next, self.fetched = 0, list[int]()
+        self.most_pending = 0
+
+    def seek(self, site: str, ordinal: int) -> None:
+        self.next = ordinal
+
+    def fetch(self, site: str) -> None:
+        before = sum(self.size(i) for i in range(self.next))
+        x = torch.arange(before, before + self.size(self.next)).double()[:, None]
+        self.fetched.append(self.next)
+        self.readers[site].give(Piece(self.next, x))
+        self.most_pending = max(self.most_pending, self.readers[site].surplus)
+        self.next += 1
+
+    def size(self, ordinal: int) -> int:
+        return self.sizes[ordinal % len(self.sizes)]
+
+
+def numbered(windows: Windows, sizes: list[int], rank: int = 0, size: int = 1) -> StreamReader:
+    pump = NumberedRows(sizes)
+    storage = Storage(1, torch.float64, CPU, on_host=False)
+    reader = StreamReader("s", pump, windows, Rank(rank, size), storage)
+    pump.readers["s"] = reader
+    return reader
+
+
+def obvious(windows: Windows) -> list[list[int]]:
+    """Every window shuffled as a whole, step by step."""
+    steps = []
+    for window in range(-(-windows.n_steps // windows.window_steps)):
+        n = windows.rows(window)
+        whole = windows.of_rank(window, 0, 1)
+        order = (whole.arrivals[whole.drawn] + window * windows.rows(0)).tolist()
+        assert sorted(order) == list(range(window * windows.rows(0), window * windows.rows(0) + n))
+        steps += [order[i : i + windows.batch_size] for i in range(0, n, windows.batch_size)]
+    return steps
+
+
+SIZES = [[5], [1], [0, 13, 7, 0], [40], [9, 100, 2]]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize(
+    ("batch_size", "n_steps", "buffer_rows"), [(6, 20, 30), (6, 20, 6), (7, 5, 1000), (6, 11, 47)]
+)
+def test_any_number_of_ranks_takes_the_rows_of_shuffled_windows(
+    sizes: list[int], batch_size: int, n_steps: int, buffer_rows: int
+) -> None:
+    windows = Windows.holding(buffer_rows, batch_size, n_steps, seed=3)
+    assert windows.rows(0) <= buffer_rows
+    expected = obvious(windows)
+    assert len(expected) == n_steps
+    for size in (1, 2, 3, 7):
+        readers = [numbered(windows, sizes, rank, size) for rank in range(size)]
+        for step in range(n_steps):
+            parts = [reader.take(step)[:, 0].long().tolist() for reader in readers]
+            assert list(chain.from_iterable(parts)) == expected[step], (size, step)
+        assert all(reader.done for reader in readers)
+        pumps = [reader._pump for reader in readers]
+        assert all(pump.fetched == pumps[0].fetched for pump in pumps)  # type: ignore[attr-defined]
+        n_rows, fetched = windows.batch_size * n_steps, pumps[0].fetched  # type: ignore[attr-defined]
+        assert sum(map(pumps[0].size, fetched[:-1])) < n_rows  # type: ignore[attr-defined]
+        assert pumps[0].most_pending <= max(sizes)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_a_reader_goes_on_from_any_step(sizes: list[int]) -> None:
+    """From the chunks of one window, and the rows that came behind them: nothing older."""
+    windows = Windows.holding(30, 6, 23, seed=1)
+    whole = numbered(windows, sizes)
+    rows, positions = [], []
+    for step in range(23):
+        positions.append(whole.position(step))
+        rows.append(whole.take(step))
+    for step, position in enumerate(positions):
+        for rank, size in ((0, 1), (1, 2)):
+            reader = numbered(windows, sizes, rank, size)
+            reader.seek(step, position)
+            mine = windows.share(rank, size)
+            for later in range(step, 23):
+                assert {name: int(x) for name, x in reader.position(later).items()} == {
+                    name: int(x) for name, x in positions[later].items()
+                }
+                assert torch.equal(reader.take(later), rows[later][mine])
+            assert reader._pump.fetched[0] == int(position["stream.ordinal"])  # type: ignore[attr-defined]
+
+
+def test_chunks_come_once_an_epoch_in_a_new_order() -> None:
+    order = ChunkOrder(50, seed=0)
+    first, second = ([order[i] for i in range(start, start + 50)] for start in (0, 50))
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first != second
+    assert [order[i] for i in range(50)] == first
+    assert [ChunkOrder(50, seed=1)[i] for i in range(50)] != first
+
+
+def test_a_buffer_that_holds_no_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"--buffer-rows 10.*--batch-size 16"):
+        Windows.holding(10, 16, 5, seed=0)
+
+
+# whole runs -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `model`, `corpus`, and `acts` and `batches` of the same rows."""
+    folder = tmp_path_factory.mktemp("house")
+    tiny_llama(folder / "model")
+    chooser, texts = random.Random(0), folder / "texts"
+    texts.mkdir()
+    for number in range(40):
+        lines = [
+            f"{' '.join(chooser.choices(WORDS, k=chooser.randint(4, 14)))}." for _ in range(6)
+        ]
+        (texts / f"{number:03d}.txt").write_text(" ".join(line.capitalize() for line in lines))
+    sentences(SentencesConfig(source=str(texts), out=folder / "corpus"), ALONE)
+    flags: dict[str, Any] = {"chunk_sentences": 16, "batch_tokens": 256, "max_length": 60}
+    capture(
+        ActivationsConfig(
+            model=str(folder / "model"),
+            corpus=folder / "corpus",
+            out=folder / "acts",
+            sites=(SITE,),
+            storage="fp32",
+            **flags,
+        ),
+        ALONE,
+    )
+    preprocess(
+        PreprocessConfig(activations=folder / "acts", out=folder / "batches", batch_rows=64),
+        ALONE,
+    )
+    return folder
+
+
+SMALL: dict[str, Any] = {
+    "n_latents": 96,
+    "k": 4,
+    "batch_size": 64,
+    "lr": 3e-3,
+    "dead_after_tokens": 400,
+    "aux_k": 8,
+    "wandb": "off",
+    "log_every": 1,
+    "checkpoint_every": 3,
+}
+STREAM: dict[str, Any] = {
+    "site": SITE,
+    "storage": "fp32",
+    "chunk_sentences": 16,
+    "batch_tokens": 256,
+    "max_length": 60,
+    "buffer_rows": 400,
+    "statistics_sentences": 60,
+    "validation_fraction": 0.1,
+}
+
+
+def config(house: Path, out: Path, **overrides: Any) -> TrainConfig:
+    values = {"model": str(house / "model"), "corpus": house / "corpus", "out": out}
+    return TrainConfig(**values | SMALL | STREAM | overrides)
+
+
+def read_metrics(out: Path) -> list[dict[str, Any]]:
+    timed = ("activations_per_s", "floor_share")
+    lines = read_lines(out / "metrics.jsonl", "").records
+    return [{name: v for name, v in line.items() if name not in timed} for line in lines]
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """The SAE and the last checkpoint, with its moments."""
+    last = sorted((out / "checkpoints").iterdir())[-1]
+    found = [*(out / "sae").iterdir(), *last.iterdir()]
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in found}
+
+
+@pytest.fixture(scope="module")
+def clean(house: Path) -> Path:
+    out = house / "clean"
+    run(config(house, out), ALONE)
+    return out
+
+
+def finish_run(house: str, out: str) -> None:
+    """For the fork server."""
+    run(config(Path(house), Path(out)), ALONE)
+
+
+def test_a_run_leaves_what_later_stages_need(house: Path, clean: Path) -> None:
+    manifest, sample = verify(clean / "sae"), verify(clean / "sample" / SITE)
+    sae = load(clean / "sae")
+    stored = verify(house / "acts").provenance
+    for name in (
+        "model", "model_hash", "tokenizer_hash", "dtype", "bos", "max_length", "chunk_sentences",
+        "batch_tokens", "max_padding", "corpus_hash",
+    ):  # fmt: skip
+        assert sae.cfg.provenance[name] == manifest.provenance[name] == stored[name], name
+    assert sae.cfg.provenance["site"] == SITE
+    assert sae.cfg.provenance["sites"] == [SITE]
+    assert sae.cfg.provenance["split_seed"] == 0
+    assert sae.cfg.provenance["validation_fraction"] == 0.1
+    assert sae.cfg.provenance["sample_hash"] == sample.hash
+    assert [part["kind"] for part in manifest.inputs] == ["corpus"]
+    assert sample.counts["sentences"] == 64
+    lines = read_metrics(clean)
+    assert lines[-1]["tokens"] == 64 * manifest.counts["steps"]
+    assert lines[-1]["val_fvu"] < lines[0]["fvu"]
+    kinds = {json.loads(path.read_text())["kind"] for path in clean.rglob("manifest.json")}
+    assert kinds == {"sae", "checkpoint", "sample"}
+
+
+def test_rows_are_those_that_capture_stores(house: Path, tmp_path: Path) -> None:
+    """In one window of the whole corpus, an epoch takes the rows of sae.preprocess, bit for bit."""
+    flags = {"statistics_sentences": 10**6, "buffer_rows": 10**6, "validation_fraction": 0.05}
+    settings = config(house, tmp_path / "run", batch_size=1, k=1, n_latents=2, **flags)
+    from sae.streaming.supply import FromModel
+
+    supply = FromModel(settings, ALONE)
+    source = supply.sources([supply.settled(settings)], tmp_path)[SITE]
+    reader = source.reader(settings, Solo(), CPU)
+    stored = Batches(house / "batches")
+    assert reader.total_steps == len(stored.train) == source.rows_per_epoch
+    rows = torch.cat([reader.take(step) for step in range(reader.total_steps)])
+    assert torch.equal(by_value(rows), by_value(stored.train.read(0, len(stored.train))))
+    held = stored.validation
+    mine = source.validation.read(0, len(source.validation))
+    assert torch.equal(by_value(mine), by_value(held.read(0, len(held))))
+    for norm in ("dataset", "layer", "none"):
+        exact = stored.statistics
+        assert source.statistics.scale(norm) == pytest.approx(exact.scale(norm), rel=1e-12)
+        torch.testing.assert_close(
+            source.statistics.centre(norm), exact.centre(norm), rtol=1e-10, atol=1e-12
+        )
+        assert source.statistics.total_variance(norm) == pytest.approx(exact.total_variance(norm))
+
+
+def by_value(rows: Tensor) -> Tensor:
+    """Rows in an order of their own, to compare sets of them."""
+    return rows[torch.tensor(sorted(range(len(rows)), key=lambda i: rows[i].tolist()))]
+
+
+def test_a_sample_comes_close(house: Path, clean: Path) -> None:
+    """The error falls with the root of the sample's rows n: of the centre about spread / sqrt(n)."""
+    part = Statistics(
+        safetensors.torch.load_file(clean / "sample" / SITE / "statistics.safetensors")
+    )
+    exact = Batches(house / "batches").statistics
+    assert part.count < 0.4 * exact.count
+    assert part.scale("dataset") == pytest.approx(exact.scale("dataset"), rel=0.02)
+    off = (part.centre("dataset") - exact.centre("dataset")).norm()
+    assert off < 4 * (exact.total_variance("dataset") / part.count) ** 0.5
+
+
+def test_continues_to_the_bit_after_an_interruption_at_any_step(
+    house: Path, clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer.train_step
+    n_steps = len(read_metrics(clean))
+    assert n_steps > 20  # several windows
+    for moment in (0, 2, 5, 6, 7, 13, n_steps - 1):
+        out = tmp_path / f"cut-{moment}"
+
+        def cut(trainer: Trainer, *wishes: Any, moment: int = moment) -> Any:
+            if trainer.step == moment:
+                raise RuntimeError("cut")
+            return step(trainer, *wishes)
+
+        monkeypatch.setattr(Trainer, "train_step", cut)
+        with pytest.raises(RuntimeError, match="cut"):
+            run(config(house, out), ALONE)
+        monkeypatch.setattr(Trainer, "train_step", step)
+        run(config(house, out), ALONE)
+        assert contents(out) == contents(clean)
+        assert read_metrics(out) == read_metrics(clean)
+
+
+@pytest.mark.parametrize("n_kills", [2, pytest.param(20, marks=pytest.mark.faults)])
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(
+    house: Path, clean: Path, memory_path: Path, fork_server: ForkServer, n_kills: int
+) -> None:
+    assert fork_server.run(finish_run, house, memory_path / "first") == 0  # imports
+    began = time.monotonic()
+    assert fork_server.run(finish_run, house, memory_path / "again") == 0
+    seconds = time.monotonic() - began
+    moments, landed, folders = random.Random(0), 0, 0
+    while landed < n_kills:
+        out, status = memory_path / str(folders), -9
+        while status == -9:
+            after = moments.uniform(0.05, 0.95) * seconds
+            status = fork_server.run(finish_run, house, out, kill_after=after)
+            landed += status == -9
+        assert status == 0
+        assert contents(out) == contents(clean)
+        folders += 1
+        assert folders <= 3 * n_kills, "the runs end before they are killed"
+
+
+def test_killed_at_file_operations_it_ends_with_the_same_bytes(
+    house: Path, clean: Path, memory_path: Path, fork_server: ForkServer
+) -> None:
+    for n in (2, 17, 31, 60):
+        out = memory_path / str(n)
+        assert fork_server.run(finish_run, house, out, exit_at=n) == 9
+        assert fork_server.run(finish_run, house, out) == 0
+        assert contents(out) == contents(clean)
+
+
+def test_sigterm_saves_the_current_step(
+    house: Path, clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer.train_step
+
+    def interrupted(trainer: Trainer, *wishes: Any) -> Any:
+        if trainer.step == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer, *wishes)
+
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    with pytest.raises(SystemExit):
+        run(config(house, tmp_path / "run", checkpoint_every=0), ALONE)
+    monkeypatch.setattr(Trainer, "train_step", step)
+    assert [path.name for path in complete(tmp_path / "run" / "checkpoints", True)] == [
+        "step-00000009"
+    ]
+    run(config(house, tmp_path / "run", checkpoint_every=0), ALONE)
+    assert (tmp_path / "run/sae/sae.safetensors").read_bytes() == (
+        clean / "sae/sae.safetensors"
+    ).read_bytes()
+
+
+def test_it_learns_as_much_as_from_batches(house: Path, tmp_path: Path) -> None:
+    """Equal rows and steps, three seeds: FVU on the held-out rows of the whole corpus."""
+    flags = {"validation_fraction": 0.05, "statistics_sentences": 120, "checkpoint_every": 0}
+    held = Batches(house / "batches").validation
+    x = held.read(0, len(held))
+    fvus: dict[str, list[float]] = {"batches": [], "model": []}
+    for seed in range(3):
+        shared: dict[str, Any] = {"epochs": 4, "max_steps": 150, "seed": seed, "rows_seed": 0}
+        run(config(house, tmp_path / f"m{seed}", **flags, **shared), ALONE)
+        settings = SMALL | shared | {"checkpoint_every": 0}
+        out = tmp_path / f"b{seed}"
+        run(TrainConfig(batches=house / "batches", out=out, **settings), ALONE)
+        for kind, folder in (("model", f"m{seed}"), ("batches", f"b{seed}")):
+            sae = load(tmp_path / folder / "sae")
+            with torch.no_grad():
+                error = (x - sae(x)).square().sum() / (x - x.mean(0)).square().sum()
+            fvus[kind].append(float(error))
+    means = {kind: sum(values) / 3 for kind, values in fvus.items()}
+    assert means["model"] == pytest.approx(means["batches"], rel=0.01), fvus
