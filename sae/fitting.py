@@ -162,9 +162,7 @@ class Pass:
         with self._copies:
             self._held.__exit__(*error)
 
-    def reserve(
-        self, config: FitConfig, provenance: dict[str, Any], inputs: Sequence[Artifact]
-    ) -> Builder | None:
+    def reserve(self, config: FitConfig, provenance: dict[str, Any], inputs: Sequence[Artifact]) -> Builder | None:
         """Lock the folder of a run; None where it is complete."""
         folder = config.out / "sae"
         held = building(folder, "sae", config, self._runtime, inputs, provenance)
@@ -182,9 +180,7 @@ class Pass:
         begin_with: SAE | None,
     ) -> None:
         """A run, from its newest checkpoint on."""
-        trainer = Trainer(
-            config, self._runtime, source, config.seed, config.latent_parallel, begin_with
-        )
+        trainer = Trainer(config, self._runtime, source, config.seed, config.latent_parallel, begin_with)
         run = Run(config, self._runtime, trainer, builder)
         self._copies.callback(run.metrics.close)
         self._held.enter_context(contextlib.closing(run.checkpoints))
@@ -205,9 +201,7 @@ class Pass:
                         run.save()
                         run.checkpoints.finish()
                     step = f"{unfinished[0].trainer.step:,}"
-                    log.warning(
-                        "asked to stop: checkpoint of step %s written; the same command continues", step
-                    )
+                    log.warning("asked to stop: checkpoint of step %s written; the same command continues", step)
                     raise SystemExit(128 + stop)
         if failed := [run for run in self.runs if run.failure]:
             raise NotFinite("; ".join(f"{run.config.out}: {run.failure}" for run in failed))

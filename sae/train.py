@@ -9,7 +9,8 @@
 
 With --model nothing but the SAE is written to the disk: docs/streaming.md. --runs trains several SAEs from one pass over the
 rows, each in a folder of its own. Ranks share out the rows of every batch (data parallel), the latents (--latent-parallel), or
-both. SIGTERM or Ctrl-C: one checkpoint of the current step, then exit; the same command continues from the newest complete checkpoint, bit for bit.
+both. SIGTERM or Ctrl-C: one checkpoint of the current step, then exit; the same command continues from the newest complete
+checkpoint, bit for bit.
 `metrics.jsonl` holds, per line: `loss` = mean (z - z_hat)^2, `aux_loss` = mean (e - e_hat)^2 and `penalty`, both unweighted,
 `fvu` = loss over the variance of z in all training rows, `l0`, `dead_fraction`, `lr`, `gradient_norm`, `since_fired_histogram`
 and `density_histogram` (see Trainer.firing_histograms), `activations_per_s` of all ranks, `floor_share`, and `val_...`.
@@ -18,7 +19,7 @@ and `density_histogram` (see Trainer.firing_histograms), `activations_per_s` of 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -30,6 +31,9 @@ from sae.fitting import FitConfig, Pass
 from sae.model import load
 from sae.rows import Shared, Source
 from sae.streaming.flags import StreamFlags
+
+if TYPE_CHECKING:
+    from sae.plan import Amount, Plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,12 @@ class Supply(Protocol):
     @property
     def inputs(self) -> list[Artifact]: ...
 
+    def amount(self, site: str) -> "Amount":
+        """How many rows there are, for a plan."""
+
+    def plan(self, runs: Sequence[TrainConfig], plan: "Plan") -> "Plan":
+        """`plan` with what getting the rows needs besides."""
+
     def sources(self, runs: Sequence[TrainConfig], folder: Path) -> Mapping[str, Source]:
         """The rows of each site of `runs`; in `folder` lies what is kept of them."""
 
@@ -90,6 +100,14 @@ class FromBatches:
 
     def sources(self, runs: Sequence[TrainConfig], folder: Path) -> Mapping[str, Source]:
         return {"": self._batches}
+
+    def amount(self, site: str) -> "Amount":
+        from sae.plan import Amount
+
+        return Amount(self._batches.statistics.d_model, len(self._batches.train))
+
+    def plan(self, runs: Sequence[TrainConfig], plan: "Plan") -> "Plan":
+        return plan
 
 
 def open_supply(config: TrainConfig, runtime: Runtime) -> Supply:

@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -31,17 +30,45 @@ from sae.streaming.order import ChunkOrder, Windows
 from sae.streaming.reader import Piece, Storage, StreamReader
 from sae.train import TrainConfig, run
 from sae.trainer import Trainer
-from tests.conftest import Launch
 from tests.faults import ForkServer
 from tests.sae_folders import ALONE
 from tests.tiny import tiny_llama
 
 CPU = torch.device("cpu")
 SITE = "layers.1.resid_post"
-WORDS = (
-    "the ship left harbour in a storm while old men sang about winter bread and the price of "
-    "salt before rain took every lantern from their hands near seven grey hills"
-).split()
+WORDS = [
+    "the",
+    "ship",
+    "left",
+    "harbour",
+    "in",
+    "a",
+    "storm",
+    "while",
+    "old",
+    "men",
+    "sang",
+    "about",
+    "winter",
+    "bread",
+    "and",
+    "the",
+    "price",
+    "of",
+    "salt",
+    "before",
+    "rain",
+    "took",
+    "every",
+    "lantern",
+    "from",
+    "their",
+    "hands",
+    "near",
+    "seven",
+    "grey",
+    "hills",
+]
 
 
 # the order of rows ----------------------------------------------------------------------------------
@@ -101,9 +128,7 @@ SIZES = [[5], [1], [0, 13, 7, 0], [40], [9, 100, 2]]
 
 
 @pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize(
-    ("batch_size", "n_steps", "buffer_rows"), [(6, 20, 30), (6, 20, 6), (7, 5, 1000), (6, 11, 47)]
-)
+@pytest.mark.parametrize(("batch_size", "n_steps", "buffer_rows"), [(6, 20, 30), (6, 20, 6), (7, 5, 1000), (6, 11, 47)])
 def test_any_number_of_ranks_takes_the_rows_of_shuffled_windows(
     sizes: list[int], batch_size: int, n_steps: int, buffer_rows: int
 ) -> None:
@@ -171,9 +196,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     chooser, texts = random.Random(0), folder / "texts"
     texts.mkdir()
     for number in range(40):
-        lines = [
-            f"{' '.join(chooser.choices(WORDS, k=chooser.randint(4, 14)))}." for _ in range(6)
-        ]
+        lines = [f"{' '.join(chooser.choices(WORDS, k=chooser.randint(4, 14)))}." for _ in range(6)]
         (texts / f"{number:03d}.txt").write_text(" ".join(line.capitalize() for line in lines))
     sentences(SentencesConfig(source=str(texts), out=folder / "corpus"), ALONE)
     flags: dict[str, Any] = {"chunk_sentences": 16, "batch_tokens": 256, "max_length": 60}
@@ -290,9 +313,7 @@ def test_rows_are_those_that_capture_stores(house: Path, tmp_path: Path) -> None
     for norm in ("dataset", "layer", "none"):
         exact = stored.statistics
         assert source.statistics.scale(norm) == pytest.approx(exact.scale(norm), rel=1e-12)
-        torch.testing.assert_close(
-            source.statistics.centre(norm), exact.centre(norm), rtol=1e-10, atol=1e-12
-        )
+        torch.testing.assert_close(source.statistics.centre(norm), exact.centre(norm), rtol=1e-10, atol=1e-12)
         assert source.statistics.total_variance(norm) == pytest.approx(exact.total_variance(norm))
 
 
@@ -303,9 +324,7 @@ def by_value(rows: Tensor) -> Tensor:
 
 def test_a_sample_comes_close(house: Path, clean: Path) -> None:
     """The error falls with the root of the sample's rows n: of the centre about spread / sqrt(n)."""
-    part = Statistics(
-        safetensors.torch.load_file(clean / "sample" / SITE / "statistics.safetensors")
-    )
+    part = Statistics(safetensors.torch.load_file(clean / "sample" / SITE / "statistics.safetensors"))
     exact = Batches(house / "batches").statistics
     assert part.count < 0.4 * exact.count
     assert part.scale("dataset") == pytest.approx(exact.scale("dataset"), rel=0.02)
@@ -367,9 +386,7 @@ def test_killed_at_file_operations_it_ends_with_the_same_bytes(
         assert contents(out) == contents(clean)
 
 
-def test_sigterm_saves_the_current_step(
-    house: Path, clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sigterm_saves_the_current_step(house: Path, clean: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = Trainer.train_step
 
     def interrupted(trainer: Trainer, *wishes: Any) -> Any:
@@ -381,13 +398,9 @@ def test_sigterm_saves_the_current_step(
     with pytest.raises(SystemExit):
         run(config(house, tmp_path / "run", checkpoint_every=0), ALONE)
     monkeypatch.setattr(Trainer, "train_step", step)
-    assert [path.name for path in complete(tmp_path / "run" / "checkpoints", True)] == [
-        "step-00000009"
-    ]
+    assert [path.name for path in complete(tmp_path / "run" / "checkpoints", True)] == ["step-00000009"]
     run(config(house, tmp_path / "run", checkpoint_every=0), ALONE)
-    assert (tmp_path / "run/sae/sae.safetensors").read_bytes() == (
-        clean / "sae/sae.safetensors"
-    ).read_bytes()
+    assert (tmp_path / "run/sae/sae.safetensors").read_bytes() == (clean / "sae/sae.safetensors").read_bytes()
 
 
 def test_it_learns_as_much_as_from_batches(house: Path, tmp_path: Path) -> None:

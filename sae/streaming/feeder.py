@@ -120,9 +120,7 @@ class Feeder:
     steps. The other's rows wait; once more than `most_waiting` do, the two go through the model apart.
     """
 
-    def __init__(
-        self, passes: Passes, runtime: Runtime, sites: Iterable[str], most_waiting: int
-    ) -> None:
+    def __init__(self, passes: Passes, runtime: Runtime, sites: Iterable[str], most_waiting: int) -> None:
         self._passes, self._runtime, self._most_waiting = passes, runtime, most_waiting
         self._next = dict.fromkeys(sites, 0)
         self._together = True

@@ -48,9 +48,7 @@ class Storage(NamedTuple):
 class StreamReader:
     """`take(0)`, `take(1)` and so on; after `seek(step, ...)`, on from that step."""
 
-    def __init__(
-        self, site: str, pump: Pump, windows: Windows, data: Comm, storage: Storage
-    ) -> None:
+    def __init__(self, site: str, pump: Pump, windows: Windows, data: Comm, storage: Storage) -> None:
         self.total_steps, self.site = windows.n_steps, site
         self._pump, self._windows, self._data, self._device = pump, windows, data, storage.device
         mine = windows.share(data.rank, data.size)

@@ -57,9 +57,7 @@ class Gathered:
         elif statistics.raw.count:
             self.statistics.merge(statistics)
         self.validation.append(validation.cpu())
-        self.counts += Counter(
-            train_rows=statistics.raw.count, validation_rows=len(validation)
-        )
+        self.counts += Counter(train_rows=statistics.raw.count, validation_rows=len(validation))
 
 
 def sample(
@@ -76,9 +74,7 @@ def sample(
         for site, config in configs.items():
             provenance = described(passes, site)
             inputs = [passes.chunks.corpus.artifact]
-            builders[site] = held.enter_context(
-                building(folder / site, "sample", config, runtime, inputs, provenance)
-            )
+            builders[site] = held.enter_context(building(folder / site, "sample", config, runtime, inputs, provenance))
         missing = [site for site, builder in builders.items() if not builder.complete]
         if missing:
             n_chunks = sample_chunks(configs[missing[0]], len(passes.chunks))

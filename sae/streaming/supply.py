@@ -18,8 +18,10 @@ from llama3.hub import model_name
 from llama3.sites import check_sites, default_site
 from sae.batches import Rows, Statistics
 from sae.hyperparameters import Hyperparameters
+from sae.plan import Amount, Plan
 from sae.streaming.feeder import Feeder, Passes
 from sae.streaming.flags import StreamFlags
+from sae.streaming.needs import Needs, with_rows
 from sae.streaming.order import ChunkOrder, Windows
 from sae.streaming.reader import Storage, StreamReader
 from sae.streaming.sample import SampleConfig, described, sample
@@ -73,6 +75,18 @@ class FromModel:
         """Of the rows at `site`."""
         return described(self.passes, site)
 
+    def amount(self, site: str) -> Amount:
+        """Rows of an epoch, from a sample of the sentences' lengths."""
+        return Amount(self.passes.chunks.how.model.width(site), self._needs.rows)
+
+    def plan(self, runs: Sequence[Any], plan: Plan) -> Plan:
+        """With buffer and model, and beside it what batches on disk would take."""
+        return with_rows(plan, self._config, runs, self._needs, self._runtime)
+
+    @cached_property
+    def _needs(self) -> Needs:
+        return Needs(self.passes)
+
     def sources(self, runs: Sequence[Any], folder: Path) -> Mapping[str, "SiteSource"]:
         """The rows of each site of `runs`; their samples lie in `folder`/sample."""
         configs = {config.site: SampleConfig.of(config) for config in runs}
@@ -81,8 +95,7 @@ class FromModel:
         feeder = Feeder(self.passes, self._runtime, configs, most)
         feeder.computed = computed
         return {
-            site: SiteSource(self._config, artifact, described(self.passes, site), feeder)
-            for site, artifact in samples.items()
+            site: SiteSource(self._config, artifact, described(self.passes, site), feeder) for site, artifact in samples.items()
         }
 
 
@@ -131,9 +144,7 @@ class SiteSource:
                 f"--batch-size {config.batch_size:,}; give more text, or lower --batch-size"
             )
         n_steps = min(config.max_steps or all_steps, all_steps)
-        windows = Windows.holding(
-            self.flags.buffer_rows, config.batch_size, n_steps, config.rows_seed
-        )
+        windows = Windows.holding(self.flags.buffer_rows, config.batch_size, n_steps, config.rows_seed)
         storage = Storage(
             self.statistics.d_model,
             {"bf16": torch.bfloat16, "fp32": torch.float32}[self.flags.storage],
