@@ -4,6 +4,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from itertools import chain
 from pathlib import Path
@@ -24,14 +26,19 @@ from core.runtime import Solo
 from sae.batches import Batches, Statistics
 from sae.checkpoint import complete
 from sae.model import load
+from sae.plan import plan
 from sae.preprocess import PreprocessConfig
 from sae.preprocess import run as preprocess
+from sae.streaming.needs import Needs, memory
 from sae.streaming.order import ChunkOrder, Windows
 from sae.streaming.reader import Piece, Storage, StreamReader
+from sae.streaming.supply import FromModel
 from sae.train import TrainConfig, run
 from sae.trainer import Trainer
+from tests.conftest import ROOT, Launch
 from tests.faults import ForkServer
 from tests.sae_folders import ALONE
+from tests.test_plan import peak_bytes
 from tests.tiny import tiny_llama
 
 CPU = torch.device("cpu")
@@ -298,8 +305,6 @@ def test_rows_are_those_that_capture_stores(house: Path, tmp_path: Path) -> None
     """In one window of the whole corpus, an epoch takes the rows of sae.preprocess, bit for bit."""
     flags = {"statistics_sentences": 10**6, "buffer_rows": 10**6, "validation_fraction": 0.05}
     settings = config(house, tmp_path / "run", batch_size=1, k=1, n_latents=2, **flags)
-    from sae.streaming.supply import FromModel
-
     supply = FromModel(settings, ALONE)
     source = supply.sources([supply.settled(settings)], tmp_path)[SITE]
     reader = source.reader(settings, Solo(), CPU)
@@ -422,3 +427,124 @@ def test_it_learns_as_much_as_from_batches(house: Path, tmp_path: Path) -> None:
             fvus[kind].append(float(error))
     means = {kind: sum(values) / 3 for kind, values in fvus.items()}
     assert means["model"] == pytest.approx(means["batches"], rel=0.01), fvus
+
+
+# ranks, plans, modules --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.faults)])
+def test_any_number_of_ranks_gives_what_one_gives(launch: Launch, house: Path, tmp_path: Path, ranks: int) -> None:
+    """The same rows to the bit in every step; in float64 the same SAE, rows or latents shared out."""
+    alone = tmp_path / "alone"
+    taken: list[Tensor] = []
+    take = StreamReader.take
+
+    def noted(reader: StreamReader, step: int) -> Tensor:
+        taken.append(take(reader, step))
+        return taken[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StreamReader, "take", noted)
+        run(config(house, alone, dtype="float64"), ALONE)
+    done = launch("-m", "tests.stream_ranks", house, tmp_path, ranks=ranks, limit=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "rows/rows.bin").read_bytes() == torch.stack(taken).numpy().tobytes()
+    run(config(house, tmp_path / "stopped", dtype="float64", checkpoint_every=0), ALONE)
+    expected = load(alone / "sae", dtype=torch.float64)
+    lines = read_metrics(alone)
+    for name in ("rows", "latents", "stopped"):
+        found = load(tmp_path / name / "sae", dtype=torch.float64)
+        for parameter, tensor in expected.named_parameters():
+            other = found.get_parameter(parameter)
+            torch.testing.assert_close(other, tensor, rtol=1e-9, atol=1e-11)
+        for mine, theirs in zip(read_metrics(tmp_path / name), lines, strict=True):
+            assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-9)
+        mine, theirs = read_metrics(tmp_path / name)[-1], lines[-1]
+        assert mine["val_fvu"] == pytest.approx(theirs["val_fvu"], rel=1e-9)
+
+
+def test_memory_is_within_a_tenth_of_the_plan(house: Path, tmp_path: Path) -> None:
+    """Buffer, SAE, sample and forward pass, as PyTorch's CPU allocator gives them out."""
+    settings = config(
+        house,
+        tmp_path / "run",
+        buffer_rows=3000,
+        batch_size=512,
+        n_latents=4096,
+        epochs=3,
+        checkpoint_every=0,
+        log_every=100,
+    )
+    supply = FromModel(settings, ALONE)
+    one = supply.settled(settings)
+    needs = Needs(supply.passes)
+    alone = plan(one, supply.amount(SITE), ALONE, 1, tmp_path, 2).memory
+    predicted = memory(alone, one, [one], needs, ALONE)
+    model = needs.model_bytes  # read from the file as it is: no tensor of the allocator's
+    measured = peak_bytes(lambda: run(settings, ALONE))
+    assert sum(predicted) - model == pytest.approx(measured, rel=0.1)
+
+
+def test_a_plan_says_which_way_is_cheaper(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("capture.plan.PROBE_S", 0.1)
+    out = tmp_path / "run"
+    monkeypatch.setattr("sae.streaming.needs.disk_bytes_per_s", lambda folder: 1.0)
+    run(config(house, out, plan=True), ALONE)
+    assert "cheaper this way" in capsys.readouterr().out
+    monkeypatch.setattr("sae.streaming.needs.disk_bytes_per_s", lambda folder: 1e15)
+    run(config(house, out, plan=True, epochs=1000), ALONE)
+    assert "cheaper capture and batches" in capsys.readouterr().out
+    assert not out.exists()
+
+
+def test_training_from_batches_loads_no_model(house: Path, tmp_path: Path) -> None:
+    """Nothing of llama3, and of capture nothing beyond the store; a run with a model does."""
+    code = (
+        "import sys; from pathlib import Path; from sae.train import TrainConfig, run; "
+        "from tests.sae_folders import ALONE; "
+        f"run(TrainConfig(batches=Path({str(house / 'batches')!r}), out=Path({str(tmp_path / 'a')!r}), "
+        "n_latents=32, k=2, batch_size=64, max_steps=2, wandb='off'), ALONE); print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    loaded = [name for name in done.stdout.split() if name.split(".")[0] in ("llama3", "capture")]
+    # What makes the test's own folders imports the store.
+    assert set(loaded) <= {"capture", "capture.store", "capture.storage", "capture.tensorfile"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        ({"site": "layers.9.resid_post"}, "layers.9.resid_post"),
+        ({"max_length": 4000}, "--max-length 4000"),
+        ({"buffer_rows": 63}, "--buffer-rows 63.*--batch-size 64"),
+        ({"batch_size": 100_000, "buffer_rows": 100_000}, "--batch-size 100,000"),
+    ],
+)
+def test_what_cannot_be_is_named_before_training(house: Path, tmp_path: Path, flags: dict[str, Any], found: str) -> None:
+    with pytest.raises(ValueError, match=found):
+        run(config(house, tmp_path / "run", **flags), ALONE)
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        ({}, "--batches, or --model and --corpus"),
+        ({"model": "demo"}, "--batches, or --model and --corpus"),
+        ({"batches": Path("b"), "model": "demo"}, "not both"),
+        ({"batches": Path("b"), "statistics_sentences": 0}, "--statistics-sentences 0"),
+        ({"batches": Path("b"), "validation_fraction": 1.0}, r"--validation-fraction 1\.0"),
+        ({"batches": Path("b"), "max_norm_ratio": -1.0}, r"--max-norm-ratio -1\.0"),
+    ],
+)
+def test_flags_that_cannot_go_together_are_refused(flags: dict[str, Any], found: str) -> None:
+    with pytest.raises(ValueError, match=found):
+        TrainConfig(out=Path("run"), **flags)
+
+
+def test_a_document_of_nothing_but_held_out_rows_is_refused(house: Path, tmp_path: Path) -> None:
+    flags: dict[str, Any] = {"validation_fraction": 0.999999, "statistics_sentences": 1}
+    with pytest.raises(ValueError, match="no row of 16 sentences is left for training"):
+        run(config(house, tmp_path / "run", **flags), ALONE)

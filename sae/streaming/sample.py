@@ -10,7 +10,7 @@ import logging
 import math
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +90,11 @@ def sample(
 
 def described(passes: Passes, site: str) -> dict[str, Any]:
     """Provenance of the rows at `site`, as sae.preprocess hands it on."""
-    provenance = passes.chunks.provenance()
+    chunks = passes.chunks
+    provenance = replace(chunks, how=replace(chunks.how, sites=[site])).provenance()
     width = provenance.pop("widths")[site]
     split = {"validation_fraction": passes.validation_fraction, "split_seed": passes.seed}
-    return provenance | split | {"sites": [site], "site": site, "d_model": width}
+    return provenance | split | {"site": site, "d_model": width}
 
 
 def sample_chunks(config: ModelRows, n_chunks: int) -> int:
