@@ -82,13 +82,15 @@ def test_runs_while_the_model_runs_equal_those_trained_alone(
     flags = {"max_norm_ratio": 1.1, "max_steps": 20}
     settings = config(house, tmp_path / "runs", runs=write(tmp_path, SITES), site="", **flags)
     run(settings, ALONE)
-    assert set(passes) == {(SITE, OTHER)}
+    joint = passes.count((SITE, OTHER))
+    assert set(passes[:joint]) == {(SITE, OTHER)}  # behind them, one site needs no more rows
+    assert joint > 0.7 * len(passes)
     together = read_runs(settings, tmp_path / "grid.toml")
     counts = [json.loads((tmp_path / "runs/sample" / site / "manifest.json").read_text())["counts"] for site in (SITE, OTHER)]
     assert counts[0]["train_rows"] != counts[1]["train_rows"]
     n_passes = len(passes)
     same_as_alone([together[0], together[2]], tmp_path / "alone")
-    assert n_passes < 0.6 * len(passes[n_passes:]) + 2
+    assert n_passes < 0.7 * len(passes[n_passes:])
 
 
 def test_sites_that_drift_apart_take_passes_of_their_own(house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +118,7 @@ def test_sites_that_drift_apart_take_passes_of_their_own(house: Path, tmp_path: 
     monkeypatch.setattr(Feeder, "fetch", watched)
     run(settings, ALONE)
     monkeypatch.undo()
-    assert max(surplus) < 500  # a chunk
+    assert 0 < max(surplus) <= 16 * 60  # a chunk of the longest sentences
     same_as_alone(read_runs(settings, tmp_path / "grid.toml")[:1], tmp_path / "alone")
 
 

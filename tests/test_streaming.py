@@ -410,7 +410,8 @@ def test_sigterm_saves_the_current_step(house: Path, clean: Path, tmp_path: Path
 
 def test_it_learns_as_much_as_from_batches(house: Path, tmp_path: Path) -> None:
     """Equal rows and steps, three seeds: FVU on the held-out rows of the whole corpus."""
-    flags = {"validation_fraction": 0.05, "statistics_sentences": 120, "checkpoint_every": 0}
+    flags: dict[str, Any] = {"validation_fraction": 0.05, "checkpoint_every": 0}
+    flags |= {"statistics_sentences": 120, "buffer_rows": 4000}
     held = Batches(house / "batches").validation
     x = held.read(0, len(held))
     fvus: dict[str, list[float]] = {"batches": [], "model": []}
