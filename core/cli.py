@@ -12,7 +12,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -225,6 +225,16 @@ def _as_flags(config_class: type[Any], values: dict[str, Any], prefix: str) -> t
         else:
             scalars.append(f"{flag}={value}")
     return scalars, lists
+
+
+def typed(config_class: type[Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Values of a TOML file as fields of `config_class`, by the checks that its flags pass. ValueError in one line."""
+    scalars, lists = _as_flags(config_class, values, "")
+    hints = get_type_hints(config_class)
+    names = [name.replace("-", "_") for name in values]
+    some = make_dataclass("Values", [(name, hints[name]) for name in names], frozen=True, kw_only=True)
+    parsed: Any = parse(some, "", scalars + lists)
+    return {name: getattr(parsed, name) for name in names}
 
 
 def _holds_many(hint: Any) -> bool:

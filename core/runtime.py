@@ -10,13 +10,14 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import xxhash
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
@@ -212,9 +213,15 @@ class Runtime:
     world_size: int
     device: torch.device
     comm: WorldComm
+    _meshes: dict[int, Mesh] = field(default_factory=dict, compare=False, repr=False)
 
     def mesh(self, latent_size: int) -> Mesh:
         """The grid with `latent_size` ranks in a latent group; all ranks call it. ValueError where they do not fill it."""
+        if latent_size not in self._meshes:
+            self._meshes[latent_size] = self._new_mesh(latent_size)
+        return self._meshes[latent_size]
+
+    def _new_mesh(self, latent_size: int) -> Mesh:
         if latent_size < 1 or self.world_size % latent_size:
             raise ValueError(f"--latent-parallel must divide the number of processes, {self.world_size}; found {latent_size}")
         if not isinstance(self.comm, World):
@@ -288,6 +295,12 @@ def pick_device(name: str, local_rank: int, world_size: int = 1) -> torch.device
         remedy = "choose a lower number" if asked[1] else "lower --nproc_per_node"
         raise ValueError(f"--device {name}: GPU {index} is needed, but only {visible} are visible; {remedy}")
     return torch.device("cuda", index)
+
+
+def unit_generator(seed: int, purpose: str, number: int) -> torch.Generator:
+    """Randomness for one unit of work, the same on whichever rank does it."""
+    digest = xxhash.xxh3_64_intdigest(f"{purpose} {number}".encode(), seed=seed)
+    return torch.Generator().manual_seed(digest >> 1)
 
 
 def seed_everything(seed: int) -> None:
