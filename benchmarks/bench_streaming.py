@@ -106,7 +106,7 @@ def report(config: BenchConfig, times: list[dict[str, float]]) -> None:
     for (name, value), mark in zip(medians.items(), (f">= {AT_LEAST}", f"<= {AT_MOST}"), strict=True):
         print(f"{value:.2f} {name} ({mark} wanted)")
     if config.out:
-        record = {"machine": machine_name(config.device), "times": times, "ratios": ratios}
+        record = {"machine": machine_name(config.device.startswith("cuda")), "times": times, "ratios": ratios}
         config.out.write_text(json.dumps(record, indent=1) + "\n")
 
 
