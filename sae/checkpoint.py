@@ -172,6 +172,7 @@ def stop_signals() -> Iterator[StopWish]:
         if number == signal.SIGINT:
             signal.signal(number, previous[signal.SIGINT])
 
+    wakeup = signal.set_wakeup_fd(-1)  # core.ending, which ends a process that does not hear the signal
     for wanted in (signal.SIGTERM, signal.SIGINT):
         previous[wanted] = signal.signal(wanted, note)
     try:
@@ -179,3 +180,4 @@ def stop_signals() -> Iterator[StopWish]:
     finally:
         for wanted, handler in previous.items():
             signal.signal(wanted, handler)
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
