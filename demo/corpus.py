@@ -69,7 +69,7 @@ def write_documents(path: Path, written: Iterable[Document], shuffle: bool = Fal
         random.Random(0).shuffle(found)
     lines = [json.dumps(document._asdict(), ensure_ascii=False).encode() + b"\n" for document in found]
     files.make_folder(path.parent)
-    files.publish(path, lines)
+    files.replace(path, lines)
     return len(lines)
 
 

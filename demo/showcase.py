@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from core.terminal import printable
 from inference.session import InferenceConfig, Session, open_session
 from inference.steering import Edit, Recipe
 from interpretability.labels.words import is_content, names_content, quoted_words
@@ -58,8 +59,8 @@ def showcase(config: InferenceConfig, tried: int) -> list[Feature]:
     if not features:
         print("\nNo latent has both a clear label and sentences that agree with it; more text or more steps would help.")
     for number, feature in enumerate(features, 1):
-        print(f"\n{'─' * 100}\n{number}. latent {feature.explanation.latent}: {feature.explanation.title}")
-        print(f"   {feature.explanation.explanation}")
+        print(f"\n{'─' * 100}\n{number}. latent {feature.explanation.latent}: {printable(feature.explanation.title)}")
+        print(f"   {printable(feature.explanation.explanation)}")
         print("\n".join(f"     {highlighted(sentence)}" for sentence in feature.sentences))
         steered = feature.steered
         print(f"   {steered.prompt!r} continued; set apart: what the feature names or promotes")
@@ -161,7 +162,7 @@ def highlighted(sentence: TopSentence) -> str:
     """The sentence with the tokens on which the latent reaches a third of its value set apart: in colour, or as «token»."""
     peak = max(sentence.activations)
     out = ""
-    for token, value in zip(sentence.tokens, sentence.activations, strict=True):
+    for token, value in zip(map(printable, sentence.tokens), sentence.activations, strict=True):
         if value < peak / 3 or value <= 0:
             out += token
         else:
@@ -176,7 +177,9 @@ def _found(text: str, words: frozenset[str]) -> set[str]:
 
 def _marked(text: str, words: frozenset[str]) -> str:
     """On one line, with `words` set apart."""
-    return WORD.sub(lambda found: _apart(found[0]) if found[0].casefold() in words else found[0], " ".join(text.split()))
+    return WORD.sub(
+        lambda found: _apart(found[0]) if found[0].casefold() in words else found[0], printable(" ".join(text.split()))
+    )
 
 
 def _apart(text: str, background: int = 214) -> str:

@@ -24,6 +24,7 @@ from capture.store import Corpus, open_corpus
 from core.artifact import building, check_provenance
 from core.cli import Progress, machine, run_stage
 from core.runtime import Runtime
+from core.terminal import say
 from interpretability.labels.llm_explainer import LLMExplainer
 from interpretability.labels.prompts import Style
 from interpretability.labels.token_statistics import TokenStatistics
@@ -185,7 +186,7 @@ def _asked(config: ExplainConfig, asker: KeptAsker, top: TopSentences, latents: 
         if not job.under_way and not job.to_send():
             return list(explainer.explanations(latents, {reply.key: reply for reply in batches.collected(job)}))
     for line in job.status():
-        print(line)
+        say(line)
     if job.to_send():
         log.info("%s requests are to be sent: give submit", f"{len(job.to_send()):,}")
     return None

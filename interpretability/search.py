@@ -29,6 +29,7 @@ from core.norms import unit_rows
 from core.runtime import Runtime
 from core.shipped import absence, shipped_for
 from core.table import text_table
+from core.terminal import say
 from interpretability.causal.records import Steerability, read_steerability
 from interpretability.evidence.coactivation import Together, together
 from interpretability.opening import check_sae, open_explanations_of, open_top_of
@@ -371,7 +372,7 @@ def run(config: SearchConfig, runtime: Runtime) -> None:
         best = sorted(best, key=lambda hit: place[hit.latent] if not isinstance(hit, Together) else 0)
     shown = [_row(hit, explanations, figures) for hit in best]
     for line in map(json.dumps, shown) if config.json else text_table(shown):
-        print(line)
+        say(line)
     what = "sentences" if config.latents else "features"
     log.info("%d %s found in %s with %d latents, %d shown", len(hits), what, config.sae, sae.cfg.n_latents, len(shown))
 

@@ -177,7 +177,8 @@ def _check_inputs(sae: SAE, activations: Activations | LiveActivations, corpus: 
     """ValueError naming both values where SAE, activations, corpus and tokenizer do not belong together."""
     where = f"activations {activations.artifact.path}" if isinstance(activations, Activations) else "the model of --model"
     wanted, found = sae.cfg.provenance | {"d_model": sae.cfg.d_model}, activations.provenance
-    check_provenance(where, wanted, found, ("model_hash", "tokenizer_hash", "site", "bos", "d_model"))
+    kept = ("dtype",) if wanted.get("dtype") else ()  # SAEs from elsewhere do not say in what their rows were stored
+    check_provenance(where, wanted, found, ("model_hash", "tokenizer_hash", "site", "bos", "d_model", *kept))
     check_provenance(f"corpus {corpus.artifact.path}", found, {"corpus_hash": corpus.manifest_hash}, ("corpus_hash",))
     check_provenance("the tokenizer of --model", found, {"tokenizer_hash": tokenizer.hash}, ("tokenizer_hash",))
 

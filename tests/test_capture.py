@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from capture import activations, plan, sentences
-from capture.activations import ActivationsConfig, default_site
+from capture.activations import ActivationsConfig
 from capture.batches import ChunkTokens, batches, tokenise
 from capture.chunks import ChunkCapture, NonFinite, start_chunk
 from capture.sentences import SentencesConfig
@@ -27,6 +27,7 @@ from core.artifact import Builder, FileRecord, verify
 from core.cli import one_line_errors, parse
 from core.runtime import Runtime, Solo
 from llama3 import Transformer, load_model, load_tokenizer
+from llama3.sites import default_site
 from tests.conftest import Launch
 from tests.faults import ForkServer, fail_at
 from tests.tiny import tiny_llama
