@@ -140,7 +140,7 @@ def fvu(sae: SAE, activations: Activations) -> float:
         if n >= MEASURED_ROWS:
             break
     x = torch.cat(found)[:MEASURED_ROWS]
-    residual = sum(float((part - sae(part)).double().square().sum()) for part in x.split(1024))
+    residual = sum(float((part - sae(part)).double().square().sum()) for part in torch.split(x, 1024))
     return residual / float((x.double() - x.double().mean(0)).square().sum())
 
 

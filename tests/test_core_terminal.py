@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 import inference.complete
 from core.cli import Progress, one_line_errors, parse, set_up_logging
+from core.table import text_table
 from core.terminal import json_line, printable, say
 from demo.showcase import highlighted
 from inference.complete import CompleteConfig
 from interpretability.records import TopSentence
-from interpretability.search import _table
 from tests.tiny import tiny_llama
 from tests.tiny_features import alone
 
@@ -64,7 +64,7 @@ def test_logs_errors_tables_and_progress(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit), one_line_errors():
         Path(f"/nowhere/{CLIPBOARD}").read_text()
     say(HOSTILE)
-    for line in _table([{"text": HOSTILE, "share": 0.5, "values": (1, HOSTILE)}]):
+    for line in text_table([{"text": HOSTILE, "share": 0.5, "values": (1, HOSTILE)}]):
         say(line)
     sentence = TopSentence(0, "max", 0, 1.0, 0, "", None, HOSTILE, ["a", HOSTILE, "b"], [0.0, 1.0, 0.1])
     print(highlighted(sentence))
