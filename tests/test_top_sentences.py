@@ -1,6 +1,7 @@
 """Top sentences of every latent: against brute force, across ranks, and what is refused."""
 
 import hashlib
+import json
 import math
 import os
 import subprocess
@@ -35,6 +36,8 @@ from interpretability.records import (
     open_top,
     read_explanations,
 )
+from interpretability.report import ReportConfig
+from interpretability.report import run as run_report
 from interpretability.top_sentences import TopSentencesConfig, parts_of, run
 from llama3 import Transformer, load_model, load_tokenizer
 from sae.model import load
@@ -401,6 +404,11 @@ def test_statistics_come_from_another_text_and_sentences_from_this_one(tmp_path:
     run_explain(parse(ExplainConfig, "", ["run", "--top", str(tmp_path / "top"), "--out", str(tmp_path / "said")]), solo())
     explained = read_explanations(tmp_path / "said")
     assert [explained[latent].reason for latent in range(48)] == reasons
+    folders = ["--top", str(tmp_path / "top"), "--explanations", str(tmp_path / "said")]
+    run_report(parse(ReportConfig, "", [*folders, "--out", str(tmp_path / "report")]), solo())
+    hidden = [latent for latent, reason in enumerate(reasons) if reason == NOT_SHOWN]
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert f'"hidden":{json.dumps(hidden, separators=(",", ":"))}' in page
 
 
 def test_a_compact_folder_reads_the_same(folders: Folders, top: Path, tmp_path: Path) -> None:
