@@ -177,7 +177,7 @@ class ModelArgs:
 
 
 WIDTHS = ("dim", "n_layers", "n_heads", "vocab_size", "head_dim", "hidden_dim", "max_seq_len")
-MOST = {"n_layers": 2**12, "n_heads": 2**14, "head_dim": 2**14, "max_seq_len": 2**48}
+MOST = {"n_layers": 2**12, "n_heads": 2**14, "head_dim": 2**14, "max_seq_len": 2**30}
 MOST_WIDTH = 2**28
 """Far above every model there is: a damaged description is refused before it asks for memory."""
 
