@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,9 @@ from core.artifact import building, open_artifact, verify
 from core.cli import parse
 from interpretability.evidence.background import Background, cofiring
 from interpretability.evidence.ngrams import NgramCounter, ngrams_of
+from interpretability.evidence.peaks import variety
 from interpretability.evidence.promoted import promoted_by
+from interpretability.evidence.raised import contexts_of
 from interpretability.evidence.selection import Hits, Ragged, Sentences, offsets_of
 from interpretability.explain import ExplainConfig
 from interpretability.explain import run as run_explain
@@ -170,19 +173,82 @@ def test_statistics_equal_the_plain_ones(folders: Folders, top: Path) -> None:
     assert open_artifact(top).manifest.counts["dead_latents"] >= 2
 
 
-def test_promoted_tokens_against_a_written_out_product(folders: Folders, top: Path) -> None:
+def test_promoted_tokens_against_a_written_out_product(folders: Folders, tmp_path: Path) -> None:
     model, tokenizer, sae = load_model(folders.model), load_tokenizer(folders.model), load(folders.sae)
     logits = (sae.W_dec[3] * model.norm.weight) @ model.output.weight.T
     n_plain = tokenizer.n_vocab - len(tokenizer.special_tokens)
     order = logits[:n_plain].argsort(descending=True).tolist()
-    found = open_top(top).statistics(3)
-    assert found.promoted == [tokenizer.decode([i]) for i in order[:10]]
-    assert found.suppressed == [tokenizer.decode([i]) for i in order[::-1][:10]]
+    (promoted,), (suppressed,) = promoted_by(model, SITE, sae.W_dec[3:4], tokenizer, 10)
+    assert promoted == [tokenizer.decode([i]) for i in order[:10]]
+    assert suppressed == [tokenizer.decode([i]) for i in order[::-1][:10]]
+    run(config(folders, tmp_path / "top", "--contexts", "0"), solo())
+    found = open_top(tmp_path / "top").statistics(3)
+    assert (found.promoted, found.suppressed) == (promoted, suppressed)
     with torch.no_grad():
         model.norm.weight.mul_(torch.linspace(-1, 1, 32))
     other = promoted_by(model, SITE, sae.W_dec[3:4], tokenizer, 3).promoted[0]
     plain = promoted_by(model, "final_norm", sae.W_dec[3:4], tokenizer, 3).promoted[0]
-    assert plain == found.promoted[:3] != other  # at final_norm the norm's weight is behind us already
+    assert plain == promoted[:3] != other  # at final_norm the norm's weight is behind us already
+
+
+def test_raised_tokens_against_a_pass_a_latent_and_context(folders: Folders, top: Path) -> None:
+    """Each context read whole, the log probabilities meaned word for word."""
+    model, tokenizer, sae = load_model(folders.model), load_tokenizer(folders.model), load(folders.sae)
+    contexts = contexts_of(open_corpus(folders.corpus), tokenizer, 64, 0)
+    assert len(contexts) > 50
+    assert all(2 <= len(ids) <= 24 for ids in contexts)
+    n_plain = tokenizer.n_vocab - len(tokenizer.special_tokens)
+    opened = open_top(top)
+    for latent in (0, 17, 40):
+        row = sae.W_dec[latent] / sae.W_dec[latent].norm()
+
+        def turn_up(x: torch.Tensor, row: torch.Tensor = row) -> torch.Tensor:
+            return torch.cat((x[:, :-1], x[:, -1:] + 0.4 * x[:, -1:].norm() * row), 1)
+
+        before, after = torch.zeros(2, n_plain, dtype=torch.float64)
+        for ids in contexts:
+            tokens = torch.tensor([ids])
+            with torch.no_grad():
+                before += model(tokens)[0, -1, :n_plain].double().log_softmax(0) / len(contexts)
+                with model.hooks({SITE: turn_up}):
+                    after += model(tokens)[0, -1, :n_plain].double().log_softmax(0) / len(contexts)
+        before, after = before.log_softmax(0), after.log_softmax(0)  # the geometric mean of distributions is no distribution
+        for names, rise, chances in (
+            (opened.statistics(latent).promoted, after - before, after),
+            (opened.statistics(latent).suppressed, before - after, before),
+        ):
+            likely = chances.argsort(descending=True)[: max(10, n_plain // 16)]
+            order = likely[rise[likely].argsort(descending=True)][:10]
+            assert names == [tokenizer.decode([i]) for i in order.tolist() if rise[i] > 0]
+
+
+def test_statistics_of_another_text_bring_their_promoted_tokens(folders: Folders, top: Path, tmp_path: Path) -> None:
+    """Nothing is turned up a second time, and nothing is kept where nothing is asked for."""
+    run(config(folders, tmp_path / "again", "--statistics", str(top), "--n-promoted", "4"), solo())
+    run(config(folders, tmp_path / "none", "--statistics", str(top), "--n-promoted", "0"), solo())
+    known = open_top(top).statistics(9).promoted
+    assert len(known) > 4
+    assert open_top(tmp_path / "again").statistics(9).promoted == known[:4]
+    assert open_top(tmp_path / "none").statistics(9).promoted == []
+
+
+def test_variety_of_peaks(top: Path) -> None:
+    """Against the units on which each sentence fires most; a folder without the column gives the same."""
+    opened = open_top(top)
+    assert opened.peak_variety.min() == 0 < opened.peak_variety.max() <= 1
+    for latent in range(0, opened.n_latents, 5):
+        words = []
+        for sentence in opened.sentences(latent):
+            peak = sentence.activations.index(max(sentence.activations))
+            start = len("".join(sentence.tokens[:peak])) + len(sentence.tokens[peak]) - len(sentence.tokens[peak].lstrip())
+            text = "".join(sentence.tokens)
+            words.append(next((m[0].lower() for m in re.finditer(r"\w+|\S", text) if m.start() <= start < m.end()), ""))
+        assert float(opened.peak_variety[latent]) == pytest.approx(variety(words)), (latent, words)
+    older = open_top(top)
+    older._latents = older._latents.drop_columns("peak_variety")
+    assert older.peak_variety.tolist() == opened.peak_variety.tolist()
+    assert variety(["war", "wars", "War".lower(), "peace"]) == pytest.approx(1 / 3)
+    assert variety(["one"]) == variety([]) == 0
 
 
 @pytest.mark.parametrize(("site", "out"), [("attn_heads", "attn_out"), ("ffn_hidden", "ffn_out")])
