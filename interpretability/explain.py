@@ -25,6 +25,7 @@ from core.artifact import building, check_provenance
 from core.cli import Progress, machine, run_stage
 from core.runtime import Runtime
 from core.terminal import say
+from interpretability.labels.categories import Categories, read_categories
 from interpretability.labels.llm_explainer import LLMExplainer
 from interpretability.labels.prompts import Style
 from interpretability.labels.token_statistics import TokenStatistics
@@ -41,6 +42,7 @@ from interpretability.records import (
     open_top,
     read_explanations,
 )
+from llama3 import load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from interpretability.llm.message_batches import BatchAsker
@@ -70,6 +72,10 @@ class ExplainConfig(AskConfig):
     style: Style = "semantic"
     """What a language model is asked for. semantic: what the sentences share, and how certain that is. title: dominant tokens,
     patterns, summary, context and title."""
+    model: str = ""
+    """Who answers. token_statistics: the model that the SAE was trained on (a folder, a .gguf file, a Hub id, ollama:NAME,
+    smollm2 or demo), whose embeddings name categories; empty: labels without them. anthropic: a model id (empty:
+    claude-haiku-5-5). openai: a name that the server knows. llama: a Llama, given as for token_statistics."""
     latents: str = ""
     """Latents to explain, such as 0-99,205. Empty: all."""
     examples: int = 20
@@ -127,6 +133,14 @@ def sentences_to_compare(top: TopSentences, corpus: Corpus | None) -> list[PoolS
     return [PoolSentence(*row) for row in zip(ids.tolist(), corpus.texts(ids), corpus.labels(ids), strict=True)]
 
 
+def categories_of(model: str, top: TopSentences) -> Categories:
+    """The categories that ship, placed among a model's embeddings. ValueError where it is not the model of the latents."""
+    llama, tokenizer = load_model(model), load_tokenizer(model)
+    found = {"model_hash": llama.weights_hash, "tokenizer_hash": tokenizer.hash}
+    check_provenance("the model of --model", top.provenance, found, ("model_hash", "tokenizer_hash"))
+    return Categories(llama.tok_embeddings.weight.detach(), tokenizer, read_categories())
+
+
 def run(config: ExplainConfig, runtime: Runtime) -> None:
     """Write the folder `config.out` of kind `explanations`; under torchrun, rank 0 does."""
     if config.action != "run" and runtime.world_size > 1:
@@ -147,7 +161,8 @@ def run(config: ExplainConfig, runtime: Runtime) -> None:
         names = [EXPLANATIONS_FILE]
         if runtime.is_main:
             if config.backend == "token_statistics":
-                explanations = TokenStatistics(top, rest, config.others, config.seed).explain(latents)
+                categories = categories_of(config.model, top) if config.model else None
+                explanations = TokenStatistics(top, rest, config.others, config.seed, categories).explain(latents)
             else:
                 asker = asker_of(config.backend, config, builder, runtime.device)
                 found = _asked(config, asker, top, latents)

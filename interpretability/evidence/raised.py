@@ -1,9 +1,9 @@
 """What a latent does to the output, by intervention: turned up a little in many contexts, which tokens rise, and which fall.
 
 At the last token of each context the latent's decoder row is added, SHARE of the activation's length long, and what follows in
-the model runs. A token's rise is the change of its log probability in the geometric mean of all contexts' distributions. Tokens that are next to impossible
-rise by large factors and mean nothing: only the likeliest by their mean log probability count, after the edit for what rises
-and before it for what falls.
+the model runs. A token's rise is the change of its log probability in the geometric mean of all contexts' distributions. Tokens
+that are next to impossible rise by large factors and mean nothing: only the likeliest of that mean count, after the edit for
+what rises and before it for what falls.
 
 Log probabilities and logits differ by a constant of the context, so the order needs only the mean of what the unembedding
 reads: one product a latent, and not one a latent and context.
