@@ -29,6 +29,8 @@ MIN_WORDS = 3
 """Different words that must belong to a category for its name to be used."""
 MIN_SHARE = 0.5
 """Share of the words' weight that must belong to it."""
+MAX_ONE = 0.5
+"""Share of the weight above which a single word is what the label is about, and not what it has in common with others."""
 MAX_WORDS = 16
 """Words looked at, those of the largest weight."""
 MAX_PIECES = 3
@@ -103,15 +105,19 @@ class Categories:
 
     @torch.no_grad()
     def of(self, weights: Mapping[str, float]) -> Category | None:
-        """The category nearest to the weighted mean of some words; None where few of them, or little of the weight, belong."""
+        """The category nearest to the weighted mean of some words; None where few of them, or little of the weight,
+        belong, or one word has most of it."""
         known, vectors, amounts = self._of_largest(weights)
         if len(known) < MIN_WORDS or not self.names:
             return None
+        total = sum(sorted(weights.values())[-MAX_WORDS:])
         best = int((self._centres @ (amounts @ vectors)).argmax())
         cosines = vectors @ self._centres[best]
         inside = [word for word, cosine in zip(known, cosines.tolist(), strict=True) if cosine >= MIN_COSINE]
-        share = sum(weights[word] for word in inside) / sum(sorted(weights.values())[-MAX_WORDS:])
-        if share < MIN_SHARE or len(distinct(iter(inside), MIN_WORDS)) < MIN_WORDS:
+        share = sum(weights[word] for word in inside) / total
+        if share < MIN_SHARE or max(weights.values()) > MAX_ONE * total:
+            return None
+        if len(distinct(iter(inside), MIN_WORDS)) < MIN_WORDS:
             return None
         return Category(self.names[best], share, tuple(inside))
 
