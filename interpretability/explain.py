@@ -25,7 +25,7 @@ from core.artifact import building, check_provenance
 from core.cli import Progress, machine, run_stage
 from core.runtime import Runtime
 from core.terminal import say
-from interpretability.labels.categories import Categories, read_categories
+from interpretability.labels.categories import MIN_KNOWN, Categories, read_categories
 from interpretability.labels.llm_explainer import LLMExplainer
 from interpretability.labels.prompts import Style
 from interpretability.labels.readings import Read, read_readings
@@ -139,12 +139,17 @@ def sentences_to_compare(top: TopSentences, corpus: Corpus | None) -> list[PoolS
     return [PoolSentence(*row) for row in zip(ids.tolist(), corpus.texts(ids), corpus.labels(ids), strict=True)]
 
 
-def categories_of(model: str, top: TopSentences) -> Categories:
-    """The categories that ship, placed among a model's embeddings. ValueError where it is not the model of the latents."""
+def categories_of(model: str, top: TopSentences) -> Categories | None:
+    """The categories that ship, placed among a model's embeddings; None, with a warning, where these know too little of them.
+    ValueError where it is not the model of the latents."""
     llama, tokenizer = load_model(model), load_tokenizer(model)
-    found = {"model_hash": llama.weights_hash, "tokenizer_hash": tokenizer.hash}
-    check_provenance("the model of --model", top.provenance, found, ("model_hash", "tokenizer_hash"))
-    return Categories(llama.tok_embeddings.weight.detach(), tokenizer, read_categories())
+    own = {"model_hash": llama.weights_hash, "tokenizer_hash": tokenizer.hash}
+    check_provenance("the model of --model", top.provenance, own, ("model_hash", "tokenizer_hash"))
+    found = Categories(llama.tok_embeddings.weight.detach(), tokenizer, read_categories())
+    if found.known >= MIN_KNOWN:
+        return found
+    log.warning("--model %s: its embeddings group %.0f %% of the listed words; no category is named", model, 100 * found.known)
+    return None
 
 
 def run(config: ExplainConfig, runtime: Runtime) -> None:

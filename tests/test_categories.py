@@ -3,7 +3,8 @@
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from interpretability.explain import categories_of
 from interpretability.labels.categories import FILE, MAX_WORDS, MIN_COSINE, Categories, read_categories
 from interpretability.labels.titles import MAX_TITLE_WORDS, Clues, title_of
 from interpretability.labels.token_statistics import TokenStatistics
-from interpretability.records import Explanation, PoolSentence, open_top
+from interpretability.records import Explanation, PoolSentence, TopSentences, open_top
+from llama3 import load_model, load_tokenizer
 from tests import written_latents as written
 from tests.tiny import tiny_llama
 
@@ -45,7 +47,7 @@ FILLERS = tuple(f"{a}{b}{c}" for a in "bcdfg" for b in "aeiou" for c in "lmnpr")
 
 @pytest.fixture(scope="module")
 def embedded() -> tuple[torch.Tensor, Words]:
-    """Words about war in one direction, about baking in another, all others anywhere. All share a large mean, and differ most in
+    """Words about war in one direction, about baking in another, others anywhere. All share a large mean, and differ most in
     a direction that says nothing of meaning, as frequency does."""
     tokenizer = Words([*WAR, *BREAD, *FILLERS])
     rows = torch.randn(tokenizer.n_vocab, 64, generator=torch.Generator().manual_seed(0))
@@ -104,12 +106,12 @@ def test_accidents_are_those_that_mean_something_else(categories: Categories) ->
     assert categories.alike({"bread": 2.0, "flour": 1.0, "loaf": 1.0, "gum": 1.0}) >= {"bread", "flour", "loaf"}
     assert "soldiers" not in categories.alike({"bread": 2.0, "flour": 1.0, "oven": 1.0, "soldiers": 1.0})
     assert categories.alike({"bread": 1.0}) == categories.alike({}) == set()
-    many = {word: 2.0 for word in FILLERS[:MAX_WORDS]} | {"bread": 1.0, "flour": 1.0}
+    many = dict.fromkeys(FILLERS[:MAX_WORDS], 2.0) | {"bread": 1.0, "flour": 1.0}
     assert not {"bread", "flour"} & categories.alike(many)  # of smaller weight than those that are looked at
 
 
 def test_titles_name_the_category_and_then_its_words(categories: Categories, tmp_path: Path) -> None:
-    """Of latents of known meaning: one that fires on words of war, one on a single one of them, one on the same with an accident."""
+    """Of three latents: one fires on words of war, one on a single one of them, one on the same words and an accident."""
     sentences = written.sentences()
     on_war = written.on(*WAR)
     accident = next(s for s in sentences if "kettle" in s.text.lower())
@@ -156,8 +158,20 @@ def test_a_line_that_is_no_category_is_refused(tmp_path: Path, line: str) -> Non
 
 def test_another_model_than_that_of_the_latents_is_refused(tmp_path: Path) -> None:
     top = open_top(written.write_top(tmp_path / "top", written.sentences(50), [written.on("the")], n=4))
-    with pytest.raises(ValueError, match="the model of --model.*model_hash"):
+    with pytest.raises(ValueError, match=r"the model of --model.*model_hash"):
         categories_of(str(tiny_llama(tmp_path / "model")), top)
+
+
+def test_embeddings_that_do_not_know_the_categories_name_none(
+    embedded: tuple[torch.Tensor, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert Categories(*embedded, KNOWN).known == 1
+    mixed = {"war": ["army", "troops", "flour", "dough"], "baking": ["bread", "oven", "enemy", "guns"]}
+    assert Categories(*embedded, mixed).known < 0.5
+    model = str(tiny_llama(tmp_path / "model"))
+    own = {"model_hash": load_model(model).weights_hash, "tokenizer_hash": load_tokenizer(model).hash}
+    assert categories_of(model, cast(TopSentences, SimpleNamespace(provenance=own))) is None
+    assert "no category is named" in caplog.text
 
 
 def test_without_known_words_nothing_is_named(embedded: tuple[torch.Tensor, Any]) -> None:
