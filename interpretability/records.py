@@ -93,8 +93,6 @@ MEASURED_LATENT_SCHEMA = pa.schema(
 """What is written now; folders of earlier releases lack some of the last four columns, and the background."""
 COUNTED = ("firing_count", "sentence_count", "max", "mean", "density", "histogram")
 """Columns that `interpretability.top_sentences --statistics` takes from another text than the sentences."""
-EFFECTS = ("promoted", "suppressed")
-"""Columns that it takes from there where they are not empty."""
 BACKGROUND_SCHEMA = pa.schema(
     {
         "sentence_id": pa.int64(),
@@ -289,8 +287,8 @@ class TopSentences:
 
     @property
     def counted(self) -> pa.Table:
-        """The columns COUNTED and EFFECTS, a row a latent."""
-        return self._latents.select((*COUNTED, *EFFECTS))
+        """The columns COUNTED, a row a latent."""
+        return self._latents.select(COUNTED)
 
     def silence(self, latent: int) -> str:
         """Why there is no sentence of a latent, one of NOTHING_TO_SHOW; empty where there are some."""

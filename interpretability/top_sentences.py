@@ -36,7 +36,7 @@ from interpretability.evidence.live import LiveActivations
 from interpretability.evidence.ngrams import NgramCounter, ngrams_of_rows
 from interpretability.evidence.peaks import varieties
 from interpretability.evidence.promoted import PromotedTokens, promoted_by, reaches_output
-from interpretability.evidence.raised import contexts_of, ends_the_model, raised_tokens
+from interpretability.evidence.raised import contexts_of, ends_the_model, raised_tokens, response_at
 from interpretability.evidence.selection import Hits, LatentTotals, Ragged, Sentences, TopTable, pairs_of
 from interpretability.evidence.tables import Once, TextLookup, background_rows, rows_of, statistics_of
 from interpretability.opening import open_top_of
@@ -45,7 +45,6 @@ from interpretability.records import (
     BACKGROUND_FILE,
     BACKGROUND_SCHEMA,
     COMPACT_SCHEMA,
-    EFFECTS,
     LATENTS_FILE,
     MEASURED_LATENT_SCHEMA,
     SHARED_FILE,
@@ -79,8 +78,8 @@ class TopSentencesConfig(StageConfig):
     corpus: Path
     """Folder of the corpus that the activations come from. Gives texts and names of documents."""
     statistics: Path | None = None
-    """Folder of top sentences of the same SAE on other text, such as all that it was trained on: maximum, density, counts,
-    histogram and promoted tokens of a latent are taken from there, sentences from --corpus. None: all from --corpus."""
+    """Folder of top sentences of the same SAE on other text, such as all that it was trained on: maximum, density, counts and
+    histogram of a latent are taken from there, sentences from --corpus. None: all from --corpus."""
     out: Path
     """Folder to write."""
     site: str = ""
@@ -92,9 +91,9 @@ class TopSentencesConfig(StageConfig):
     n_promoted: int = 10
     """Promoted and suppressed tokens kept for each latent; 0 for none."""
     contexts: int = 64
-    """Beginnings of sentences in which each latent is turned up a little to see which tokens rise; this takes longest where the
-    model is large and the machine has no GPU. 0: by the decoder row and the unembedding alone, which says little below the
-    last layers."""
+    """Beginnings of sentences in which latents are turned up to see which tokens rise: one pass over a token for each of them
+    and each coordinate of the site, whatever the number of latents. 0: by the decoder row and the unembedding alone, which
+    says little below the last layers."""
     n_level: int = 2
     """Sentences drawn from each level of a latent's activation (bins that double, as in its histogram); 0 for none."""
     sample_sentences: int = 1000
@@ -137,7 +136,7 @@ def run(config: TopSentencesConfig, runtime: Runtime) -> None:
         if builder.complete:
             log.info("%s: already complete", config.out)
             return
-        promoted = _promoted(config, runtime, sae, corpus, other)
+        promoted = _promoted(config, runtime, sae, corpus)
         found = _pass(config, runtime, sae.to(runtime.device), activations)
         counted = other.counted if other else None
         names = _write(config, builder, runtime, found, Extras(promoted, TextLookup(corpus, tokenizer), counted))
@@ -180,25 +179,21 @@ def _open(
     return LiveActivations(config.model, tokenizer, corpus, sae, site, runtime)
 
 
-def _promoted(
-    config: TopSentencesConfig, runtime: Runtime, sae: SAE, corpus: Corpus, other: TopSentences | None
-) -> PromotedTokens:
-    """The tokens that each latent promotes and suppresses: those of --statistics where it has them, else by intervention, or by
-    the decoder row alone where --contexts is 0 or nothing comes after the site. Empty lists where none are asked for.
+def _promoted(config: TopSentencesConfig, runtime: Runtime, sae: SAE, corpus: Corpus) -> PromotedTokens:
+    """The tokens that each latent promotes and suppresses: by intervention, or by its decoder row alone where --contexts is 0
+    or nothing comes after the site. Empty lists where none are asked for.
 
     ValueError where the model is not the one that the SAE was trained on.
     """
     n, nothing = config.n_promoted, PromotedTokens([[]] * sae.cfg.n_latents, [[]] * sae.cfg.n_latents)
-    known = PromotedTokens(*(other.counted[name].to_pylist() for name in EFFECTS)) if other else nothing
-    if n == 0 or any(known.promoted):
-        return PromotedTokens(*([tokens[:n] for tokens in column] for column in known)) if n else nothing
+    if n == 0:
+        return nothing
     model, tokenizer = load_model(config.model, runtime.device).eval(), load_tokenizer(config.model)
     check_provenance("the model of --model", sae.cfg.provenance, {"model_hash": model.weights_hash}, ("model_hash",))
-    directions = sae.W_dec.to(model.device)
-    if config.contexts and not ends_the_model(sae.site, model.params.n_layers):
-        contexts = contexts_of(corpus, tokenizer, config.contexts, config.seed)
-        return raised_tokens(model, sae.site, directions, tokenizer, contexts, n, runtime)
-    return promoted_by(model, sae.site, directions, tokenizer, n) if reaches_output(sae.site) else nothing
+    contexts = contexts_of(corpus, tokenizer, config.contexts, config.seed)
+    if contexts and not ends_the_model(sae.site, model.params.n_layers):
+        return raised_tokens(model, response_at(model, sae.site, contexts, runtime), sae.W_dec, tokenizer, n, runtime)
+    return promoted_by(model, sae.site, sae.W_dec.to(model.device), tokenizer, n) if reaches_output(sae.site) else nothing
 
 
 def _check_inputs(sae: SAE, activations: Activations | LiveActivations, corpus: Corpus, tokenizer: Tokenizer) -> None:
