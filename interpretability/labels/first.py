@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from interpretability.labels.words import is_content, names_content, quoted_words
+from interpretability.labels.words import is_content, names_content, quoted_words, units_of
 from interpretability.records import Explanation, trust
 
 PLAIN = 0.25
@@ -51,19 +51,17 @@ def shown_first(
 
 def readable(explanation: Explanation) -> bool:
     """Whether a label says a meaning, and not only a form of words or a sign."""
-    if explanation.method != COUNTED or explanation.details.get("category"):
+    title, category = explanation.title, explanation.details.get("category")
+    if explanation.method != COUNTED or (category and title.startswith(f"{category['name']}:")):
         return True
-    title = explanation.title
-    if quoted_words(title):
-        return names_content(title)
-    return title.startswith("text about ")
+    return title.startswith("text about ") or (names_content(title) and not title.startswith("mixed:"))
 
 
 def subject(explanation: Explanation) -> str:
     """What a label is about, for telling two features on one subject: the first word that it quotes or says."""
-    title = explanation.title.casefold().removeprefix("text about ")
-    head = title.partition(":")[0]
-    words = quoted_words(head) or [word for word in head.split() if is_content(word)]
+    title = explanation.title.casefold()
+    head = title.removeprefix("text about ").partition(":")[0]
+    words = quoted_words(head) or [word for word in units_of(head).folded if is_content(word)]
     return words[0] if words else title
 
 
