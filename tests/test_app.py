@@ -244,7 +244,8 @@ def test_search_ranks_titles_first(session: Session) -> None:
     assert [hit.feature for hit in by_label(features, "#7")] == [Feature(SITE, 7)]
     assert by_label(features, "zebra") == []
     ranked = by_label(features, "")
-    assert [hit.value for hit in ranked] == sorted((hit.value for hit in ranked), reverse=True)
+    assert [hit.latent for hit in ranked] == features.first[: len(ranked)]
+    assert all(hit.value == features.explanations[hit.latent].score for hit in ranked)
 
 
 def test_firing_features_against_the_plain_maximum(session: Session) -> None:
