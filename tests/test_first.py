@@ -73,6 +73,9 @@ def test_subjects(title: str, about: str) -> None:
 def test_labels_that_say_a_meaning() -> None:
     assert readable(explained(0, '"bread", "oven" and others'))
     assert readable(explained(0, "text about bread"))
+    tokens = {"tokens": [{"token": " Bread", "share": 0.4}, {"token": "Lu", "share": 0.3}]}
+    assert readable(explained(0, '"bread", "oven"', details=tokens))
+    assert not readable(explained(0, '"Lucena", "lucidum", "bread"', details=tokens))
     assert readable(explained(0, 'war: "six", "two"', details=WAR))
     assert not readable(explained(0, '"with", "without": army', details=WAR))  # which no title names
     assert readable(explained(0, "courts and trials", method="reading"))

@@ -5,8 +5,8 @@
 variety      share of different words among the peaks of a latent's sentences (`evidence.peaks`): at 0 it names a single word,
              however well its label scores; near 1 it stands for a concept, if its label still tells where it fires
 clarity      how far its label does: twice its balanced accuracy over chance, `2 * trust - 1`, not below 0
-readability  1 for a label that says a meaning: written by a reader or a language model, a category, or words that all carry
-             meaning; PLAIN for one of grammar, pieces of words and signs
+readability  1 for a label that says a meaning: written by a reader or a language model, a category, or whole words that all
+             carry meaning; PLAIN for one of grammar, pieces of words and signs
 effect       where steering was measured: 1 for the feature that steers most, down to 1 / n for the n-th, 0 for all that were
              not measured or not found to steer; 1 for all where nothing was measured
 
@@ -54,7 +54,7 @@ def readable(explanation: Explanation) -> bool:
     title, category = explanation.title, explanation.details.get("category")
     if explanation.method != COUNTED or (category and title.startswith(f"{category['name']}:")):
         return True
-    return title.startswith("text about ") or (names_content(title) and not title.startswith("mixed:"))
+    return title.startswith("text about ") or (names_content(title) and not title.startswith("mixed:") and _whole(explanation))
 
 
 def subject(explanation: Explanation) -> str:
@@ -63,6 +63,14 @@ def subject(explanation: Explanation) -> str:
     head = title.removeprefix("text about ").partition(":")[0]
     words = quoted_words(head) or [word for word in units_of(head).folded if is_content(word)]
     return words[0] if words else title
+
+
+def _whole(explanation: Explanation) -> bool:
+    """Whether at least half of the words that a label quotes are tokens on which the latent fires, and not longer than these,
+    such as the "Lu" of `"Lucena", "lucidum"`; true where the tokens are not known."""
+    tokens = {str(token["token"]).strip().casefold() for token in explanation.details.get("tokens", ())}
+    words = [word.casefold() for word in quoted_words(explanation.title)]
+    return not tokens or 2 * sum(word in tokens for word in words) >= len(words)
 
 
 def _clarity(explanation: Explanation) -> float:
