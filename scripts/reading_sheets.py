@@ -77,7 +77,7 @@ def marked(sentence: TopSentence, maximum: float) -> str:
     pieces = []
     for token, value in zip(sentence.tokens[first:last], sentence.activations[first:last], strict=True):
         text = token.replace("\n", " ")
-        space = text[: len(text) - len(text.lstrip())]
+        space = text[: len(text) - len(text.lstrip())] if text.strip() else ""
         left, right = ("[[", "]]") if value > maximum / 2 else ("[", "]") if value > 0 else ("", "")
         pieces.append(f"{space}{left}{text[len(space) :]}{right}")
     return ("..." if first else "") + "".join(pieces).strip() + ("..." if last < len(sentence.tokens) else "")
