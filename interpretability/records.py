@@ -278,7 +278,7 @@ class TopSentences:
     def peak_variety(self) -> npt.NDArray[np.float32]:
         """(n_latents,) share of different words at the peaks of a latent's sentences; worked out here for older folders."""
         if "peak_variety" in self._latents.column_names:
-            return self._latents["peak_variety"].to_numpy()
+            return np.asarray(self._latents["peak_variety"], np.float32)
         found = np.zeros(self.n_latents, np.float32)
         for index in range(self._file.num_row_groups):
             for latent, value in varieties(self._group(index)[0], self.aggregations[0]):

@@ -48,7 +48,8 @@ class LastToken:
     def logits_with(self, pushes: Tensor) -> Tensor:
         """(B, V) next-token logits with each of `pushes` (B, W) added at the site."""
         with self.model.hooks({self.site: lambda x: x + pushes[:, None].to(x.dtype)}):
-            return self.model(self.token, cache=self._fanned(len(pushes)))[:, -1].float()
+            logits: Tensor = self.model(self.token, cache=self._fanned(len(pushes)))
+        return logits[:, -1].float()
 
     @torch.inference_mode()
     def final_with(self, pushes: Tensor) -> Tensor:

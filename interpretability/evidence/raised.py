@@ -69,7 +69,7 @@ def ends_the_model(site: str, n_layers: int) -> bool:
 def response_at(model: Transformer, site: str, contexts: Sequence[Sequence[int]], runtime: Runtime) -> Response:
     """The response of a model to pushes at `site`, over one context or more. Ranks share the coordinates."""
     read = [LastToken.read(model, site, ids) for ids in contexts]
-    blocks = torch.eye(model.width(site), device=model.device).split(AT_ONCE)
+    blocks = torch.split(torch.eye(model.width(site), device=model.device), AT_ONCE)
     own: list[tuple[int, Response]] = []
     with Progress("pushing at the site", model.width(site), "coordinates", runtime) as bar:
         for index in runtime.share(len(blocks)):
