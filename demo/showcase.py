@@ -123,14 +123,16 @@ def _unfit(steered: Steered) -> tuple[float, int, float]:
 
 
 def steer(session: Session, latent: int, words: frozenset[str]) -> Steered:
-    """Continue the prompts at several strengths; the plainest effect among readable texts, else the most readable text."""
+    """Continue the prompts at the strength that was measured as best, or else at several; the plainest effect among readable
+    texts, else the most readable text."""
     sampling = Sampling(max_new_tokens=28, temperature=0.7, seed=3, repetition_penalty=1.15)
     lengths = [len(session.tokenizer.encode_prompt(prompt)) for prompt in PROMPTS]
     baseline = complete(session.model, session.tokenizer, list(PROMPTS), sampling)
     natural = [_judge(session, prompt, text, latent) for prompt, text in zip(PROMPTS, baseline, strict=True)]
     known = session.needs_features()
     tried: list[Steered] = []
-    for strength in STRENGTHS:
+    best = known.best_strengths.get(latent)
+    for strength in (best,) if best else STRENGTHS:
         recipe = Recipe((Edit(latent=latent, strength=strength),), known.sae.weights_hash)
         hooks = known.steering.hooks_for([recipe] * len(PROMPTS), lengths)
         texts = complete(session.model, session.tokenizer, list(PROMPTS), sampling, hooks_for=hooks)
