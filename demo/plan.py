@@ -99,6 +99,7 @@ class Plan:
     def _features(self) -> list[Stage]:
         out = self.out
         corpus, top = ("--corpus", str(out / "corpus")), ("--top", str(out / "top"))
+        names = () if self.model == "demo" else self._model  # whose embeddings know too few words to name categories by
         read = (*self._sae_flag, "--activations", str(out / "activations"), *corpus, *self._model)
         shown = (
             "--explanations",
@@ -115,7 +116,7 @@ class Plan:
                 (*read, "--n", "20", *self._threads),
                 out / "top",
             ),
-            Stage("Explain each latent", "interpretability.explain run", (*top, *corpus), out / "explanations"),
+            Stage("Explain each latent", "interpretability.explain run", (*top, *corpus, *names), out / "explanations"),
             Stage("Write the report", "interpretability.report", (*top, *shown), out / "report"),
         ]
 

@@ -1,4 +1,4 @@
-"""Three features worth showing: a clear label, sentences that agree with it, and steered text in which the effect is seen."""
+"""Three features worth showing: a label that says a meaning, its sentences, and steered text in which the effect is seen."""
 
 import math
 import re
@@ -10,13 +10,13 @@ import torch
 from core.terminal import printable
 from inference.session import InferenceConfig, Session, open_session
 from inference.steering import Edit, Recipe
-from interpretability.labels.words import is_content, names_content, quoted_words
+from interpretability.labels.first import readable
+from interpretability.labels.words import is_content, quoted_words
 from interpretability.records import Explanation, TopSentence
 from llama3 import Sampling, complete
 
 SHOWN = 3
 SENTENCES = 5
-MIN_SCORE = 0.75
 MIN_PASSAGES = 3
 STRENGTHS = (0.5, 1.0, 2.0)
 MAX_COST = 1.0
@@ -57,7 +57,7 @@ def showcase(config: InferenceConfig, tried: int) -> list[Feature]:
     session = open_session(config, torch.device("cpu"))
     features = pick(session, tried)
     if not features:
-        print("\nNo latent has both a clear label and sentences that agree with it; more text or more steps would help.")
+        print("\nNo latent has a label that says a meaning and sentences enough; more text or more steps would help.")
     for number, feature in enumerate(features, 1):
         print(f"\n{'─' * 100}\n{number}. latent {feature.explanation.latent}: {printable(feature.explanation.title)}")
         print(f"   {printable(feature.explanation.explanation)}")
@@ -84,21 +84,19 @@ def pick(session: Session, n: int) -> list[Feature]:
 
 
 def candidates(session: Session) -> list[tuple[Explanation, list[TopSentence]]]:
-    """Latents named after content words, best scores first, whose sentences come from different documents and hold the words
-    that the label quotes, if any; those that live in the passages come before those of the documentation."""
+    """Latents whose label says a meaning, in the order in which features are shown, whose sentences come from different
+    documents; those that live in the passages come before those of the documentation."""
     known = session.needs_features()
-    found: list[tuple[bool, float, Explanation, list[TopSentence]]] = []
-    for explanation in known.explanations.values():
-        words = re.findall(r'"(\w+)"', explanation.title)
-        if explanation.state != "valid" or not names_content(explanation.title) or (explanation.score or 0.0) < MIN_SCORE:
+    found: list[tuple[bool, Explanation, list[TopSentence]]] = []
+    for explanation in map(known.explanations.__getitem__, known.first):
+        if not readable(explanation):
             continue
         sentences = _distinct(known.top.sentences(explanation.latent))[:SENTENCES]
-        holding = [s for s in sentences if not words or any(word.casefold() in s.text.casefold() for word in words)]
-        if len(holding) == SENTENCES:
+        if len(sentences) == SENTENCES:
             told = sum(sentence.label is not None for sentence in sentences)
-            found.append((told < MIN_PASSAGES, -(explanation.score or 0.0), explanation, sentences))
-    found.sort(key=lambda entry: (*entry[:2], entry[2].latent))
-    return [(explanation, sentences) for _, _, explanation, sentences in found]
+            found.append((told < MIN_PASSAGES, explanation, sentences))
+    found.sort(key=lambda entry: entry[0])
+    return [(explanation, sentences) for _, explanation, sentences in found]
 
 
 def _distinct(sentences: list[TopSentence]) -> list[TopSentence]:
@@ -125,14 +123,16 @@ def _unfit(steered: Steered) -> tuple[float, int, float]:
 
 
 def steer(session: Session, latent: int, words: frozenset[str]) -> Steered:
-    """Continue the prompts at several strengths; the plainest effect among readable texts, else the most readable text."""
+    """Continue the prompts at the strength that was measured as best, or else at several; the plainest effect among readable
+    texts, else the most readable text."""
     sampling = Sampling(max_new_tokens=28, temperature=0.7, seed=3, repetition_penalty=1.15)
     lengths = [len(session.tokenizer.encode_prompt(prompt)) for prompt in PROMPTS]
     baseline = complete(session.model, session.tokenizer, list(PROMPTS), sampling)
     natural = [_judge(session, prompt, text, latent) for prompt, text in zip(PROMPTS, baseline, strict=True)]
     known = session.needs_features()
     tried: list[Steered] = []
-    for strength in STRENGTHS:
+    best = known.best_strengths.get(latent)
+    for strength in (best,) if best else STRENGTHS:
         recipe = Recipe((Edit(latent=latent, strength=strength),), known.sae.weights_hash)
         hooks = known.steering.hooks_for([recipe] * len(PROMPTS), lengths)
         texts = complete(session.model, session.tokenizer, list(PROMPTS), sampling, hooks_for=hooks)

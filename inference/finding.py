@@ -41,8 +41,10 @@ def confidence(features: Features, latent: int) -> float:
 def by_words(features: Features, query: str, n: int = MAX_RESULTS) -> list[Hit]:
     """Features whose label or explanation holds words that begin with those of `query`, best first.
 
-    An empty query gives the best explained features.
+    An empty query gives the features that are shown first.
     """
+    if not query.strip():
+        return [hit(features, latent, confidence(features, latent)) for latent in features.first[:n]]
     return [hit(features, match.latent, match.score) for match in search_text(features.explanations, query, n)]
 
 

@@ -23,6 +23,7 @@ from core.cli import StageConfig, machine
 from inference.steering import Steering
 from interpretability.opening import check_sae, fvu_on, open_explanations_of, open_top_of
 from interpretability.records import Explanation, TopSentences
+from interpretability.search import shown_first
 from llama3.model import Transformer
 from llama3.tokenizer import Tokenizer
 from sae.model import SAE
@@ -34,6 +35,7 @@ FVU_SENTENCES = 64
 """On which FVU is measured where the model's weights are not those of training."""
 BEST_STRENGTHS = "best_strengths.json"
 """In a folder of kind `steering`: an object of latents with the best strength of each."""
+N_PRESETS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,20 @@ class Features:
     def max_values(self) -> Tensor:
         """[n_latents] largest value of each latent on the corpus, 0 where it never fired."""
         return torch.tensor(self.top.max_values, dtype=torch.float32, device=self.sae.W_dec.device)
+
+    @cached_property
+    def first(self) -> list[int]:
+        """All latents with a label in the order in which they are shown (`shown_first`); where steering was measured, those
+        that steer come first."""
+        return shown_first(self.explanations, self.top.peak_variety, list(self.best_strengths))
+
+    @cached_property
+    def presets(self) -> dict[int, float]:
+        """Latents to begin steering with, each with its measured strength: of the half that steers most, and of N_PRESETS at
+        the least, those that are shown first. Empty where nothing was measured."""
+        strongest = set(list(self.best_strengths)[: max(N_PRESETS, len(self.best_strengths) // 2)])
+        chosen = [latent for latent in self.first if latent in strongest][:N_PRESETS]
+        return {latent: self.best_strengths[latent] for latent in chosen}
 
     @property
     def n_latents(self) -> int:

@@ -1,6 +1,6 @@
 """Does it steer? Features against random directions of the same length, on the text that they make the model write.
 
-    python -m inference.steering_eval --out steering/                      the 100 best explained features of the embedded model
+    python -m inference.steering_eval --out steering/                      the embedded model's first 100 features
     python -m inference.steering_eval --model M --sae run/sae --top top/ --explanations explanations/ --out steering/
 
 Each feature is added (`add`, all positions) at several lengths while the model continues neutral prompts. The text is then read
@@ -43,7 +43,7 @@ from inference.measuring.steered_texts import (
 from inference.measuring.steering_report import as_plot, as_table, best_strengths, grouped, in_a_line, summarise
 from inference.session import BEST_STRENGTHS, Features, InferenceConfig, Session, folders_of, open_session
 from inference.steering import Edit, Recipe
-from interpretability.records import trust
+from interpretability.search import shown_first
 from llama3.generate import Sampling, check_prompts
 
 log = logging.getLogger("inference.steering_eval")
@@ -72,7 +72,7 @@ class EvalConfig(InferenceConfig):
     out: Path
     """Folder to write."""
     features: int = 100
-    """How many features, the best explained ones first; of equals, those that fire most often. Each is the control of all."""
+    """How many features, those that are shown first (interpretability/labels/first.py). Each is the control of all others."""
     lengths: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
     """Lengths of the edit, as shares of a typical activation."""
     directions: int = 8
@@ -120,7 +120,7 @@ def run(config: EvalConfig, runtime: Runtime) -> None:
     prompts = read_prompts(config.prompts)
     session = open_session(config, runtime.device)
     features = session.needs_features()
-    chosen = best_explained(features, config.features)
+    chosen = to_measure(features, config.features)
     if len(chosen) < 2:
         raise ValueError(f"{len(chosen)} features with a label were found, expected at least 2 to compare; give --explanations")
     check_prompts(session.model, session.tokenizer, as_ids(session, prompts))  # before the folder is begun
@@ -182,12 +182,10 @@ def as_ids(session: Session, prompts: Sequence[str]) -> tuple[tuple[int, ...], .
     return tuple(tuple(session.tokenizer.encode_prompt(prompt)) for prompt in prompts)
 
 
-def best_explained(features: Features, n: int) -> list[int]:
-    """The `n` latents whose valid explanation is trusted most; of equals, those first that fire on more tokens, since their
-    scores rest on more."""
-    known = [latent for latent in features.explanations if features.label(latent) and float(features.max_values[latent]) > 0]
-    counts = features.top.firing_counts
-    return sorted(known, key=lambda latent: (-trust(features.explanations[latent]), -int(counts[latent]), latent))[:n]
+def to_measure(features: Features, n: int) -> list[int]:
+    """The `n` latents that are shown first where nothing was measured, of those that fire."""
+    first = shown_first(features.explanations, features.top.peak_variety)
+    return [latent for latent in first if float(features.max_values[latent]) > 0][:n]
 
 
 def measure(

@@ -25,6 +25,7 @@ from core.artifact import building, check_provenance
 from core.cli import Progress, machine, run_stage
 from core.runtime import Runtime
 from core.terminal import say
+from interpretability.labels.categories import MIN_KNOWN, Categories, read_categories
 from interpretability.labels.llm_explainer import LLMExplainer
 from interpretability.labels.prompts import Style
 from interpretability.labels.readings import Read, read_readings
@@ -42,6 +43,7 @@ from interpretability.records import (
     open_top,
     read_explanations,
 )
+from llama3 import load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from interpretability.llm.message_batches import BatchAsker
@@ -74,6 +76,10 @@ class ExplainConfig(AskConfig):
     style: Style = "semantic"
     """What a language model is asked for. semantic: what the sentences share, and how certain that is. title: dominant tokens,
     patterns, summary, context and title."""
+    model: str = ""
+    """Who answers. token_statistics: the model that the SAE was trained on (a folder, a .gguf file, a Hub id, ollama:NAME,
+    smollm2 or demo), whose embeddings name categories; empty: labels without them. anthropic: a model id (empty:
+    claude-haiku-5-5). openai: a name that the server knows. llama: a Llama, given as for token_statistics."""
     latents: str = ""
     """Latents to explain, such as 0-99,205. Empty: all."""
     examples: int = 20
@@ -133,6 +139,19 @@ def sentences_to_compare(top: TopSentences, corpus: Corpus | None) -> list[PoolS
     return [PoolSentence(*row) for row in zip(ids.tolist(), corpus.texts(ids), corpus.labels(ids), strict=True)]
 
 
+def categories_of(model: str, top: TopSentences) -> Categories | None:
+    """The categories that ship, placed among a model's embeddings; None, with a warning, where these know too little of them.
+    ValueError where it is not the model of the latents."""
+    llama, tokenizer = load_model(model), load_tokenizer(model)
+    own = {"model_hash": llama.weights_hash, "tokenizer_hash": tokenizer.hash}
+    check_provenance("the model of --model", top.provenance, own, ("model_hash", "tokenizer_hash"))
+    found = Categories(llama.tok_embeddings.weight.detach(), tokenizer, read_categories())
+    if found.known >= MIN_KNOWN:
+        return found
+    log.warning("--model %s: its embeddings group %.0f %% of the listed words; no category is named", model, 100 * found.known)
+    return None
+
+
 def run(config: ExplainConfig, runtime: Runtime) -> None:
     """Write the folder `config.out` of kind `explanations`; under torchrun, rank 0 does."""
     if config.action != "run" and runtime.world_size > 1:
@@ -155,7 +174,8 @@ def run(config: ExplainConfig, runtime: Runtime) -> None:
         names = [EXPLANATIONS_FILE]
         if runtime.is_main:
             if config.backend == "token_statistics":
-                counted = TokenStatistics(top, rest, config.others, config.seed)
+                categories = categories_of(config.model, top) if config.model else None
+                counted = TokenStatistics(top, rest, config.others, config.seed, categories)
                 explanations = (Read(counted, readings) if readings else counted).explain(latents)
             else:
                 asker = asker_of(config.backend, config, builder, runtime.device)

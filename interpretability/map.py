@@ -27,9 +27,10 @@ from core.artifact import building, open_artifact
 from core.cli import StageConfig, run_stage
 from core.norms import unit_rows
 from core.runtime import Runtime
+from interpretability.labels.first import shown_first
 from interpretability.opening import open_explanations_of, open_top_of
 from interpretability.pages.page import json_text, render
-from interpretability.pages.report_features import agreement, best_of, ranking, short, short_or_none
+from interpretability.pages.report_features import short, short_or_none
 from interpretability.records import Explanation, TopSentences, title_of
 from sae.model import load
 
@@ -121,9 +122,7 @@ def contents(
     """What the page draws, as JSON values; `order` holds places in `latents`, those whose label is to be seen first."""
     aggregation = "max" if "max" in top.aggregations else top.aggregations[0]
     sentences = [top.sentences(latent, aggregation, LABELS_COMPARED) for latent in latents]
-    evenness = dict(zip(latents, (agreement([row.value for row in rows]) for rows in sentences), strict=True))
     place_of = {latent: i for i, latent in enumerate(latents)}
-    ranked = best_of(ranking(explanations, [evenness.get(latent, 0.0) for latent in range(top.n_latents)]), explanations)
     densities = [math.log10(count / top.n_tokens) for count in top.firing_counts[list(latents)].tolist()]
     kinds = [explanations[i].details.get("fires_on") if i in explanations else None for i in latents]
     colours = [
@@ -140,7 +139,7 @@ def contents(
         "y": places[:, 1].round(5).tolist(),
         "width": round(float(places[:, 0].max()), 5),
         "height": round(float(places[:, 1].max()), 5),
-        "order": [place_of[latent] for latent in ranked if latent in place_of],
+        "order": [place_of[latent] for latent in shown_first(explanations, top.peak_variety) if latent in place_of],
         "colours": [by for by in colours if by],
     }
 

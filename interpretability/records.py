@@ -10,7 +10,7 @@ import json
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, NamedTuple
@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from core.artifact import Artifact, open_artifact
 from core.tables import read_table
 from core.text import parse_json
+from interpretability.evidence.peaks import varieties
 from interpretability.parquet import parquet_bytes as parquet_bytes
 
 TOP_FILE = "top_sentences.parquet"
@@ -86,9 +87,10 @@ MEASURED_LATENT_SCHEMA = pa.schema(
         ("ngrams", pa.list_(pa.struct({"text": pa.string(), "count": pa.int32(), "z": pa.float32()}))),
         ("cofiring", pa.list_(pa.struct({"latent": pa.int32(), "count": pa.int32(), "jaccard": pa.float32()}))),
         ("shown_count", pa.int64()),
+        ("peak_variety", pa.float32()),
     ]
 )
-"""What is written now; folders of earlier releases lack the last three columns, and the background."""
+"""What is written now; folders of earlier releases lack some of the last four columns, and the background."""
 COUNTED = ("firing_count", "sentence_count", "max", "mean", "density", "histogram")
 """Columns that `interpretability.top_sentences --statistics` takes from another text than the sentences."""
 BACKGROUND_SCHEMA = pa.schema(
@@ -176,6 +178,8 @@ class LatentStatistics:
     shown_count: int | None = None
     """Sentences with at least one such token in the corpus that the stored sentences come from; None in older folders, where
     that is `sentence_count`."""
+    peak_variety: float | None = None
+    """Share of different words at the peaks of its sentences (`evidence.peaks`); None in older folders."""
 
 
 class BackgroundSentence(NamedTuple):
@@ -269,6 +273,17 @@ class TopSentences:
         """ValueError where this SAE has no such latent."""
         if not 0 <= latent < self.n_latents:
             raise ValueError(f"latent {latent}: expected one of 0 to {self.n_latents - 1}")
+
+    @cached_property
+    def peak_variety(self) -> npt.NDArray[np.float32]:
+        """(n_latents,) share of different words at the peaks of a latent's sentences; worked out here for older folders."""
+        if "peak_variety" in self._latents.column_names:
+            return np.asarray(self._latents["peak_variety"], np.float32)
+        found = np.zeros(self.n_latents, np.float32)
+        for index in range(self._file.num_row_groups):
+            for latent, value in varieties(self._group(index)[0], self.aggregations[0]):
+                found[latent] = value
+        return found
 
     @property
     def counted(self) -> pa.Table:

@@ -23,15 +23,14 @@ from core.lines import read_lines
 from core.runtime import Runtime
 from core.text import parse_json, read_text
 from interpretability.causal.records import Steerability, read_steerability
+from interpretability.labels.first import shown_first
 from interpretability.map import MAP_FILE, read_map
 from interpretability.map import page as map_page
 from interpretability.pages.page import json_text, render
 from interpretability.pages.report_features import (
     Features,
-    best_of,
     density_histogram,
     nearest_that_fire,
-    ranking,
     short,
     valid,
 )
@@ -236,15 +235,16 @@ def read_evaluation(path: Path) -> dict[str, Any]:
 
 def contents(config: ReportConfig, inputs: Inputs, features: Features) -> dict[str, Any]:
     """All that the page itself holds, as JSON values; the features must have been read."""
-    explanations = inputs.explanations
-    order = ranking(explanations, features.evenness)
+    explanations, top = inputs.explanations, inputs.top
+    first = shown_first(explanations, top.peak_variety)
+    explained = set(first)
     return {
         "about": about(inputs),
         "latents": features.columns(),
-        "hidden": [latent for latent in range(inputs.top.n_latents) if inputs.top.silence(latent) == NOT_SHOWN],
+        "hidden": [latent for latent in range(top.n_latents) if top.silence(latent) == NOT_SHOWN],
         "failed": [latent for latent in sorted(explanations) if not valid(explanations[latent])],
-        "order": order,
-        "best": features.best(best_of(order, explanations)[: config.best], BEST_SENTENCES),
+        "order": [*first, *(latent for latent in range(top.n_latents) if latent not in explained)],
+        "best": features.best(first[: config.best], BEST_SENTENCES),
         "block": BLOCK,
         "words_block": WORDS_BLOCK,
         "densities": density_histogram(row.density for row in features.statistics),

@@ -32,6 +32,7 @@ from core.table import text_table
 from core.terminal import say
 from interpretability.causal.records import Steerability, read_steerability
 from interpretability.evidence.coactivation import Together, together
+from interpretability.labels.first import shown_first as shown_first
 from interpretability.opening import check_sae, open_explanations_of, open_top_of
 from interpretability.records import Explanation, title_of, trust
 from llama3 import Tokenizer, Transformer, load_model, load_tokenizer
@@ -94,11 +95,11 @@ def search_text(explanations: Mapping[int, Explanation], query: str, limit: int)
     """At most `limit` features for which each word of `query` begins a word of title, explanation or details, in any case.
 
     Those that need the title alone come first, then those that need the explanation too, then the details; among equals the
-    most trusted, then the lowest latent. An empty query finds every explained feature; one without a letter or digit none.
+    most trusted, then the lowest latent. A query without a letter or digit finds none: `shown_first` orders all features.
     Failed explanations are never found.
     """
     wanted = _words(query)
-    if query.strip() and not wanted:
+    if not wanted:
         return []
     found = []
     for latent, explanation in explanations.items():

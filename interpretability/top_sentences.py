@@ -19,6 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -33,7 +34,9 @@ from interpretability.evidence.background import Background, Sampler, cofiring
 from interpretability.evidence.firing import firing
 from interpretability.evidence.live import LiveActivations
 from interpretability.evidence.ngrams import NgramCounter, ngrams_of_rows
-from interpretability.evidence.promoted import PromotedTokens, promoted_tokens
+from interpretability.evidence.peaks import varieties
+from interpretability.evidence.promoted import PromotedTokens, promoted_by, reaches_output
+from interpretability.evidence.raised import contexts_of, ends_the_model, raised_tokens, response_at
 from interpretability.evidence.selection import Hits, LatentTotals, Ragged, Sentences, TopTable, pairs_of
 from interpretability.evidence.tables import Once, TextLookup, background_rows, rows_of, statistics_of
 from interpretability.opening import open_top_of
@@ -51,7 +54,7 @@ from interpretability.records import (
     TopSentences,
     parquet_bytes,
 )
-from llama3 import Tokenizer, load_tokenizer
+from llama3 import Tokenizer, load_model, load_tokenizer
 from sae.model import SAE, load
 
 BATCH_TOKENS = 1 << 13
@@ -87,6 +90,10 @@ class TopSentencesConfig(StageConfig):
     """How a sentence's activations become one value: max, mean (over all its tokens), last (token)."""
     n_promoted: int = 10
     """Promoted and suppressed tokens kept for each latent; 0 for none."""
+    contexts: int = 64
+    """Beginnings of sentences in which latents are turned up to see which tokens rise: one pass over a token for each of them
+    and each coordinate of the site, whatever the number of latents. 0: by the decoder row and the unembedding alone, which
+    says little below the last layers."""
     n_level: int = 2
     """Sentences drawn from each level of a latent's activation (bins that double, as in its histogram); 0 for none."""
     sample_sentences: int = 1000
@@ -108,7 +115,7 @@ class TopSentencesConfig(StageConfig):
             raise ValueError(f"--aggregations {','.join(names)!r}: expected some of {', '.join(AGGREGATIONS)}, each once")
         if self.n < 1:
             raise ValueError(f"--n-sentences must be at least 1; found {self.n}")
-        for name in ("n_promoted", "n_level", "sample_sentences", "n_ngrams", "n_cofiring"):
+        for name in ("n_promoted", "contexts", "n_level", "sample_sentences", "n_ngrams", "n_cofiring"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 0; found {getattr(self, name)}")
 
@@ -129,8 +136,7 @@ def run(config: TopSentencesConfig, runtime: Runtime) -> None:
         if builder.complete:
             log.info("%s: already complete", config.out)
             return
-        # Only the rank that writes needs the model; the others are at work meanwhile.
-        promoted = promoted_tokens(config.model, sae, tokenizer, config.n_promoted) if runtime.is_main else None
+        promoted = _promoted(config, runtime, sae, corpus)
         found = _pass(config, runtime, sae.to(runtime.device), activations)
         counted = other.counted if other else None
         names = _write(config, builder, runtime, found, Extras(promoted, TextLookup(corpus, tokenizer), counted))
@@ -173,6 +179,23 @@ def _open(
     return LiveActivations(config.model, tokenizer, corpus, sae, site, runtime)
 
 
+def _promoted(config: TopSentencesConfig, runtime: Runtime, sae: SAE, corpus: Corpus) -> PromotedTokens:
+    """The tokens that each latent promotes and suppresses: by intervention, or by its decoder row alone where --contexts is 0
+    or nothing comes after the site. Empty lists where none are asked for.
+
+    ValueError where the model is not the one that the SAE was trained on.
+    """
+    n, nothing = config.n_promoted, PromotedTokens([[]] * sae.cfg.n_latents, [[]] * sae.cfg.n_latents)
+    if n == 0:
+        return nothing
+    model, tokenizer = load_model(config.model, runtime.device).eval(), load_tokenizer(config.model)
+    check_provenance("the model of --model", sae.cfg.provenance, {"model_hash": model.weights_hash}, ("model_hash",))
+    contexts = contexts_of(corpus, tokenizer, config.contexts, config.seed)
+    if contexts and not ends_the_model(sae.site, model.params.n_layers):
+        return raised_tokens(model, response_at(model, sae.site, contexts, runtime), sae.W_dec, tokenizer, n, runtime)
+    return promoted_by(model, sae.site, sae.W_dec.to(model.device), tokenizer, n) if reaches_output(sae.site) else nothing
+
+
 def _check_inputs(sae: SAE, activations: Activations | LiveActivations, corpus: Corpus, tokenizer: Tokenizer) -> None:
     """ValueError naming both values where SAE, activations, corpus and tokenizer do not belong together."""
     where = f"activations {activations.artifact.path}" if isinstance(activations, Activations) else "the model of --model"
@@ -186,8 +209,7 @@ def _check_inputs(sae: SAE, activations: Activations | LiveActivations, corpus: 
 class Extras(NamedTuple):
     """What is written beside that which the pass finds."""
 
-    promoted: PromotedTokens | None
-    """On rank 0."""
+    promoted: PromotedTokens
     lookup: TextLookup
     counted: pa.Table | None
     """Statistics of another text."""
@@ -246,15 +268,17 @@ def _write(
         for _ in tables:  # answers rank 0, which asks every rank for its part of each block
             pass
         return []
-    assert promoted is not None
     background = background_rows(found.background, lookup) if found.background else BACKGROUND_SCHEMA.empty_table()
     ngrams: list[list[dict[str, Any]]] = [[] for _ in range(n_latents)]
     counter = NgramCounter(background["text"].to_pylist()) if config.n_ngrams and found.background else None
 
+    peak_variety = np.zeros(n_latents, np.float32)
     once = Once() if config.compact else None
 
     def rows() -> Iterator[pa.Table]:
         for table in tables:
+            for latent, share in varieties(table, config.aggregations[0]):
+                peak_variety[latent] = share
             if counter:
                 for latent, strongest in ngrams_of_rows(table, config.aggregations[0], counter, config.n_ngrams):
                     ngrams[latent] = strongest
@@ -265,7 +289,7 @@ def _write(
         builder.publish(SHARED_FILE, parquet_bytes(SHARED_SCHEMA, [once.table()]))
     builder.publish(BACKGROUND_FILE, parquet_bytes(BACKGROUND_SCHEMA, [background]))
     together = cofiring(found.background, n_latents, config.n_cofiring) if found.background else [[]] * n_latents
-    statistics = statistics_of(found.totals, promoted, ngrams, together, counted)
+    statistics = statistics_of(found.totals, promoted, ngrams, together, peak_variety, counted)
     builder.publish(LATENTS_FILE, parquet_bytes(MEASURED_LATENT_SCHEMA, [statistics]))
     return [TOP_FILE, BACKGROUND_FILE, LATENTS_FILE, *([SHARED_FILE] if once else [])]
 

@@ -119,7 +119,7 @@ class Hits(Sequence[Hit]):
 
     query: str
     by: str
-    """`words`: their explanations hold them; `prompts`: they fire on the texts."""
+    """`words`: their explanations hold them; `prompts`: they fire on the texts; `rank`: they are shown first."""
     hits: tuple[Hit, ...]
 
     @overload
@@ -134,13 +134,15 @@ class Hits(Sequence[Hit]):
 
     @property
     def _heading(self) -> str:
+        if self.by == "rank":
+            return "features shown first"
         if not self.hits:
             return f"no feature found for {self.query}"
         how = "whose explanations hold" if self.by == "words" else "that fire on"
         return f"features {how} {self.query}"
 
     def _rows(self) -> list[dict[str, Any]]:
-        return html.hit_rows(self.hits, "trust" if self.by == "words" else "score")
+        return html.hit_rows(self.hits, "score" if self.by == "prompts" else "trust")
 
     def __repr__(self) -> str:
         return "\n".join([self._heading, *text_table(self._rows())])

@@ -176,6 +176,17 @@ class Session:
             found = [by_prompts(self.loaded, of, positives, against, n) for of in self._saes(site)]
         return Hits(query, by, tuple(_in_turns(found))[:n])
 
+    def first(self, n: int = 10, site: str = "") -> Hits:
+        """The `n` features that are shown first, in the app too: concepts before single words, with clear labels, and where
+        steering was measured those that steer."""
+        return Hits("", "rank", tuple(_in_turns([by_words(of, "", n) for of in self._saes(site)]))[:n])
+
+    def presets(self, site: str = "") -> dict[Feature, float]:
+        """Features of the (first) SAE to begin steering with, and the strength that was measured as best for each: what the app
+        offers. `s.steer({feature: strength})` takes one. Empty where nothing was measured."""
+        of = self.loaded.at(site)
+        return {Feature(of.site, latent): strength for latent, strength in of.presets.items()}
+
     def feature(self, feature: int | Feature) -> FeatureCard:
         """All that is known about a latent of the (first) SAE, or about a `Feature`, which names its site."""
         site, latent = _named(feature)

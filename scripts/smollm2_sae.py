@@ -126,17 +126,18 @@ def _features(config: SAEPathConfig) -> list[Stage]:
     folder, counted = config.folder, _of_site(config, "counted")
     sae = ("--sae", str(folder / "sae"), "--model", NAME, "--aggregations", "max", *_threads(config))
     none = ("--n-level", "0", "--sample-sentences", "0", "--n-ngrams", "0", "--n-cofiring", "0")
+    count = ("--n-sentences", "1", "--n-promoted", "0", *none)
     top, corpus = _of_site(config, "top"), ("--corpus", str(config.work / "shown"))
     shown = ("--activations", str(_of_site(config, "shown-activations")), *corpus, "--statistics", str(counted))
     every = ("--activations", str(_of_site(config, "training-activations")), "--corpus", str(config.work / "training"))
     what = "interpretability.top_sentences"
     found = [
-        Stage("Count how often and how strongly each latent fires", what, (*sae, *every, "--n-sentences", "1", *none), counted),
+        Stage("Count how often and how strongly each latent fires", what, (*sae, *every, *count), counted),
         Stage("Find the sentences to explain from", what, (*sae, *shown, "--n-sentences", "20"), top),
         Stage(
             "Explain each latent",
             "interpretability.explain run",
-            ("--top", str(top), *corpus),
+            ("--top", str(top), *corpus, "--model", NAME),
             folder / "explanations",
         ),
         Stage(

@@ -78,7 +78,7 @@ def test_every_latent_has_one_and_its_parts_are_whole(explained: dict[int, Expla
         assert 1 <= len(found.title.split()) <= MAX_TITLE_WORDS
         assert found.explanation.endswith(".")
         assert (found.method, found.model, found.certainty) == ("token_statistics", "", None)
-        assert set(found.details) == {"fires_on", "tokens", "words", "topic", "sentences", "score"}
+        assert set(found.details) == {"fires_on", "tokens", "category", "words", "topic", "sentences", "score"}
         json.dumps(found.details, allow_nan=False)
 
 

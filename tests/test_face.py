@@ -20,6 +20,7 @@ import llama3_sae as ls
 from core.cli import parse
 from inference.chat import ChatConfig
 from inference.complete import CompleteConfig
+from inference.session import Feature
 from inference.steering import Edit, Recipe
 from llama3 import load_model, load_tokenizer
 from llama3.generate import Sampling, complete
@@ -153,6 +154,19 @@ def test_without_pandas_one_line_says_so(session: ls.Session, monkeypatch: pytes
 
 
 # Finding
+
+
+def test_what_is_shown_first_and_presets_are_those_of_the_app(session: ls.Session, two: ls.Session) -> None:
+    first = session.first(4)
+    assert [hit.latent for hit in first] == session.saes[0].first[:4]
+    assert repr(first).startswith("features shown first\n")
+    assert {hit.feature.site for hit in two.first(4)} == {SITE, EARLIER}
+    assert {hit.feature.site for hit in two.first(4, site=EARLIER)} == {EARLIER}
+    assert session.presets() == {}
+    measured = replace(session.saes[0], best_strengths={7: 2.0, 3: 1.5})
+    known = replace(session, loaded=replace(session.loaded, features=(measured,)))
+    assert known.presets() == {Feature(SITE, 7): 2.0, Feature(SITE, 3): 1.5}
+    assert "add +2 times" in repr(known.steer(dict([*known.presets().items()][:1])))
 
 
 def test_search_by_words_then_by_what_fires(session: ls.Session) -> None:

@@ -14,6 +14,7 @@ import torch
 from core.artifact import verify
 from interpretability import map as feature_map
 from interpretability import report
+from interpretability.labels.first import shown_first
 from interpretability.map import MAP_FILE, MapConfig, contents, coordinates, read_map
 from interpretability.opening import open_top_of
 from interpretability.records import read_explanations
@@ -76,8 +77,8 @@ def test_what_the_map_says(features: Features) -> None:
     data = contents(latents, places, top, explanations)
     assert data["titles"] == [explanations[i].title for i in latents]
     assert sorted(data["order"]) == [i for i, latent in enumerate(latents) if explanations[latent].state == "valid"]
-    scores = [explanations[latents[place]].score or 0 for place in data["order"]]
-    assert scores == sorted(scores, reverse=True)
+    first = shown_first(explanations, top.peak_variety)
+    assert [latents[place] for place in data["order"]] == [latent for latent in first if latent in latents]
     by = {colour["name"]: colour for colour in data["colours"]}
     assert by.keys() == {"by score", "by density"}, "no sentence has a label, and no explanation a kind"
     assert by["by score"]["values"] == pytest.approx([explanations[i].score for i in latents])

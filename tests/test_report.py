@@ -17,13 +17,10 @@ from core.cli import StageConfig
 from interpretability import report
 from interpretability.pages import page as html_page
 from interpretability.pages.report_features import (
-    agreement,
-    best_of,
     by_level,
     density_histogram,
     differing,
     nearest_that_fire,
-    ranking,
 )
 from interpretability.records import (
     EXPLANATIONS_FILE,
@@ -181,7 +178,7 @@ def test_page_holds_every_feature(folders: Path) -> None:
     data = data_of(make_report(folders, sentences=5, **with_all(folders)))
     assert verify(folders / "report").kind == "report"
     assert data["latents"]["title"] == [f"title of {i} é<b>" for i in range(N_LATENTS - 3)] + [""] * 3
-    assert data["best"]["latents"] == list(range(N_LATENTS - 4, -1, -1))
+    assert data["best"]["latents"] == list(range(N_LATENTS - 3)), "all peak at the same word, so by number"
     assert [len(rows) for rows in data["best"]["examples"]] == [1] * (N_LATENTS - 3), "all its sentences are the same"
     assert data["order"] == [*data["best"]["latents"], 9, 10, DEAD]
     assert data["failed"] == [N_LATENTS - 3]
@@ -298,7 +295,7 @@ def test_refuses_a_damaged_evaluation(folders: Path, text: str) -> None:
 def test_without_run_and_evaluation(folders: Path) -> None:
     data = data_of(make_report(folders, best=1))
     assert (data["curves"], data["evaluation"]) == (None, None)
-    assert data["best"]["latents"] == [8]
+    assert data["best"]["latents"] == [0]
     assert {len(feature["near"]) for feature in file_of(folders / "report", "features/00000")["features"]} == {0}
 
 
@@ -345,17 +342,6 @@ def test_command_line_reports_in_one_line(folders: Path) -> None:
     assert "Traceback" not in ended.stderr
 
 
-def test_ranking_prefers_score_then_evenness() -> None:
-    found = {
-        0: explained(0, score=0.9),
-        1: explained(1, score=0.9),
-        2: explained(2, score=None),
-        3: explained(3, state="failed", score=1.0),
-        4: explained(4, score=0.95),
-    }
-    assert ranking(found, [0.1, 0.7, 1.0, 1.0, 0.0, 1.0]) == [4, 1, 0, 2, 3, 5]
-
-
 def test_sentences_that_differ_where_a_latent_fires() -> None:
     texts = ["a b c d e f g h PEAK i", "x b c d e f g h PEAK i", "a b c d e f g H PEAK i", "PEAK i"]
     rows = [
@@ -364,19 +350,6 @@ def test_sentences_that_differ_where_a_latent_fires() -> None:
     ]
     assert [row.rank for row in differing(rows, 9)] == [0, 2, 3]
     assert [row.rank for row in differing(rows, 2)] == [0, 2]
-
-
-def test_the_best_are_of_meaning_and_new() -> None:
-    titles = ['"the"', '"river"', '"river"', '"bread"', "", '"the"']
-    found = {i: explained(i, title=title, state="valid" if title else "failed") for i, title in enumerate(titles)}
-    assert best_of([5, 2, 4, 1, 3, 0], found) == [2, 3, 1, 5, 0]
-
-
-def test_agreement_counts_absent_sentences() -> None:
-    assert agreement([3.0] * 10) == 1.0
-    assert agreement([3.0] * 5) == 0.5
-    assert agreement([4.0, 2.0]) == pytest.approx(0.15)
-    assert agreement([]) == 0.0
 
 
 def test_neighbours_against_the_plain_way() -> None:

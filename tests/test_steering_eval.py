@@ -28,7 +28,7 @@ from inference.measuring.steered_texts import (
 from inference.measuring.steering_report import as_table, best_strengths, grouped, interval, summarise
 from inference.session import Session, open_session
 from inference.steering import Edit, Recipe
-from inference.steering_eval import TOP_K, EvalConfig, best_explained, read_prompts, typical_length
+from inference.steering_eval import TOP_K, EvalConfig, read_prompts, to_measure, typical_length
 from llama3.generate import Sampling
 from tests.tiny import tiny_llama
 from tests.tiny_features import Features, alone, tiny_sae, write_features
@@ -61,7 +61,7 @@ def session(config: EvalConfig) -> Session:
 @pytest.fixture(scope="module")
 def panel(session: Session) -> Panel:
     features = session.needs_features()
-    chosen = tuple(best_explained(features, 3))
+    chosen = tuple(to_measure(features, 3))
     wanted = tuple(label_words(features.label(latent)) for latent in chosen)
     ids = tuple(tuple(session.tokenizer.encode(prompt, bos=True)) for prompt in PROMPTS)
     return Panel(session, chosen, wanted, ids, SAMPLING)

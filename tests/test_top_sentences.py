@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,9 @@ from core.artifact import building, open_artifact, verify
 from core.cli import parse
 from interpretability.evidence.background import Background, cofiring
 from interpretability.evidence.ngrams import NgramCounter, ngrams_of
+from interpretability.evidence.peaks import variety
 from interpretability.evidence.promoted import promoted_by
+from interpretability.evidence.raised import contexts_of, response_at
 from interpretability.evidence.selection import Hits, Ragged, Sentences, offsets_of
 from interpretability.explain import ExplainConfig
 from interpretability.explain import run as run_explain
@@ -170,19 +173,95 @@ def test_statistics_equal_the_plain_ones(folders: Folders, top: Path) -> None:
     assert open_artifact(top).manifest.counts["dead_latents"] >= 2
 
 
-def test_promoted_tokens_against_a_written_out_product(folders: Folders, top: Path) -> None:
+def test_promoted_tokens_against_a_written_out_product(folders: Folders, tmp_path: Path) -> None:
     model, tokenizer, sae = load_model(folders.model), load_tokenizer(folders.model), load(folders.sae)
     logits = (sae.W_dec[3] * model.norm.weight) @ model.output.weight.T
     n_plain = tokenizer.n_vocab - len(tokenizer.special_tokens)
     order = logits[:n_plain].argsort(descending=True).tolist()
-    found = open_top(top).statistics(3)
-    assert found.promoted == [tokenizer.decode([i]) for i in order[:10]]
-    assert found.suppressed == [tokenizer.decode([i]) for i in order[::-1][:10]]
+    (promoted,), (suppressed,) = promoted_by(model, SITE, sae.W_dec[3:4], tokenizer, 10)
+    assert promoted == [tokenizer.decode([i]) for i in order[:10]]
+    assert suppressed == [tokenizer.decode([i]) for i in order[::-1][:10]]
+    run(config(folders, tmp_path / "top", "--contexts", "0"), solo())
+    found = open_top(tmp_path / "top").statistics(3)
+    assert (found.promoted, found.suppressed) == (promoted, suppressed)
     with torch.no_grad():
         model.norm.weight.mul_(torch.linspace(-1, 1, 32))
     other = promoted_by(model, SITE, sae.W_dec[3:4], tokenizer, 3).promoted[0]
     plain = promoted_by(model, "final_norm", sae.W_dec[3:4], tokenizer, 3).promoted[0]
-    assert plain == found.promoted[:3] != other  # at final_norm the norm's weight is behind us already
+    assert plain == promoted[:3] != other  # at final_norm the norm's weight is behind us already
+
+
+def test_raised_tokens_against_a_pass_a_coordinate_and_context(folders: Folders, tmp_path: Path) -> None:
+    """Each context read whole, each coordinate pushed by itself, the response and the log probabilities written out."""
+    model, tokenizer, sae = load_model(folders.model), load_tokenizer(folders.model), load(folders.sae)
+    run(config(folders, tmp_path / "top", "--contexts", "12"), solo())
+    contexts = contexts_of(open_corpus(folders.corpus), tokenizer, 12, 0)
+    assert 8 < len(contexts) <= 12
+    assert all(2 <= len(ids) <= 24 for ids in contexts)
+    plain, change = torch.zeros(32, dtype=torch.float64), torch.zeros(32, 32, dtype=torch.float64)
+    for ids in contexts:
+        tokens = torch.tensor([ids])
+        x = model.capture(tokens, sites=[SITE])[SITE][0, -1]
+        before = model.capture(tokens, sites=["final_norm"])["final_norm"][0, -1].detach()
+        plain += before / len(contexts)
+        for i in range(32):
+            push = 0.1 * x.norm() * torch.eye(32)[i]
+            with torch.no_grad(), model.hooks({SITE: lambda x, push=push: torch.cat((x[:, :-1], x[:, -1:] + push), 1)}):
+                after = model.capture(tokens, sites=["final_norm"])["final_norm"][0, -1]
+            change[i] += (after - before) / 0.1 / len(contexts)
+    n_plain = tokenizer.n_vocab - len(tokenizer.special_tokens)
+    unembedding = model.output.weight[:n_plain].detach().double()
+    for latent in (0, 17, 40):
+        row = (sae.W_dec[latent] / sae.W_dec[latent].norm()).double()
+        before, after = (x.log_softmax(0) for x in (unembedding @ plain, unembedding @ (plain + 0.4 * row @ change)))
+        found = open_top(tmp_path / "top").statistics(latent)
+        for names, rise, chances in ((found.promoted, after - before, after), (found.suppressed, before - after, before)):
+            likely = chances.argsort(descending=True)[: max(10, n_plain // 16)]
+            order = likely[rise[likely].argsort(descending=True)][:10]
+            assert names == [tokenizer.decode([i]) for i in order.tolist() if rise[i] > 0]
+
+
+def test_the_response_foretells_what_turning_a_latent_up_does(folders: Folders) -> None:
+    """A pass for each of ten latents and each context, with what the app would add: log probabilities change alike."""
+    model, tokenizer, sae = load_model(folders.model), load_tokenizer(folders.model), load(folders.sae)
+    contexts = contexts_of(open_corpus(folders.corpus), tokenizer, 32, 0)
+    response = response_at(model, SITE, contexts, solo())
+    unembedding = model.output.weight.detach().double()
+
+    @torch.no_grad()
+    def chances(row: torch.Tensor) -> torch.Tensor:
+        def turn_up(x: torch.Tensor) -> torch.Tensor:
+            return torch.cat((x[:, :-1], x[:, -1:] + 0.4 * x[:, -1:].norm() * row), 1)
+
+        with model.hooks({SITE: turn_up}):
+            return torch.stack([model(torch.tensor([ids]))[0, -1].double() for ids in contexts]).mean(0)
+
+    before, alike = chances(torch.zeros(32)), []
+    for latent in range(0, 50, 5):
+        row = sae.W_dec[latent].detach() / sae.W_dec[latent].norm()
+        told = unembedding @ (0.4 * row.double() @ response.change)
+        alike.append(float(torch.corrcoef(torch.stack((chances(row) - before, told)))[0, 1]))
+    assert min(alike) > 0.5, alike
+    assert sum(alike) > 8, alike
+
+
+def test_variety_of_peaks(top: Path) -> None:
+    """Against the units on which each sentence fires most; a folder without the column gives the same."""
+    opened = open_top(top)
+    assert opened.peak_variety.min() == 0 < opened.peak_variety.max() <= 1
+    for latent in range(0, opened.n_latents, 5):
+        words = []
+        for sentence in opened.sentences(latent):
+            peak = sentence.activations.index(max(sentence.activations))
+            start = len("".join(sentence.tokens[:peak])) + len(sentence.tokens[peak]) - len(sentence.tokens[peak].lstrip())
+            text = "".join(sentence.tokens)
+            words.append(next((m[0].lower() for m in re.finditer(r"\w+|\S", text) if m.start() <= start < m.end()), ""))
+        assert float(opened.peak_variety[latent]) == pytest.approx(variety(words)), (latent, words)
+    older = open_top(top)
+    older._latents = older._latents.drop_columns("peak_variety")
+    assert older.peak_variety.tolist() == opened.peak_variety.tolist()
+    assert variety(["war", "wars", "War".lower(), "peace"]) == pytest.approx(1 / 3)
+    assert variety(["one"]) == variety([]) == 0
 
 
 @pytest.mark.parametrize(("site", "out"), [("attn_heads", "attn_out"), ("ffn_hidden", "ffn_out")])

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from inference.dialogue import Style, prepare
 from inference.finding import Hit, hit
 from inference.row import new_row
-from inference.session import Feature, Session
+from inference.session import N_PRESETS, Feature, Session
 from inference.steering import Edit, Recipe
 from inference.web import views
 from inference.web.finding import by_label, by_text
@@ -22,7 +22,6 @@ from inference.web.workbench import Request, Snapshot, answer, checked_request, 
 from llama3.chat_format import Message
 
 N_SLOTS = 6
-N_STARTERS = 4
 BY_LABEL, BY_TEXT = "Labels", "Fires on a text"
 
 Slots = tuple[Feature | None, ...]
@@ -58,12 +57,9 @@ class Handlers:
 
     @cached_property
     def starters(self) -> list[Hit]:
-        """Features to begin with: those that were measured to steer most, else the best explained; no label twice."""
-        known = [hit(of, latent, 0.0) for of in self.session.features for latent in of.best_strengths]
-        found: dict[str, Hit] = {}
-        for one in known or [one for of in self.session.features for one in by_label(of, "")]:
-            found.setdefault(one.label, one)
-        return [one for label, one in found.items() if label][:N_STARTERS]
+        """Features to begin with: the presets, where steering was measured, else those that are shown first."""
+        known = [hit(of, latent, 0.0) for of in self.session.features for latent in of.presets]
+        return (known or [one for of in self.session.features for one in by_label(of, "")])[:N_PRESETS]
 
     # Finding and reading features
 

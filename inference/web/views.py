@@ -43,12 +43,17 @@ def where(session: Session, feature: Feature) -> str:
 def edits_hint(session: Session, text: str, starters: Sequence[Hit]) -> str:
     """The heading of the edits, and where there are none yet how to begin."""
     chips = "".join(
-        f'<button {named(session, one.feature, "steer")} title="Steer with feature {one.feature.latent}">'
+        f'<button {named(session, one.feature, "steer")} title="Steer with feature {one.latent}{_strength(session, one)}">'
         f"{escape(one.label)}</button>"
         for one in starters
     )
     begin = f'<div class="examples">{chips}</div>' if chips else ""
     return f'<h2 class="section">Edits</h2>{note(text) if text else ""}{begin}'
+
+
+def _strength(session: Session, found: Hit) -> str:
+    best = session.at(found.feature.site).best_strengths.get(found.latent)
+    return f" at {round(best, 2):g} × its maximum, as measured" if best else ""
 
 
 def results(session: Session, hits: Sequence[Hit], query: str) -> str:

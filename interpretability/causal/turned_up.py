@@ -25,9 +25,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from interpretability.causal.last_token import LastToken
 from interpretability.evidence.promoted import promoted_ids, reaches_output
 from llama3 import Tokenizer, Transformer
-from llama3.cache import KVCache
 from sae.model import SAE
 
 CONFIDENT_TOKENS = 20
@@ -43,16 +43,11 @@ class TurnedUp(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """A neutral prompt, read but for its last token."""
+    """A neutral prompt."""
 
-    past: KVCache
-    """Of one row: the tokens before the last."""
-    last: Tensor
-    """(1, 1) the last token."""
+    last: LastToken
     push: Tensor
     """What one unit of a decoder row stands for: factor * largest activation / scale, a number []."""
-    logits: Tensor
-    """(V,) of the prompt as it is."""
 
 
 class Latents:
@@ -79,17 +74,11 @@ class Latents:
         model, sae = self._model, self._sae
         if len(ids) < 2:
             raise ValueError(f"--prompts {prompt!r}: expected at least two tokens, found {len(ids)}; the first is not steered")
-        tokens = torch.tensor([list(ids)], device=model.device)
-        past = model.new_cache(1, len(ids))
-        seen: list[Tensor] = []
-        model(tokens[:, :-1], cache=past, last_only=True)
-        with model.hooks({sae.site: seen.append}):
-            logits = model(tokens[:, -1:], cache=past)[0, -1].float()
-        x = seen[0][0]  # (1, D)
-        largest = sae.encode(x).values.max()
+        last = LastToken.read(model, sae.site, ids)
+        largest = sae.encode(last.x).values.max()
         if not largest > 0:
             raise ValueError(f"--prompts {prompt!r}: no feature is active at its last token; choose another prompt")
-        return Prompt(past, tokens[:, -1:], factor * largest / sae.normalise(x).scale[0, 0], logits)
+        return Prompt(last, factor * largest / sae.normalise(last.x).scale[0, 0])
 
     @torch.inference_mode()
     def measure(self, latents: range) -> TurnedUp:
@@ -100,23 +89,12 @@ class Latents:
         return TurnedUp(*(torch.stack(column).mean(0).cpu() for column in zip(*found, strict=True)))
 
     def _on(self, prompt: Prompt, rows: Tensor, promoted: Tensor) -> Iterator[Tensor]:
-        pushes = (prompt.push * rows)[:, None]  # (B, 1, D)
-        with self._model.hooks({self._sae.site: lambda x: x + pushes.to(x.dtype)}):
-            last = prompt.last.expand(len(rows), 1)
-            logits = self._model(last, cache=repeated(self._model, prompt.past, len(rows)))[:, -1].float()
+        logits = prompt.last.logits_with(prompt.push * rows)
+        plain = prompt.last.logits[None]
         after = output_score(logits, promoted)
         yield after
-        yield after - output_score(prompt.logits[None].expand(len(rows), -1), promoted)
-        yield confidence(logits) - confidence(prompt.logits[None])
-
-
-def repeated(model: Transformer, past: KVCache, rows: int) -> KVCache:
-    """A cache of `rows` equal rows that holds all but the last token of `past`, which has one row."""
-    cache = model.new_cache(rows, past.length)
-    cache.k.copy_(past.k.expand_as(cache.k))
-    cache.v.copy_(past.v.expand_as(cache.v))
-    cache.length = past.length - 1
-    return cache
+        yield after - output_score(plain.expand(len(rows), -1), promoted)
+        yield confidence(logits) - confidence(plain)
 
 
 def output_score(logits: Tensor, promoted: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""What a latent does to the output: the tokens whose logits its decoder row raises and lowers most.
+"""The tokens whose logits a decoder row raises and lowers most, without running the model.
 
 The row goes through the weight of the final norm and the unembedding (the "logit lens" on a direction). The norm's division is
-a positive factor, so it changes no order; what later layers make of the direction is not seen.
+a positive factor, so it changes no order; what later layers make of the direction is not seen, and several layers below the
+head that is all that matters: see `raised.py`.
 
 Shapes: L latents, D model width, V vocabulary.
 """
@@ -11,9 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from core.artifact import check_provenance
-from llama3 import Tokenizer, Transformer, load_model
-from sae.model import SAE
+from llama3 import Tokenizer, Transformer
 
 LATENTS_AT_ONCE = 256
 READ_BY = {"attn_heads": "attention.wo.weight", "ffn_hidden": "feed_forward.w2.weight"}
@@ -25,19 +24,6 @@ class PromotedTokens(NamedTuple):
 
     promoted: list[list[str]]
     suppressed: list[list[str]]
-
-
-def promoted_tokens(model_path: str, sae: SAE, tokenizer: Tokenizer, n: int) -> PromotedTokens:
-    """`n` tokens each way for every latent of `sae`; empty lists where `n` is 0 or the site is read before the residual stream.
-
-    Raises ValueError where the model is not the one that the SAE was trained on.
-    """
-    nothing = PromotedTokens([[]] * sae.cfg.n_latents, [[]] * sae.cfg.n_latents)
-    if n == 0:
-        return nothing
-    model = load_model(model_path)
-    check_provenance("the model of --model", sae.cfg.provenance, {"model_hash": model.weights_hash}, ("model_hash",))
-    return promoted_by(model, sae.site, sae.W_dec, tokenizer, n) if reaches_output(sae.site) else nothing
 
 
 @torch.inference_mode()
@@ -57,15 +43,20 @@ def promoted_ids(model: Transformer, site: str, directions: Tensor, tokenizer: T
     rows = _in_residual_stream(model, site, directions.float())
     if site != "final_norm":
         rows = rows * model.norm.weight.float()
-    unembedding = model.output.weight[: tokenizer.n_vocab].float()  # (V, D)
-    special = torch.tensor(sorted(tokenizer.special_tokens.values()), device=rows.device)
-    n = min(n, tokenizer.n_vocab - len(special))
+    ids = ordinary_tokens(tokenizer).to(rows.device)
+    unembedding = model.output.weight[ids].float()  # (V, D)
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
     for block in torch.split(rows, LATENTS_AT_ONCE):
         logits = block @ unembedding.T  # (l, V)
         for sign, column in zip((1, -1), found, strict=True):
-            column.append((sign * logits).index_fill_(1, special, -torch.inf).topk(n, dim=1).indices)
+            column.append(ids[(sign * logits).topk(min(n, len(ids)), dim=1).indices])
     return torch.cat(found[0]), torch.cat(found[1])
+
+
+def ordinary_tokens(tokenizer: Tokenizer) -> Tensor:
+    """The ids of all tokens but the special ones, in order."""
+    special = set(tokenizer.special_tokens.values())
+    return torch.tensor([i for i in range(tokenizer.n_vocab) if i not in special])
 
 
 def reaches_output(site: str) -> bool:

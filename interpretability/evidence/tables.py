@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -182,6 +183,7 @@ def statistics_of(
     promoted: PromotedTokens,
     ngrams: Sequence[object],
     cofiring: Sequence[object],
+    peak_variety: npt.NDArray[np.float32],
     counted: pa.Table | None = None,
 ) -> pa.Table:
     """The rows of `latents.parquet`, one for every latent, whether it fires or not.
@@ -202,6 +204,7 @@ def statistics_of(
         "ngrams": ngrams,
         "cofiring": cofiring,
         "shown_count": totals.sentences.cpu().numpy(),
+        "peak_variety": peak_variety,
     }
     if counted is not None:
         largest = np.maximum(columns["max"], counted["max"].to_numpy())

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from interpretability.labels.categories import Category
 from interpretability.labels.patterns import EXACT, Pattern
 from interpretability.labels.words import SIGN_NAMES, distinct
 
@@ -16,8 +17,13 @@ class Clues(NamedTuple):
     """What a title is made of beside the pattern."""
 
     topic: str | None
+    category: Category | None
+    """What the words that it fires on have in common, where that can be said and no pattern names them."""
     fired: list[str]
-    """Content words that the latent fires on (those that fit the pattern), the most activation first."""
+    """Content words that the latent fires on (those that fit the pattern), the most activation first. Without a pattern those
+    that are no accident: it fires on them in two sentences, or they mean much the same as the others."""
+    once: list[str]
+    """These and the accidents."""
     apart: list[str]
     """Words that set its sentences apart, the strongest first."""
     common: list[str]
@@ -91,6 +97,8 @@ def title_of(pattern: Pattern | None, clues: Clues) -> str:
     """At most MAX_TITLE_WORDS words on what a latent fires on and what its sentences are about."""
     if pattern is None:
         return _without_pattern(clues)
+    if clues.category and {word.lower() for word in clues.category.words} >= set(pattern.words):
+        return _of_category(clues.category, [word for word in clues.fired if word.lower() in pattern.words])
     head = described(pattern, clues.surfaces)
     taken = list(pattern.words)
     if clues.topic and clues.topic.lower() not in head.lower() and _fits(f"{head} / {clues.topic}"):
@@ -105,14 +113,26 @@ def _without_pattern(clues: Clues) -> str:
     topic = clues.topic if clues.topic and _fits(f"text about {clues.topic}") else None
     if topic and clues.spread:
         return _with_words(f"text about {topic}", ": ", clues.apart, topic.split())
+    if clues.category:
+        return _of_category(clues.category, clues.fired)
+    quoted = [f'"{word}"' for word in distinct(iter(clues.fired), MAX_EXTRAS)]
     if topic:
-        return _with_words(topic, ": ", [*clues.fired, *clues.apart], topic.split())
+        return _with_words(topic, ": ", [*quoted, *clues.apart], topic.split())
     if clues.spread and (words := [*clues.apart, *clues.fired]):
         return _with_words("text with", " ", words, [])
-    if words := [*clues.fired, *clues.apart]:
-        return _with_words("words like", " ", words, [])
-    common = [named(word, clues.surfaces) for word in distinct(iter(clues.surfaces), MAX_EXTRAS)]
+    if len(quoted) > 1:
+        return f"{', '.join(quoted)} and others"
+    if len(clues.common) > 1:
+        return _with_words("in text with", " ", clues.common, [])
+    common = [named(word, clues.surfaces) for word in distinct(iter(clues.once or clues.surfaces), MAX_EXTRAS)]
     return f"mixed: {', '.join(common)}" if common else "white space"
+
+
+def _of_category(category: Category, recurring: Sequence[str]) -> str:
+    """The name of a category and some of its words, those that recur first."""
+    words = sorted(category.words, key=lambda word: word not in recurring)
+    room = min(MAX_EXTRAS, MAX_TITLE_WORDS - len(category.name.split()))
+    return f"{category.name}: " + ", ".join(f'"{word}"' for word in distinct(iter(words), room, category.name.split()))
 
 
 def _with_words(head: str, joint: str, words: Sequence[str], taken: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import xxhash
 
+from interpretability.labels.categories import Categories
 from interpretability.labels.label_score import Score, score
 from interpretability.labels.patterns import EXACT, FiringSentence, Found, Pattern, Sample, best_pattern
 from interpretability.labels.titles import Clues, in_words, listed, title_of
@@ -67,13 +68,21 @@ class TokenStatistics:
     """The backend that needs no model.
 
     `rest` are the sentences that a latent's own are compared with; of them `n_others`, drawn by `seed`, test its label.
+    `categories` name what the words of a label have in common; None: nothing does.
     """
 
     name = NAME
     model = ""
 
-    def __init__(self, top: TopSentences, rest: Sequence[PoolSentence], n_others: int, seed: int) -> None:
-        self._top = top
+    def __init__(
+        self,
+        top: TopSentences,
+        rest: Sequence[PoolSentence],
+        n_others: int,
+        seed: int,
+        categories: Categories | None = None,
+    ) -> None:
+        self._top, self._categories = top, categories
         self._documents: Counter[str] = Counter()  # sentences that hold a word
         self._words = 0
         for sentence in rest:
@@ -107,13 +116,14 @@ class TokenStatistics:
         units = [units_of(sentence.text) for sentence in evidence.shown]
         apart = self._apart(units, pattern.words if pattern else ())
         topic = self._topic(evidence.shown)
-        clues = _clues(sentences, pattern, apart, topic.name if topic else None)
+        clues = self._clues(sentences, pattern, apart, topic)
         tested = pattern or _words_of(clues)
         measured = self._score(tested, evidence) if tested else None
         spelt = {item.word.lower(): item.word for item in apart} | dict(clues.surfaces)
         details = {
             "fires_on": found and _fires_on(found, clues.surfaces),
             "tokens": _tokens(sentences),
+            "category": clues.category and clues.category._asdict() | {"share": round(clues.category.share, 3)},
             "words": [{"word": item.word, "z": round(item.z, 2), "sentences": item.sentences} for item in apart],
             "topic": topic and _topic_details(topic, evidence.held_out),
             "sentences": {"shown": len(evidence.shown), "held_out": len(evidence.held_out)},
@@ -130,6 +140,26 @@ class TokenStatistics:
             state="valid",
             details=details,
             score=round(measured.score, 4) if measured else None,
+        )
+
+    def _clues(
+        self, sentences: Sequence[FiringSentence], pattern: Pattern | None, apart: Sequence[Apart], topic: Topic | None
+    ) -> Clues:
+        weights, seen, surfaces = _weights(sentences)
+        fitting = _fitting(sentences, pattern)
+        words = [word for word in _ranked(weights) if word in fitting and _is_example(word)]
+        content = {surfaces[word]: weights[word] for word in words if is_content(word)}
+        alike = self._categories.alike(content) if self._categories and pattern is None else set()
+        needed = min(2, len(sentences)) if pattern is None else 1
+        return Clues(
+            topic=topic.name if topic else None,
+            category=self._categories.of(content) if self._categories and _may_be_concept(pattern) else None,
+            fired=[surfaces[word] for word in words if seen[word] >= needed or surfaces[word] in alike],
+            once=[surfaces[word] for word in words],
+            apart=[item.word for item in apart],
+            common=[item.word for item in apart if item.sentences >= max(2, COMMON * len(sentences))],
+            surfaces={word: surfaces[word] for word in _ranked(weights)},
+            spread=sum(len(s.firings) / len(s.units.folded) for s in sentences) > SPREAD * len(sentences),
         )
 
     def _apart(self, shown: Sequence[Units], without: Sequence[str]) -> list[Apart]:
@@ -188,28 +218,34 @@ def _firing_sentences(shown: Sequence[TopSentence]) -> Iterator[FiringSentence]:
             yield FiringSentence(units_of("".join(sentence.tokens)), fired, [firing.activation / total for firing in fired])
 
 
-def _clues(sentences: Sequence[FiringSentence], pattern: Pattern | None, apart: Sequence[Apart], topic: str | None) -> Clues:
-    mass: defaultdict[str, float] = defaultdict(float)
+def _weights(sentences: Sequence[FiringSentence]) -> tuple[dict[str, float], Counter[str], dict[str, str]]:
+    """Of each folded word on which a latent fires its activation in all sentences together, the sentences in which it fires
+    there, and the spelling with the most activation."""
+    weights: defaultdict[str, float] = defaultdict(float)
     written: defaultdict[tuple[str, str], float] = defaultdict(float)
-    examples: set[str] = set()
-    for units, fired, shares in sentences:
-        for firing, share in zip(fired, shares, strict=True):
-            folded = units.folded[firing.unit]
-            mass[folded] += share
-            written[folded, units.surfaces[firing.unit]] += share
-            if pattern is None or pattern.kind in EXACT or pattern.fits(units, firing.unit):
-                examples.add(folded)
+    seen: Counter[str] = Counter()
+    for units, fired, _ in sentences:
+        seen.update({units.folded[firing.unit] for firing in fired})
+        for firing in fired:
+            weights[units.folded[firing.unit]] += firing.activation
+            written[units.folded[firing.unit], units.surfaces[firing.unit]] += firing.activation
     # The last to set a folded word is the spelling with the most activation.
-    spelt = dict(reversed(_ranked(written)))
-    surfaces = {folded: spelt[folded] for folded in _ranked(mass)}
-    return Clues(
-        topic=topic,
-        fired=[surface for folded, surface in surfaces.items() if folded in examples and _is_example(folded)],
-        apart=[item.word for item in apart],
-        common=[item.word for item in apart if item.sentences >= max(2, COMMON * len(sentences))],
-        surfaces=surfaces,
-        spread=sum(len(s.firings) / len(s.units.folded) for s in sentences) > SPREAD * len(sentences),
-    )
+    return dict(weights), seen, dict(reversed(_ranked(written)))
+
+
+def _may_be_concept(pattern: Pattern | None) -> bool:
+    """Whether a category may say more than the pattern does: there is none, or it lists several words."""
+    return pattern is None or (pattern.kind == "word" and len(pattern.words) > 1)
+
+
+def _fitting(sentences: Sequence[FiringSentence], pattern: Pattern | None) -> set[str]:
+    """The folded words on which a latent fires; of a pattern that names no words, those that fit it."""
+    return {
+        units.folded[firing.unit]
+        for units, fired, _ in sentences
+        for firing in fired
+        if pattern is None or pattern.kind in EXACT or pattern.fits(units, firing.unit)
+    }
 
 
 def _ranked(mass: Mapping[K, float]) -> list[K]:

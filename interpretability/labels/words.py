@@ -86,6 +86,14 @@ def firings(tokens: Sequence[str], activations: Sequence[float]) -> list[Firing]
     return [found[index] for index in sorted(found)]
 
 
+def unit_at(tokens: Sequence[str], index: int) -> str:
+    """The unit of the joined tokens in which token `index` begins, as written; empty where that token is white space."""
+    start = sum(map(len, tokens[:index])) + len(tokens[index]) - len(tokens[index].lstrip())
+    found = (match for match in _UNIT.finditer("".join(tokens)) if match.end() > start)
+    unit = next(found, None)
+    return unit.group() if unit and unit.start() <= start else ""
+
+
 def _shard(start: int, end: int, unit: tuple[int, int]) -> Shard:
     if start <= unit[0]:
         return "whole" if end >= unit[1] else "start"

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from interpretability.causal.records import Steerability
-from interpretability.labels.words import names_content
 from interpretability.records import (
     HISTOGRAM_BINS,
     HISTOGRAM_FIRST_EXPONENT,
@@ -27,7 +26,6 @@ from interpretability.search import nearest
 SEPARATOR = "\x7f"
 """Between tokens of one string: JSON writes it as one byte, and text has no use for it."""
 BINS_PER_DECADE = 4
-SENTENCES_COMPARED = 10
 MORE = ("dominant_tokens", "patterns", "context")
 """What an explanation in the style `title` says beside its summary."""
 
@@ -46,11 +44,10 @@ class Features:
         steerability: Steerability | None = None,
     ) -> None:
         self.statistics: list[LatentStatistics] = []
-        self.evenness: list[float] = []
         self._top, self._explanations, self._near, self._n = top, explanations, near, n_sentences
         self._steerability = steerability
-        self._evenness_by = "max" if "max" in top.aggregations else top.aggregations[0]
-        self._aggregations = sorted(top.aggregations, key=lambda name: name != self._evenness_by)
+        self._best_by = "max" if "max" in top.aggregations else top.aggregations[0]
+        self._aggregations = sorted(top.aggregations, key=lambda name: name != self._best_by)
 
     def block(self, latents: Sequence[int]) -> dict[str, Any]:
         """Evidence of some latents, in order, and the sentences that they share."""
@@ -59,12 +56,8 @@ class Features:
 
     def _feature(self, latent: int, pool: "SentencePool") -> dict[str, Any]:
         row, explanation = self._top.statistics(latent), self._explanations.get(latent)
-        found = {
-            name: self._top.sentences(latent, name, max(self._n, SENTENCES_COMPARED) if name == self._evenness_by else self._n)
-            for name in self._aggregations
-        }
+        found = {name: self._top.sentences(latent, name, self._n) for name in self._aggregations}
         self.statistics.append(row)
-        self.evenness.append(agreement([sentence.value for sentence in found[self._evenness_by]]))
         return {
             "explanation": said(explanation),
             "more": more(explanation),
@@ -76,7 +69,7 @@ class Features:
             "histogram": without_zeros(row.histogram),
             "promoted": joined(row.promoted),
             "suppressed": joined(row.suppressed),
-            "top": {name: pool.add(rows[: self._n], row.max) for name, rows in found.items()},
+            "top": {name: pool.add(rows, row.max) for name, rows in found.items()},
             "levels": [[bin_, pool.add(rows, row.max)] for bin_, rows in by_level(self._top.levels(latent))],
             "ngrams": [[item["text"], item["count"]] for item in row.ngrams],
             "cofiring": [[item["latent"], round(1000 * item["jaccard"])] for item in row.cofiring],
@@ -98,7 +91,7 @@ class Features:
     def best(self, latents: Sequence[int], n: int) -> dict[str, Any]:
         """The `n` largest sentences of some latents that differ where it fires."""
         pool = SentencePool()
-        found = [differing(self._top.sentences(latent, self._evenness_by), n) for latent in latents]
+        found = [differing(self._top.sentences(latent, self._best_by), n) for latent in latents]
         rows = [pool.add(rows, self.statistics[latent].max) for latent, rows in zip(latents, found, strict=True)]
         return {"latents": list(latents), "examples": rows, "pool": pool.columns()}
 
@@ -152,39 +145,6 @@ def differing(sentences: Iterable[TopSentence], n: int) -> list[TopSentence]:
         peak = sentence.activations.index(max(sentence.activations))
         found.setdefault(tuple(sentence.tokens[max(0, peak - 3) : peak + 4]), sentence)
     return list(found.values())[:n]
-
-
-def agreement(values: Sequence[float]) -> float:
-    """How evenly the top sentences agree, 0 to 1: mean of their values over the largest, absent sentences counting as 0."""
-    if not values or values[0] <= 0:
-        return 0.0
-    return sum(values[:SENTENCES_COMPARED]) / (SENTENCES_COMPARED * values[0])
-
-
-def ranking(explanations: Mapping[int, Explanation], evenness: Sequence[float]) -> list[int]:
-    """All latents, best first: those with a valid explanation by score, then by evenness; then the others."""
-
-    def key(latent: int) -> tuple[bool, float, float, int]:
-        explanation = explanations.get(latent)
-        score = explanation.score if explanation and explanation.score is not None else -1.0
-        return not valid(explanation), -score, -evenness[latent], latent
-
-    return sorted(range(len(evenness)), key=key)
-
-
-def best_of(order: Sequence[int], explanations: Mapping[int, Explanation]) -> list[int]:
-    """The explained latents in order: those named after words of meaning first, and among them titles that are new.
-
-    Grammar and pieces of words score as high and say less.
-    """
-    known = [latent for latent in order if valid(explanations.get(latent))]
-    first = {explanations[latent].title: latent for latent in reversed(known)}
-
-    def key(latent: int) -> tuple[bool, bool]:
-        title = explanations[latent].title
-        return not names_content(title), first[title] != latent
-
-    return sorted(known, key=key)
 
 
 def without_zeros(counts: Sequence[int]) -> list[int]:
