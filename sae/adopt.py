@@ -27,7 +27,7 @@ from core.cli import StageConfig, machine, run_stage
 from core.runtime import Runtime
 from llama3 import load_model, load_tokenizer
 from llama3.hub import DEMO, model_name
-from sae.adopting.candidates import SITE_CANDIDATES, THRESHOLD_FACTOR, BiasName, Convention, NormName, ThresholdName, meant
+from sae.adopting.candidates import SITE_CANDIDATES, THRESHOLD_FACTOR, BiasName, Convention, NormName, meant
 from sae.adopting.decision import Decision, Measured, Stated, Undecided, decide, describe, table
 from sae.adopting.measuring import Reader
 from sae.adopting.search import Found, Given, search, stated

@@ -31,7 +31,8 @@ ALLOWED = {
 """The table of DESIGN.md, section 1: beside itself, a package imports these modules and what lies below them."""
 ABOVE = ("llama3_sae", "demo", "scripts")
 """Packages on top of the stages: they may import one."""
-ALSO = {"sae/evaluate.py": ("llama3",)}
+RUN_THE_MODEL = ("adopt", "adopting/measuring", "adopting/search", "adopting/source", "evaluate", "formats/hub")
+ALSO = {f"sae/{name}.py": ("llama3",) for name in RUN_THE_MODEL}
 
 RANK_NAMES = {"RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
 RANK_CALLS = {"get_rank", "get_world_size", "get_local_rank", "get_node_local_rank"}

@@ -3,9 +3,8 @@
 A new layout is a module with `read`, and a line here.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -33,11 +32,6 @@ class Layout(NamedTuple):
 
     def fits(self, folder: Path) -> bool:
         return all(any(folder.glob(name)) for name in self.files)
-
-    def fits_names(self, names: Iterable[str]) -> bool:
-        """The same for the names of files below a folder."""
-        split = [name.split("/") for name in names]
-        return all(any(_matches(name, pattern.split("/")) for name in split) for pattern in self.files)
 
 
 class StateDict(NamedTuple):
@@ -89,41 +83,6 @@ NOT_HELD = (
         ),
     ),
 )
-
-
-def places(names: Iterable[str]) -> list[str]:
-    """Of the files `names` of a repository, the folders ("" for its own) and single files that hold an SAE each. ValueError with
-    the reason where there is none, but something that no class here can hold.
-    """
-    names = list(names)
-    below: dict[str, list[str]] = {}
-    for name in names:
-        parts = name.split("/")
-        for i in range(len(parts)):
-            below.setdefault("/".join(parts[:i]), []).append("/".join(parts[i:]))
-    found = [folder for folder, inside in sorted(below.items()) if any(layout.fits_names(inside) for layout in FOLDERS)]
-    single = [name for name in names if name.endswith(SUFFIXES) and not any(_lies_in(name, folder) for folder in found)]
-    if not found and not single:
-        for layout in NOT_HELD:
-            for folder in sorted(folder for folder, inside in below.items() if layout.fits_names(inside)):
-                layout.read(Path(folder))
-    return found + sorted(single)
-
-
-def files_of(path: Path) -> list[str]:
-    """The files below the folder `path` that its SAE is read from."""
-    for layout in FOLDERS:
-        if layout.fits(path):
-            return sorted(file.relative_to(path).as_posix() for name in layout.files for file in path.glob(name))
-    return sorted(file.name for file in path.iterdir() if file.suffix in SUFFIXES)
-
-
-def _lies_in(name: str, folder: str) -> bool:
-    return not folder or name.startswith(f"{folder}/")
-
-
-def _matches(name: list[str], pattern: list[str]) -> bool:
-    return len(name) == len(pattern) and all(map(fnmatchcase, name, pattern))
 
 
 def read(path: Path) -> SAE:
