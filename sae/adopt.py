@@ -47,8 +47,7 @@ class AdoptConfig(StageConfig):
     """Flags of the stage."""
 
     source: Positional[str] = machine()
-    """A folder or file of any layout of docs/formats.md, or a Hub id: owner/name, owner/name:folder, owner/name@revision:folder.
-    """
+    """A folder or file of any layout of docs/formats.md, or a Hub id: owner/name, owner/name:folder."""
     model: str
     """The model that it was trained on: a folder, a .gguf file, a Hub id, ollama:NAME, smollm2 or demo."""
     out: Path
@@ -68,11 +67,11 @@ class AdoptConfig(StageConfig):
     text: Literal["", "plain", "chat"] = ""
     """Whether it was trained on plain text or on dialogues; empty: as measured."""
     norm: NormName = "as-read"
-    """What rows are before the encoder: none, dataset (of norm sqrt(d) on average), unit (of mean squared norm 1), layer (each by
-    its own mean and std). as-read: as the layout says, unless another fits better."""
+    """What rows are before the encoder: none, dataset (of norm sqrt(d) on average), unit (of mean squared norm 1), layer (each
+    by its own mean and std). as-read: as the layout says, unless another fits better."""
     bias: BiasName = "as-read"
-    """added, removed: W_enc b_dec is added to or taken from the encoder's bias, where the layout is wrong about whether b_dec is
-    subtracted from the rows."""
+    """added, removed: W_enc b_dec is added to or taken from the encoder's bias, where the layout is wrong about whether b_dec
+    is subtracted from the rows. as-read: as the layout says, unless another fits better."""
     l0: float | None = None
     """Active latents per token that the card states. none: what the files say; 0: nothing."""
 
@@ -174,12 +173,8 @@ def _report(measured: Sequence[Measured], decision: Decision, said: Stated) -> d
         return {**one.candidate.reading._asdict(), **one.candidate.convention._asdict(), **figures}
 
     order = sorted(measured, key=lambda one: one.fvu)
-    return {
-        "chosen": line(decision.chosen),
-        "why": decision.why,
-        "stated": said._asdict(),
-        "candidates": list(map(line, order)),
-    }
+    found = {"chosen": line(decision.chosen), "why": decision.why, "stated": said._asdict()}
+    return found | {"candidates": list(map(line, order))}
 
 
 if __name__ == "__main__":

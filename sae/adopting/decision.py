@@ -11,6 +11,8 @@ CHANCE = 0.8
 """A candidate must leave less than this share of what the SAE leaves with its coordinates shuffled, or the mean does."""
 TIE = 0.03
 """Candidates whose FVU exceeds the lowest by at most this share of it explain as much."""
+NEAR_TIE = 0.005
+"""The same between conventions at one site, which are compared on the same rows, where the layout says neither."""
 L0_FACTOR = 2.0
 """Greatest ratio of a measured L0 and the one that is stated."""
 
@@ -97,6 +99,9 @@ def _use(fitting: Sequence[Measured], stated: Stated) -> tuple[tuple[str, Conven
     tied = at_named or tied
     fewest = min(one.candidate.convention.departures for one in tied)
     simplest = [one for one in tied if one.candidate.convention.departures == fewest]
+    if fewest and len({one.site for one in simplest}) == 1:
+        lowest = min(one.fvu for one in simplest)
+        simplest = [one for one in simplest if one.fvu <= (1 + NEAR_TIE) * lowest]
     if len(simplest) > 1:
         simplest = _by_ce(simplest)
     if len(simplest) > 1:

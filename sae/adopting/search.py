@@ -16,6 +16,7 @@ CE_CANDIDATES, CE_TOKENS = 3, 2000
 """Candidates whose cross-entropy is measured, since each costs the model a pass, and tokens predicted in it, about."""
 
 Use = tuple[str, Convention]
+AS_READ = Convention()
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Given:
     site: str = ""
     bos: str = ""
     text: str = ""
-    convention: Convention = Convention()
+    convention: Convention = AS_READ
 
 
 class Found(NamedTuple):
