@@ -28,13 +28,14 @@ from benchmarks.bench_llama3 import make_pair
 from benchmarks.shapes import SHAPES, random_model
 from benchmarks.table import Row, machine_name, publish, race, seconds
 from capture import activations, sentences, tensorfile
-from capture.activations import ActivationsConfig, default_site
+from capture.activations import ActivationsConfig
 from capture.batches import batches, tokenise
 from capture.sentences import SentencesConfig
 from capture.store import Corpus, chunk_name, open_activations, open_corpus
 from core.artifact import building, verify
 from core.runtime import Runtime, Solo
 from llama3 import Tokenizer, Transformer, load_tokenizer
+from llama3.sites import default_site
 
 PASSAGES = Path(__file__).parent.parent / "demo" / "data" / "passages.jsonl"
 LOOP_BATCH = 32  # sentences, of the transformers loop

@@ -103,7 +103,7 @@ class Pass:
 
     def add(self, chunk: Chunk) -> None:
         for part in parts_of(chunk):
-            keep = usable_tokens(part, float("inf"))
+            keep = usable_tokens(part, float("inf"), has_sink=False)
             sentences = Sentences(part.sentence_ids, part.document_ids, Ragged(part.token_ids, part.offsets))
             hits = encode_chunk(self.sae, part, keep, self.device)
             pairs = pairs_of(hits, sentences.to(self.device), AGGREGATIONS)

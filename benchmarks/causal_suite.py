@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import tyro
 
-from core.cli import progress
+from core.cli import progress, set_up_logging
 from interpretability.causal.ablation import ablated
 from interpretability.causal.agreement import spearman
 from interpretability.causal.attribution import attribute
@@ -41,6 +41,8 @@ class SuiteConfig:
     """The model that answers the suite right."""
     n: int = 20
     """Features that are set to 0."""
+    every: int = 1
+    """Take every so many prompts of the suite, where all take too long."""
     out: Path = Path("causal_suite.json")
     """JSON with a line for each prompt."""
     threads: int = 0
@@ -61,13 +63,14 @@ def agreement(row: SuitePrompt, model: Transformer, tokenizer: Tokenizer, saes: 
 
 def main(config: SuiteConfig) -> None:
     """Measure, print, write."""
+    set_up_logging()
     if config.threads:
         torch.set_num_threads(config.threads)
     tokenizer, model = load_tokenizer(config.model), load_model(config.model).eval().requires_grad_(False)
     saes = [load(path) for path in config.sae]
     for sae, path in zip(saes, config.sae, strict=True):
         check_sae(sae, path, model, tokenizer)
-    suite = read_suite()
+    suite = read_suite()[:: config.every]
     found = [(agreement(row, model, tokenizer, saes, config.n), row) for row in progress(suite, "suite", len(suite), "prompts")]
     kinds: dict[str, list[float]] = defaultdict(list)
     for rho, row in found:

@@ -31,9 +31,11 @@ part() { # NAME SECONDS COMMAND...
 
 if [ "$device" = cuda ]; then
   sae=(--d 3072 --n 65536 --k 64 --batch 8192)
+  streaming=(--copies 4 --n-latents 16384 --batch-size 8192)
   export TRITON_INTERPRET=0
   llama=(--shapes 3b --dtype bfloat16) capture=(--shape 3b --dtype bfloat16) inference=(--shape 3b --new-tokens 32 --rounds 5)
 else
+  streaming=(--copies 1 --n-latents 256 --k 8 --batch-size 256 --rounds 1)
   sae=(--d 64 --n 2048 --k 8 --batch 256 --rounds 2)
   llama=(--shapes tiny --rounds 2 --in-flight 2048) capture=(--shape tiny --rounds 2)
   inference=(--shape embedded --new-tokens 8 --rounds 2)
@@ -46,6 +48,7 @@ all() {
     sparsify --out "$out/sae.json"
   part llama3 90 $python -m benchmarks.bench_llama3 --measures mfu --device $device "${llama[@]}" --out "$out/llama3.json"
   part capture 90 $python -m benchmarks.bench_capture --parts gpu --device $device "${capture[@]}" --out "$out/capture.json"
+  part streaming 90 $python -m benchmarks.bench_streaming --device $device "${streaming[@]}" --out "$out/streaming.json"
   part inference 60 $python -m benchmarks.bench_inference --device $device --batches 1 "${inference[@]}" --out "$out/inference.json"
   [ ${#failed[@]} -eq 0 ] && echo "all parts passed" && return
   echo "failed: ${failed[*]}"

@@ -1,5 +1,9 @@
 """Text to sentences, sentences to activations on disk, and the readers of both."""
 
+# isort: off
+import core.ending  # before everything else: signals during the imports of a stage  # noqa: F401
+# isort: on
+
 from typing import TYPE_CHECKING
 
 from core import lazy_exports

@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 from capture import plan
 from capture.ahead import ahead
-from capture.batches import ChunkTokens, tokenise
-from capture.chunks import ChunkCapture, encode, read_counts, start_chunk
+from capture.batches import ChunkTokens
+from capture.chunks import ChunkCapture, CorpusChunks, encode, read_counts, start_chunk
 from capture.remote import RemoteBuilder
 from capture.storage import Storage
 from capture.store import Corpus, chunk_name, open_corpus, site_of
@@ -28,9 +28,10 @@ from capture.writer import FileToWrite, Writer
 from core.artifact import Builder, building
 from core.cli import Progress, StageConfig, machine, run_stage
 from core.runtime import Runtime
+from core.terminal import say
 from llama3 import Tokenizer, Transformer, load_model, load_tokenizer
 from llama3.hub import model_name
-from llama3.sites import as_sites, check_sites
+from llama3.sites import as_sites, default_site
 from llama3.tokenizer import Bos
 
 log = logging.getLogger("capture.activations")
@@ -107,17 +108,18 @@ def run(config: ActivationsConfig, runtime: Runtime) -> None:
         sites=config.sites or (default_site(model.params.n_layers),),
         bos=tokenizer.bos_policy if config.bos == "auto" else config.bos,
     )
-    _check(config, model, tokenizer)
-    how = _how(config, model, tokenizer)
+    chunks = _chunks(config, model, tokenizer, corpus)
+    chunks.check()
+    how = chunks.how
     needed = runtime.on_main(lambda: plan.need(corpus, tokenizer, how, config.max_length)).part(config.part_of[1])
     if config.plan:
         rates = runtime.gather_objects(plan.probe(corpus, tokenizer, how, config.max_length, config.chunk_sentences))
-        runtime.on_main(lambda: print(plan.describe(needed, plan.free(config.out), rates, corpus.n_sentences)))
+        runtime.on_main(lambda: say(plan.describe(needed, plan.free(config.out), rates, corpus.n_sentences)))
     if not config.remote:
         runtime.on_main(lambda: plan.check_room(needed, config.out))
     if config.plan:
         return
-    provenance = _provenance(config, model, tokenizer, corpus)
+    provenance = chunks.provenance() | ({"part": config.part} if config.part else {})
     recorded = replace(config, model=provenance["model"])
     with building(
         config.out, "activations-part" if config.part else "activations", recorded, runtime,
@@ -126,7 +128,7 @@ def run(config: ActivationsConfig, runtime: Runtime) -> None:
         if builder.complete:
             log.info("%s: already complete", config.out)
             return
-        stage = _Stage(config, runtime, corpus, tokenizer, how)
+        stage = _Stage(config, runtime, chunks)
         names = stage.write(builder)
         counts = total_counts(config.sites, names, builder, runtime)
         builder.finish(names, {"sentences": corpus.n_sentences} | counts)
@@ -138,46 +140,8 @@ def run(config: ActivationsConfig, runtime: Runtime) -> None:
     )  # fmt: skip
 
 
-def default_site(n_layers: int) -> str:
-    """The residual stream at 5/6 of the depth, where the reference run looks too."""
-    return f"layers.{round(5 / 6 * n_layers) - 1}.resid_post"
-
-
-def _check(config: ActivationsConfig, model: Transformer, tokenizer: Tokenizer) -> None:
-    """ValueError, before anything is written, for what this model cannot do."""
-    check_sites(config.sites, model.params.n_layers)
-    context, bos = model.params.max_seq_len, int(config.bos == "feed")
-    if config.max_length + bos > context:
-        raise ValueError(
-            f"--max-length {config.max_length}: the model's context is {context} tokens; give at most {context - bos}"
-        )
-    if tokenizer.n_vocab > model.params.vocab_size:
-        raise ValueError(
-            f"--model {config.model}: its tokenizer has {tokenizer.n_vocab:,} tokens, its embedding "
-            f"{model.params.vocab_size:,} rows; these do not belong together"
-        )
-
-
-def _provenance(config: ActivationsConfig, model: Transformer, tokenizer: Tokenizer, corpus: Corpus) -> dict[str, Any]:
-    return {
-        "model": model_name(config.model),
-        "model_hash": model.weights_hash,
-        "tokenizer_hash": tokenizer.hash,
-        "sites": list(config.sites),
-        "d_model": model.params.dim,
-        "widths": {site: model.width(site) for site in config.sites},
-        "dtype": config.storage,
-        "bos": config.bos,
-        "max_length": config.max_length,
-        "chunk_sentences": config.chunk_sentences,
-        "batch_tokens": config.batch_tokens,
-        "max_padding": config.max_padding,
-        "corpus_hash": corpus.manifest_hash,
-    } | ({"part": config.part} if config.part else {})
-
-
-def _how(config: ActivationsConfig, model: Transformer, tokenizer: Tokenizer) -> ChunkCapture:
-    return ChunkCapture(
+def _chunks(config: ActivationsConfig, model: Transformer, tokenizer: Tokenizer, corpus: Corpus) -> CorpusChunks:
+    how = ChunkCapture(
         model=model,
         sites=config.sites,
         storage=config.storage,
@@ -185,6 +149,14 @@ def _how(config: ActivationsConfig, model: Transformer, tokenizer: Tokenizer) ->
         max_padding=config.max_padding,
         bos_id=tokenizer.bos_id if config.bos == "feed" else None,
         skip_nonfinite=config.nonfinite == "skip",
+    )
+    return CorpusChunks(
+        corpus=corpus,
+        tokenizer=tokenizer,
+        how=how,
+        model_name=model_name(config.model),
+        max_length=config.max_length,
+        chunk_sentences=config.chunk_sentences,
     )
 
 
@@ -194,9 +166,7 @@ class _Stage:
 
     config: ActivationsConfig
     runtime: Runtime
-    corpus: Corpus
-    tokenizer: Tokenizer
-    how: ChunkCapture
+    chunks: CorpusChunks
 
     def write(self, builder: Builder) -> list[str]:
         """Capture and publish the chunks that no earlier run has finished, whichever this rank comes to take.
@@ -205,7 +175,7 @@ class _Stage:
         """
         missing, there = self.runtime.on_main(lambda: self._survey(builder))
         todo = list(missing)
-        total = sum(len(self._sentences(index)) for index in todo)
+        total = sum(len(self.chunks.sentences(index)) for index in todo)
         mine = there if self.runtime.is_main else []
         with (
             Progress("capture.activations", total, "sentences", self.runtime) as bar,
@@ -213,7 +183,7 @@ class _Stage:
         ):
             began, seen, counts = time.monotonic(), 0, Counter[str]()
             for n_mine, (place, tokens) in enumerate(ahead(self._tokenised(todo)), 1):
-                started = start_chunk(self.how, tokens, writer.check)
+                started = start_chunk(self.chunks.how, tokens, writer.check)
                 for site in missing[todo[place]]:
                     name = chunk_name(site, todo[place])
                     writer.put(FileToWrite(name, partial(encode, started, site)))
@@ -231,8 +201,8 @@ class _Stage:
         missing: dict[int, list[str]] = {}
         there = []
         part, of = self.config.part_of
-        for index in range(part - 1, -(-self.corpus.n_sentences // self.config.chunk_sentences), of):
-            for site in self.how.sites:
+        for index in range(part - 1, len(self.chunks), of):
+            for site in self.chunks.how.sites:
                 if builder.has(chunk_name(site, index)):
                     there.append(chunk_name(site, index))
                 else:
@@ -244,12 +214,7 @@ class _Stage:
     def _tokenised(self, todo: Sequence[int]) -> Iterator[tuple[int, ChunkTokens]]:
         """The chunks of `todo` that fall to this rank: place in `todo`, and tokens."""
         for place in self.runtime.hand_out(len(todo)):
-            ids = self._sentences(todo[place])
-            yield place, tokenise(self.corpus.rows(ids.start, ids.stop), self.tokenizer, self.config.max_length)
-
-    def _sentences(self, chunk: int) -> range:
-        size = self.config.chunk_sentences
-        return range(chunk * size, min((chunk + 1) * size, self.corpus.n_sentences))
+            yield place, self.chunks.tokens(todo[place])
 
 
 def _notes(counts: Counter[str], writer: Writer, seconds: float) -> dict[str, str | int]:

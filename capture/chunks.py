@@ -9,16 +9,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
 from capture import tensorfile
-from capture.batches import Batch, ChunkTokens, batches
+from capture.batches import Batch, ChunkTokens, batches, tokenise
 from capture.storage import Storage, StoredRows
-from llama3 import Transformer
-from llama3.sites import as_sites
+from capture.store import Corpus
+from llama3 import Tokenizer, Transformer
+from llama3.sites import as_sites, check_sites
 
 log = logging.getLogger("capture.activations")
 
@@ -49,6 +50,67 @@ class ChunkCapture:
         object.__setattr__(self, "sites", as_sites(self.sites))
 
 
+@dataclass(frozen=True, kw_only=True)
+class CorpusChunks:
+    """A corpus, cut into chunks of consecutive sentences, and the model that they go through."""
+
+    corpus: Corpus
+    tokenizer: Tokenizer
+    how: ChunkCapture
+    model_name: str
+    """As provenance records it."""
+    max_length: int
+    """Tokens after which a sentence is cut."""
+    chunk_sentences: int
+
+    def __len__(self) -> int:
+        return -(-self.corpus.n_sentences // self.chunk_sentences)
+
+    def sentences(self, index: int) -> range:
+        """The sentences of chunk `index`."""
+        first = index * self.chunk_sentences
+        return range(first, min(first + self.chunk_sentences, self.corpus.n_sentences))
+
+    def tokens(self, index: int) -> ChunkTokens:
+        """Chunk `index` as token ids."""
+        ids = self.sentences(index)
+        return tokenise(self.corpus.rows(ids.start, ids.stop), self.tokenizer, self.max_length)
+
+    def check(self) -> None:
+        """ValueError, before anything is computed, for what this model cannot do."""
+        how, params = self.how, self.how.model.params
+        check_sites(how.sites, params.n_layers)
+        context, bos = params.max_seq_len, int(how.bos_id is not None)
+        if self.max_length + bos > context:
+            raise ValueError(
+                f"--max-length {self.max_length}: the model's context is {context} tokens; give at most {context - bos}"
+            )
+        if self.tokenizer.n_vocab > params.vocab_size:
+            raise ValueError(
+                f"--model {self.model_name}: its tokenizer has {self.tokenizer.n_vocab:,} tokens, its embedding "
+                f"{params.vocab_size:,} rows; these do not belong together"
+            )
+
+    def provenance(self) -> dict[str, Any]:
+        """All that decides the rows, to the last bit on one kind of device: what it takes to compute them again."""
+        how = self.how
+        return {
+            "model": self.model_name,
+            "model_hash": how.model.weights_hash,
+            "tokenizer_hash": self.tokenizer.hash,
+            "sites": list(how.sites),
+            "d_model": how.model.params.dim,
+            "widths": {site: how.model.width(site) for site in how.sites},
+            "dtype": how.storage,
+            "bos": "none" if how.bos_id is None else "feed",
+            "max_length": self.max_length,
+            "chunk_sentences": self.chunk_sentences,
+            "batch_tokens": how.batch_tokens,
+            "max_padding": how.max_padding,
+            "corpus_hash": self.corpus.manifest_hash,
+        }
+
+
 class CapturedChunk(NamedTuple):
     """One chunk in memory, rows in order of sentence id."""
 
@@ -75,7 +137,7 @@ class StartedChunk:
 
     @cached_property
     def result(self) -> CapturedChunk:
-        """The chunk on the CPU, checked. Raises NonFinite."""
+        """The chunk, checked. Raises NonFinite."""
         self.wait()
         captured = CapturedChunk(self.tokens, self.rows, self.norms, self.counts)
         bad = _nonfinite_sentences(captured)
@@ -86,9 +148,17 @@ class StartedChunk:
         return _without(captured, list(bad)) if bad else captured
 
 
+def no_matter() -> None:
+    """Nothing to do before a forward pass."""
+
+
 @torch.inference_mode()
-def start_chunk(how: ChunkCapture, chunk: ChunkTokens, before_batch: Callable[[], None]) -> StartedChunk:
-    """Run a chunk through the model. `before_batch` is called before each forward pass."""
+def start_chunk(
+    how: ChunkCapture, chunk: ChunkTokens, before_batch: Callable[[], None] = no_matter, to_host: bool = True
+) -> StartedChunk:
+    """Run a chunk through the model. `before_batch` is called before each forward pass. With `to_host` its rows end up on the
+    CPU, otherwise where the model is.
+    """
     device = how.model.device
     N = len(chunk.token_ids)
     rows = {site: StoredRows.empty(N, how.model.width(site), how.storage, device) for site in how.sites}
@@ -103,7 +173,8 @@ def start_chunk(how: ChunkCapture, chunk: ChunkTokens, before_batch: Callable[[]
     if device.type == "cpu":
         return StartedChunk(how, chunk, rows, norms, counts, wait=lambda: None)
     copies = _HostCopies(device)
-    rows = {site: stored.map(copies.start) for site, stored in rows.items()}
+    if to_host:
+        rows = {site: stored.map(copies.start) for site, stored in rows.items()}
     norms = {site: copies.start(x) for site, x in norms.items()}
     return StartedChunk(how, chunk, rows, norms, counts, wait=copies.wait)
 

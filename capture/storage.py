@@ -69,7 +69,7 @@ class StoredRows(NamedTuple):
 
     def kept(self, mask: Tensor) -> "StoredRows":
         """The rows where `mask` (N,) is True."""
-        return self.map(lambda x: x[mask])
+        return self.map(lambda x: x[mask.to(x.device)])
 
     def map(self, act: Callable[[Tensor], Tensor]) -> "StoredRows":
         """`act` on each tensor."""

@@ -6,11 +6,11 @@ command continues after a kill; the manifest with `complete: true` comes last. R
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, get_args, get_type_hints
+from typing import Any, BinaryIO
 
 import xxhash
 
@@ -18,6 +18,8 @@ from core import files
 from core.file_records import JOURNAL_ADVICE, read_journals, remove_journals
 from core.file_records import FileRecord as FileRecord
 from core.files import locked as locked
+from core.flags import changed_flags
+from core.flags import config_record as config_record
 from core.lines import LineWriter
 from core.runtime import Runtime
 from core.version import VERSION
@@ -157,36 +159,6 @@ def check_provenance(what: str, expected: Mapping[str, Any], found: Mapping[str,
             )
 
 
-def config_record(config: Any) -> dict[str, Any]:
-    """All flags of a stage as JSON, without what must not reach a manifest: paths, and flags marked as machine-bound.
-
-    A string that reads as a place on this machine (`/data/llama`, `./texts`, `~/texts`) is recorded by its last name alone;
-    hashes identify what lies there.
-    """
-    assert is_dataclass(config)
-    hints = get_type_hints(type(config))
-    record = {
-        item.name: _portable(getattr(config, item.name))
-        for item in fields(config)
-        if not item.metadata.get("machine") and not _is_path(hints[item.name])
-    }
-    return json.loads(json.dumps(record))  # type: ignore[no-any-return]
-
-
-def _is_path(hint: Any) -> bool:
-    return hint is Path or any(_is_path(part) for part in get_args(hint))
-
-
-def _portable(value: Any) -> Any:
-    if is_dataclass(value):
-        return config_record(value)
-    if isinstance(value, tuple | list):
-        return [_portable(item) for item in value]
-    if isinstance(value, str) and value.startswith(("/", "./", "../", "~")):
-        return Path(value).name
-    return value
-
-
 class Builder:
     """An artifact under construction. Every rank holds one; each publishes its own files, rank 0 writes the manifest.
 
@@ -203,6 +175,11 @@ class Builder:
     def counts(self) -> dict[str, Any]:
         """What a complete artifact counted."""
         return self._begun.counts
+
+    def claim(self) -> None:
+        """Keep the folder for this command though nothing lies in it yet, because work for it lies elsewhere."""
+        if not self._journal.records:
+            self._journal.write(FileRecord("", -1, "", 0)._asdict())
 
     def has(self, name: str) -> FileRecord | None:
         """The record of a file that an earlier run finished, if it did."""
@@ -298,12 +275,17 @@ def building(
         provenance={"package_version": VERSION} | dict(provenance or {}),
     )
     path = Path(path)
+    inputs = list(inputs)
     with ExitStack() as held:
 
         def begin() -> Manifest:
             _check_apart(path, inputs)
+            made = [folder for folder in (path, *path.parents) if not folder.exists()]
+            held.callback(_remove_empty, made)
             held.enter_context(locked(path))
-            return _begin(path, wanted)
+            if runtime.world_size == 1 and not (path / MANIFEST).exists():  # else others may be writing their first file
+                held.callback(_withdraw, path)
+            return _begin(path, wanted, config, inputs)
 
         # What was begun reaches all ranks from rank 0: each reading the folder for itself might see more or less of it.
         yield builder(path, runtime.on_main(begin), runtime)
@@ -322,21 +304,42 @@ def _check_apart(path: Path, inputs: Iterable[Artifact]) -> None:
             )
 
 
-def _begin(path: Path, wanted: Manifest) -> Manifest:
+def _withdraw(path: Path) -> None:
+    """Take the manifest out of a folder in which nothing was written behind it: a start that failed claims nothing."""
+    if _is_unclaimed(path):
+        with suppress(OSError):
+            files.remove(path / MANIFEST)
+
+
+def _is_unclaimed(path: Path) -> bool:
+    """Whether a folder holds an incomplete manifest and no work: any command may begin it anew."""
+    found = {p.name for p in path.iterdir() if not p.match(".*.tmp")} - set(UNLISTED)
+    return found <= {MANIFEST, files.LOCK} and MANIFEST in found and not Manifest.read(path).complete
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Remove `folders`, each inside the next, as far as they are empty."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def _begin(path: Path, wanted: Manifest, config: Any, inputs: Sequence[Artifact]) -> Manifest:
     """Write the incomplete manifest into a fresh folder, or check that the one there was begun by the same command.
 
     Returns the manifest there; where it is incomplete, with the files that earlier runs finished.
     """
-    if (path / MANIFEST).exists():
+    begun = wanted
+    files.settle(path)
+    if (path / MANIFEST).exists() and not _is_unclaimed(path):
         begun = Manifest.read(path)
-        _check_same_command(path, begun, wanted)
+        _check_same_command(path, begun, wanted, config, inputs)
     else:
-        strangers = [p.name for p in path.iterdir() if not p.name.startswith(".")]
+        strangers = [] if (path / MANIFEST).exists() else [p.name for p in path.iterdir() if not p.name.startswith(".")]
         if strangers:
             raise ValueError(
                 f"{path}: not empty (it holds {min(strangers)}) and not the output of a stage; choose another --out"
             )
-        begun = wanted
         files.publish(path / MANIFEST, wanted.to_json().encode())
     files.sweep(path)
     if begun.complete:
@@ -345,20 +348,19 @@ def _begin(path: Path, wanted: Manifest) -> Manifest:
     return replace(begun, files=read_journals(path))
 
 
-def _check_same_command(path: Path, begun: Manifest, wanted: Manifest) -> None:
-    """ValueError naming the first difference between what `path` was begun with and what is asked for now."""
+def _check_same_command(path: Path, begun: Manifest, wanted: Manifest, config: Any, inputs: Sequence[Artifact]) -> None:
+    """ValueError naming every flag in which what is asked for now differs from what `path` was begun with, else the first other
+    difference.
+    """
     if begun.kind != wanted.kind:
         raise ValueError(f"{path}: already holds {begun.kind}; choose another --out for {wanted.kind}")
-    for name in sorted(set(begun.config) | set(wanted.config)):
-        old, new = begun.config.get(name), wanted.config.get(name)
-        if json.dumps(old) != json.dumps(new):
-            raise ValueError(
-                f"{path}: was made with --{name.replace('_', '-')} {_shown(old)}, now {_shown(new)} is asked for; "
-                "choose another --out, or remove the folder"
-            )
+    if changed := changed_flags(begun.config, config):
+        raise ValueError(f"{path}: was made with {'; '.join(changed)} is asked for; choose another --out, or remove the folder")
     if begun.inputs != wanted.inputs:
+        given = ", ".join(f"{artifact.path} ({artifact.manifest.kind} {artifact.manifest.hash})" for artifact in inputs)
+        held = ", ".join(f"{one.get('kind')} {one.get('hash')}" for one in begun.inputs)
         raise ValueError(
-            f"{path}: was made from other inputs ({begun.inputs}) than those given ({wanted.inputs}); choose another --out"
+            f"{path}: was made from other inputs ({held}) than those given: {given or 'none'}; choose another --out"
         )
     for name, new in json.loads(json.dumps(wanted.provenance)).items():
         # A finished artifact stays good when the package moves on, and records more than it did; half of one is not continued
@@ -369,10 +371,6 @@ def _check_same_command(path: Path, begun: Manifest, wanted: Manifest) -> None:
                 f"{path}: was begun with {name} {begun.provenance.get(name)!r}, now it is {new!r}; choose another --out, "
                 "or remove the folder"
             )
-
-
-def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) or "(none)" if isinstance(value, list) else str(value)
 
 
 def _check_file(folder: Path, record: FileRecord) -> None:

@@ -7,11 +7,12 @@ import math
 import os
 import re
 import select
+import signal
 import sys
 import time
 import tomllib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -19,7 +20,9 @@ from typing import Any, NamedTuple, NoReturn, TypeVar, Union, get_args, get_orig
 import tyro
 from tqdm import tqdm
 
+from core.ending import INTERRUPTED, end_at_sigterm, lack_of_memory
 from core.runtime import Runtime, environment_rank, open_runtime
+from core.terminal import PrintableFormatter, printable
 from core.text import read_text
 
 T = TypeVar("T")
@@ -79,7 +82,7 @@ def parse(config_class: type[ConfigT], description: str, argv: Sequence[str] | N
         _check_finite(config, "--")
         return config
     except SystemExit as exit_:
-        if not exit_.code:
+        if exit_.code in (0, None, 128 + signal.SIGTERM):
             raise
         message = _one_line(errors.getvalue(), config_class.__name__)
     raise ValueError(message + _origin(message, given, preset))
@@ -224,6 +227,16 @@ def _as_flags(config_class: type[Any], values: dict[str, Any], prefix: str) -> t
     return scalars, lists
 
 
+def typed(config_class: type[Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Values of a TOML file as fields of `config_class`, by the checks that its flags pass. ValueError in one line."""
+    scalars, lists = _as_flags(config_class, values, "")
+    hints = get_type_hints(config_class)
+    names = [name.replace("-", "_") for name in values]
+    some = make_dataclass("Values", [(name, hints[name]) for name in names], frozen=True, kw_only=True)
+    parsed: Any = parse(some, "", scalars + lists)
+    return {name: getattr(parsed, name) for name in names}
+
+
 def _holds_many(hint: Any) -> bool:
     origin = get_origin(hint)
     if origin in (Union, UnionType):
@@ -296,13 +309,9 @@ def _origin(message: str, given: list[str], preset: Preset) -> str:
 def set_up_logging(rank: int = 0) -> None:
     """Time, stage and message on stderr; ranks other than 0 speak only to warn."""
     prefix = f"[rank {rank}] " if rank else ""
-    logging.basicConfig(
-        level=logging.WARNING if rank else logging.INFO,
-        format=f"%(asctime)s {prefix}%(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-        force=True,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PrintableFormatter(f"%(asctime)s {prefix}%(name)s: %(message)s", "%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING if rank else logging.INFO, handlers=[handler], force=True)
     for chatty in ("httpx", "httpcore", "urllib3", "filelock", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
 
@@ -320,13 +329,23 @@ def one_line_errors(rank: int = 0) -> Iterator[None]:
             raise SystemExit(0) from None
         if os.environ.get("LOG_TRACEBACKS"):
             log.exception("the error in full")
-        where = f" (rank {rank})" if rank else ""
-        print(f"error{where}: {_described(error)}", file=sys.stderr, flush=True)
+        _say_error(_described(error), rank)
+        raise SystemExit(2) from None
+    except (MemoryError, RuntimeError) as error:
+        said = lack_of_memory(error)
+        if not said:
+            raise
+        _say_error(said, rank)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         if not rank:
-            print("interrupted; the same command continues from here", file=sys.stderr, flush=True)
+            print(INTERRUPTED, file=sys.stderr, flush=True)
         raise SystemExit(130) from None
+
+
+def _say_error(text: str, rank: int) -> None:
+    where = f" (rank {rank})" if rank else ""
+    print(f"error{where}: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def _reader_left() -> bool:
@@ -351,6 +370,7 @@ def run_stage(config_class: type[ConfigT], run: Callable[[ConfigT, Runtime], Any
     """The `main` of every stage: flags, logging, runtime, `run(config, runtime)`, errors in one line."""
     rank, _, _ = environment_rank()
     set_up_logging(rank)
+    end_at_sigterm()
     with one_line_errors(rank):
         config: Any = parse(config_class, description)
         with open_runtime(config.device, config.threads, config.seed, config.timeout_s) as runtime:
@@ -375,6 +395,7 @@ class Progress:
     def update(self, n: int, **notes: Any) -> None:
         """Count `n` more units; `notes` (name=value) are shown beside the rate."""
         self.done += n
+        notes = {name: printable(str(value)) for name, value in notes.items()}
         self._bar.update(n)
         if notes:
             self._bar.set_postfix(notes, refresh=False)

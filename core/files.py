@@ -62,7 +62,7 @@ def publish(path: Path, content: Content) -> Written:
             _do("flush", temporary, file.flush)
             _do("fsync", temporary, lambda: os.fsync(file.fileno()))
         _do("rename", path, lambda: temporary.replace(path))
-        _do("fsync_folder", path.parent, partial(_sync_folder, path.parent))
+        sync_folder(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):  # what cannot be removed now, `sweep` removes when the folder is next built
             remove(temporary)
@@ -70,6 +70,12 @@ def publish(path: Path, content: Content) -> Written:
             raise _explained(error, path, size) from error
         raise
     return Written(size, digest.hexdigest())
+
+
+def replace(path: Path, content: Content) -> Written:
+    """`publish`, for a file outside an artifact with one writer at a time: what killed ones left beside it goes first."""
+    sweep(path.parent, f".{path.name}.*.tmp")
+    return publish(path, content)
 
 
 def append(path: Path, text: bytes, end: int, torn: int = 0) -> int:
@@ -94,7 +100,7 @@ def append(path: Path, text: bytes, end: int, torn: int = 0) -> int:
                     file.truncate(end)
                 raise
         if is_new:
-            _do("fsync_folder", path.parent, partial(_sync_folder, path.parent))
+            sync_folder(path.parent)
         with path.open("rb") as file:  # opened anew, so that what another machine wrote is seen
             file.seek(end)
             _check_alone(path, file.read(len(text) + 1) == text)
@@ -128,18 +134,32 @@ def make_folder(path: Path) -> None:
     for folder in reversed(missing):
         try:
             _do("mkdir", folder, partial(folder.mkdir, exist_ok=True))
-            _do("fsync_folder", folder.parent, partial(_sync_folder, folder.parent))
+            sync_folder(folder.parent)
         except OSError as error:
             raise _explained(error, folder, 0) from error
+
+
+def settle(folder: Path) -> None:
+    """Sync the names of `folder` and of the folders in it: a process that was killed may have made some and not have come to
+    that, and whoever finds them takes them for done.
+    """
+    above = [folder.parent] if os.access(folder.parent, os.R_OK) else []
+    for one in (*above, folder, *(path for path in folder.rglob("*") if path.is_dir())):
+        sync_folder(one)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` outlive a power cut."""
+    _do("fsync_folder", folder, partial(_sync_folder, folder))
 
 
 def remove(path: Path) -> None:
     _do("unlink", path, lambda: path.unlink(missing_ok=True))
 
 
-def sweep(folder: Path) -> None:
+def sweep(folder: Path, pattern: str = "**/.*.tmp") -> None:
     """Remove the temporaries that killed processes left in `folder` and below."""
-    for stray in folder.rglob(".*.tmp"):
+    for stray in folder.glob(pattern):
         remove(stray)
 
 

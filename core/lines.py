@@ -112,12 +112,14 @@ class LineWriter:
         if found.unchecked:
             log.warning("%s: its lines have no checksums yet; they are taken as they are, and get them now", path)
             text = b"".join(map(sealed, found.records))
-            files.publish(path, text)
+            files.replace(path, text)
             found = Lines(found.records, len(text), 0)
         self.path = path
         self.records = found.records
         """What the file held when it was opened."""
         self._end, self._torn = found.bytes, found.torn
+        if path.exists():
+            files.sync_folder(path.parent)  # who made it may have been killed before
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one line.

@@ -10,16 +10,20 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import xxhash
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from core import ending
+from core.pulse import Pulse
 
 T = TypeVar("T")
 
@@ -27,6 +31,7 @@ LOST_PEER = re.compile(r"timed? ?out|clos(ed|ing)|reset by peer|refused|monitore
 """What PyTorch's messages say when a rank ended or does not answer; other RuntimeErrors are bugs and keep their traceback."""
 TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)
 LONGEST_S = 10**9  # thirty years; what is longer overflows
+ENDING_S = 1.0  # the connections of a process that is killed break before it counts as ended
 SILENCE_S = 10.0  # ranks reach a collective, and so give up waiting, at different moments
 
 
@@ -119,6 +124,19 @@ class World(Group):
         super().__init__(timeout)
         self._counters = itertools.count()
         self._cpu = dist.new_group(backend="gloo", timeout=timeout)
+        store = dist.distributed_c10d._get_default_store()
+        self._pulse = Pulse(store, self.rank, self.size, timeout.total_seconds())
+        ending.also_say = self._ended
+
+    def _ended(self) -> str:
+        """The ranks on this machine that ended, for the end of a message."""
+        ended = self._pulse.ended_ranks()
+        return f" (rank(s) {', '.join(map(str, ended))} ended, were killed or froze)" if ended else ""
+
+    def leave(self, in_order: bool) -> None:
+        """No signs of life from here on; `in_order` says that the others do not need this process any more."""
+        ending.also_say = str
+        self._pulse.stop(in_order)
 
     def barrier(self) -> None:
         with _lost_peer("a barrier", self.timeout):
@@ -153,8 +171,11 @@ def _lost_peer(what: str, timeout: timedelta) -> Iterator[None]:
             raise
         reason = re.sub(r"\S*/gloo/\S+ ", "", str(error).splitlines()[0])
         seconds = timeout.total_seconds()
-        silent = _silent_ranks(min(SILENCE_S, seconds)) if TIMED_OUT.search(reason) else []
-        names = f" (no sign of rank(s) {', '.join(map(str, silent))})" if silent else ""
+        until = time.monotonic() + ENDING_S
+        while not (names := ending.also_say()) and time.monotonic() < until:
+            time.sleep(0.1)
+        if not names and TIMED_OUT.search(reason) and (silent := _silent_ranks(min(SILENCE_S, seconds))):
+            names = f" (no sign of rank(s) {', '.join(map(str, silent))})"
         raise ConnectionError(
             f"{what} between the processes of this job failed: {reason}; a rank ended (see its own message) or did not answer "
             f"within --timeout-s {seconds:g}{names}"
@@ -192,9 +213,15 @@ class Runtime:
     world_size: int
     device: torch.device
     comm: WorldComm
+    _meshes: dict[int, Mesh] = field(default_factory=dict, compare=False, repr=False)
 
     def mesh(self, latent_size: int) -> Mesh:
         """The grid with `latent_size` ranks in a latent group; all ranks call it. ValueError where they do not fill it."""
+        if latent_size not in self._meshes:
+            self._meshes[latent_size] = self._new_mesh(latent_size)
+        return self._meshes[latent_size]
+
+    def _new_mesh(self, latent_size: int) -> Mesh:
         if latent_size < 1 or self.world_size % latent_size:
             raise ValueError(f"--latent-parallel must divide the number of processes, {self.world_size}; found {latent_size}")
         if not isinstance(self.comm, World):
@@ -270,6 +297,12 @@ def pick_device(name: str, local_rank: int, world_size: int = 1) -> torch.device
     return torch.device("cuda", index)
 
 
+def unit_generator(seed: int, purpose: str, number: int) -> torch.Generator:
+    """Randomness for one unit of work, the same on whichever rank does it."""
+    digest = xxhash.xxh3_64_intdigest(f"{purpose} {number}".encode(), seed=seed)
+    return torch.Generator().manual_seed(digest >> 1)
+
+
 def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -299,7 +332,13 @@ def open_runtime(device: str = "auto", threads: int = 0, seed: int = 0, timeout_
     timeout = timedelta(seconds=timeout_s)
     with _lost_peer("the first meeting", timeout):
         dist.init_process_group("cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo", timeout=timeout)
-    yield Runtime(rank, world_size, place, World(timeout))
+    world = World(timeout)
+    try:
+        yield Runtime(rank, world_size, place, world)
+    except BaseException:
+        world.leave(in_order=False)
+        raise
+    world.leave(in_order=True)
     # After an error this line is not reached: leaving politely would wait for peers that are inside a collective, whereas the
     # end of the process breaks their connection and ends them too.
     dist.destroy_process_group()

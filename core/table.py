@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from core.terminal import printable
+
 
 def text_table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Lines of a table with a column for each key of the first row; none without rows. None is an empty cell."""
@@ -23,4 +25,4 @@ def _cell(value: Any) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.3f}"
-    return " ".join(map(_cell, value)) if isinstance(value, tuple) else " ".join(str(value).split())
+    return " ".join(map(_cell, value)) if isinstance(value, tuple) else printable(" ".join(str(value).split()))

@@ -1,13 +1,15 @@
-"""The whole path in one command: real text becomes labelled, steerable features of a real (small) Llama.
+"""The whole path in one command: real text becomes labelled, steerable features of a real Llama.
 
     python -m demo                       # everything, then the app on 127.0.0.1
     python -m demo --no-serve            # everything, without the app
-    python -m demo --quick --no-serve    # the small version
+    python -m demo --quick --no-serve    # the small version, on the embedded model
     python -m demo doctor                # what this machine has, what is missing and how to get it
 
-Each stage is a command of its own, printed before it runs; finished stages are reused.
+Each stage is a command of its own, printed before it runs; finished stages are reused. With smollm2 the SAE that ships is
+trained further on some new text, and the app opens on the one that ships.
 """
 
+import re
 import shlex
 import subprocess
 import sys
@@ -16,9 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.cli import one_line_errors, parse, set_up_logging
-from demo.corpus import write_documents
+from core.shipped import shipped_for
+from demo.chain import run_all
 from demo.doctor import doctor
+from demo.plan import FULL, QUICK, REAL, Plan
 from demo.showcase import showcase
+from inference.session import InferenceConfig
+from llama3.hub import locate
+
+DEFAULT_MODEL = "demo"
+"""What `make demo` shows: "smollm2" as soon as its SAE ships in demo/smollm2."""
 
 
 @dataclass(frozen=True)
@@ -28,113 +37,74 @@ class DemoConfig:
     serve: bool = True
     """Open the app when everything is done; --no-serve ends instead."""
     quick: bool = False
-    """The small version: 9,000 sentences and 1,024 latents."""
+    """The small version: 9,000 sentences and 1,024 latents, on the embedded model where --model names no other."""
     port: int = 7860
     """Port of the app on 127.0.0.1."""
-    model: str = "demo"
-    """The model: a folder, a .gguf file, a Hub id, ollama:NAME, smollm2 or demo, the embedded one."""
+    model: str = ""
+    """The model: a folder, a .gguf file, a Hub id, ollama:NAME, smollm2, or demo, the embedded one. Empty: the demo's default,
+    and the embedded one where that cannot be had."""
     source: str = ""
     """Text to use in place of the embedded corpus: a file, a folder, or nltk:NAME."""
-    out: Path = Path("runs/demo")
-    """Folder for all stages; `-quick` is added to its name for the small version."""
+    out: Path | None = None
+    """Folder for all stages. None: runs/ and the model's name, with -quick for the small version."""
     site: str = ""
-    """Where activations are read; empty: the residual stream after 5/6 of the layers."""
+    """Where activations are read; empty: where the SAE that ships reads, else the residual stream after 5/6 of the layers."""
     threads: int = 0
     """CPU threads; 0 keeps PyTorch's choice."""
 
 
-@dataclass(frozen=True)
-class Scale:
-    """The sizes of one version of the demo."""
-
-    sentences: int
-    n_latents: int
-    k: int
-    epochs: int
-    evaluated: int
-
-
-FULL = Scale(sentences=0, n_latents=4096, k=32, epochs=2, evaluated=1000)
-QUICK = Scale(sentences=9000, n_latents=1024, k=16, epochs=2, evaluated=400)
+def model_of(config: DemoConfig) -> str:
+    """The model to run on. Where the default cannot be had, a line says why, and it is the embedded one."""
+    if config.model or config.quick or DEFAULT_MODEL == "demo":
+        return config.model or "demo"
+    try:
+        locate(DEFAULT_MODEL)
+    except ValueError as error:
+        print(f"{' '.join(str(error).split())}. The demo goes on with the embedded model.", file=sys.stderr)
+        return "demo"
+    return DEFAULT_MODEL
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One command of the path and the folder it writes."""
-
-    title: str
-    module: str
-    flags: tuple[str, ...]
-    out: Path
-
-    @property
-    def command(self) -> list[str]:
-        return ["-m", *self.module.split(), *self.flags, "--out", str(self.out)]
+def plan_of(config: DemoConfig) -> Plan:
+    """Everything decided."""
+    model = model_of(config)
+    name = re.sub(r"[^\w.-]+", "-", Path(model).name) + ("-quick" if config.quick else "")
+    # The embedded SAE was trained on this very corpus: the demo trains one anew.
+    base = shipped_for(model) if model != "demo" and not config.site else None
+    scale = QUICK if config.quick else REAL if base else FULL
+    return Plan(model, scale, config.out or Path("runs") / name, config.source, config.site, config.threads, base)
 
 
-def stages(config: DemoConfig, source: str) -> list[Stage]:
-    """The stages in order, with the flags of this version."""
-    scale, out, model = QUICK if config.quick else FULL, config.out, ("--model", config.model)
-    threads = ("--threads", str(config.threads)) if config.threads else ()
-    corpus, acts, batches, run = out / "corpus", out / "activations", out / "batches", out / "run"
-    evaluation, top, explanations = out / "evaluation", out / "top", out / "explanations"
-    cut = ("--deduplicate", *(("--max-sentences", str(scale.sentences)) if scale.sentences else ()))
-    site = ("--sites", config.site) if config.site else ()
-    shape = ("--n-latents", str(scale.n_latents), "--k", str(scale.k), "--epochs", str(scale.epochs))
-    training = ("--lr", "1e-3", "--lr-end", "1e-4", "--warmup-steps", "50", "--dead-after-tokens", "200000", "--wandb", "off")
-    shown = ("--top", str(top), "--explanations", str(explanations), "--run", str(run), "--evaluation", str(evaluation))
-    return [
-        Stage("Cut the text into sentences", "capture.sentences", ("--source", source, *cut), corpus),
-        Stage(
-            "Run the model, keep the residual stream",
-            "capture.activations",
-            (*model, "--corpus", str(corpus), *site, *threads),
-            acts,
-        ),
-        Stage(
-            "Shuffle the activations, measure mean and norm", "sae.preprocess", ("--activations", str(acts), *threads), batches
-        ),
-        Stage("Train a sparse autoencoder", "sae.train", ("--batches", str(batches), *shape, *training, *threads), run),
-        Stage(
-            "Evaluate it inside the model",
-            "sae.evaluate",
-            ("--sae", str(run / "sae"), *model, "--corpus", str(corpus), "--sentences", str(scale.evaluated), *threads),
-            evaluation,
-        ),
-        Stage(
-            "Find the sentences that fire each latent most",
-            "interpretability.top_sentences",
-            ("--sae", str(run / "sae"), "--activations", str(acts), "--corpus", str(corpus), *model, "--n", "20", *threads),
-            top,
-        ),
-        Stage(
-            "Explain each latent", "interpretability.explain run", ("--top", str(top), "--corpus", str(corpus)), explanations
-        ),
-        Stage("Write the report", "interpretability.report", shown, out / "report"),
-    ]
+def app_flags(plan: Plan) -> list[str]:
+    """What the app opens on: the SAE that ships for a real model, else the one that was trained here."""
+    if plan.base:
+        return ["--model", plan.model]
+    out = plan.out
+    folders = {"sae": out / "run" / "sae", "top": out / "top", "explanations": out / "explanations"}
+    return ["--model", plan.model, *(part for name, path in folders.items() for part in (f"--{name}", str(path)))]
 
 
-def run_stage_command(number: int, total: int, stage: Stage) -> float:
-    """Run one stage in a process of its own; returns seconds. SystemExit with its code where it fails."""
-    print(f"\n[{number}/{total}] {stage.title}\n      $ python {shlex.join(stage.command)}", flush=True)
+def run(config: DemoConfig) -> None:
     began = time.monotonic()
-    done = subprocess.run([sys.executable, *stage.command], check=False)
-    if done.returncode:
-        print(f"error: {stage.module} ended with exit code {done.returncode}; the line above says why", file=sys.stderr)
-        raise SystemExit(done.returncode)
-    return time.monotonic() - began
-
-
-def prepare_source(config: DemoConfig) -> str:
-    """The `--source` of the first stage; the embedded corpus is written to a file once."""
-    if config.source:
-        return config.source
-    path = config.out / "documents.jsonl"
-    if not path.exists():
+    plan = plan_of(config)
+    if not plan.source:
         print("Collecting the embedded corpus: passages written for this project, and documentation found on this machine")
-        packages = ("python",) if config.quick else ("python", "numpy", "networkx", "sympy", "torch")
-        print(f"      {path}: {write_documents(path, packages):,} documents")
-    return str(path)
+        if n := plan.write_documents():
+            print(f"      {plan.documents}: {n:,} documents")
+    path = plan.stages()
+    seconds = run_all(path)
+    app = app_flags(plan)
+    showcase(parse(InferenceConfig, "", app), plan.scale.tried)
+    times = ", ".join(f"{stage.name} {spent:.0f}" for stage, spent in zip(path, seconds, strict=True))
+    print(f"\nDone in {time.monotonic() - began:.0f} s ({times}).")
+    print("Everything is in", plan.out)
+    print(f"      the report   {plan.out / 'report' / 'report.html'}")
+    for stage in path:
+        print(f"      {stage.out.name:<12} {stage.title.lower()}")
+    command = ["-m", "inference.app", *app, "--port", str(config.port)]
+    print(f"\nThe app: search features, steer the model, side by side\n      $ python {shlex.join(command)}", flush=True)
+    if config.serve:
+        raise SystemExit(subprocess.run([sys.executable, *command], check=False).returncode)
 
 
 def main() -> None:
@@ -142,34 +112,7 @@ def main() -> None:
         raise SystemExit(doctor())
     set_up_logging()
     with one_line_errors():
-        config = parse(DemoConfig, __doc__ or "")
-        if config.quick:
-            config = DemoConfig(**(vars(config) | {"out": config.out.with_name(f"{config.out.name}-quick")}))
-        began = time.monotonic()
-        path = stages(config, prepare_source(config))
-        seconds = [run_stage_command(i, len(path), stage) for i, stage in enumerate(path, 1)]
-        showcase(config.model, config.out)
-        print(
-            f"\nDone in {time.monotonic() - began:.0f} s ("
-            + ", ".join(f"{s.module.split('.')[1].split()[0]} {t:.0f}" for s, t in zip(path, seconds, strict=True))
-            + ")."
-        )
-        print("Everything is in", config.out)
-        print(f"      the report   {config.out / 'report' / 'report.html'}")
-        for stage in path:
-            print(f"      {stage.out.name:<12} {stage.title.lower()}")
-        app = ["-m", "inference.app", "--model", config.model, "--sae", str(config.out / "run" / "sae")]
-        app += [
-            "--top",
-            str(config.out / "top"),
-            "--explanations",
-            str(config.out / "explanations"),
-            "--port",
-            str(config.port),
-        ]
-        print(f"\nThe app: search features, steer the model, side by side\n      $ python {shlex.join(app)}", flush=True)
-        if config.serve:
-            raise SystemExit(subprocess.run([sys.executable, *app], check=False).returncode)
+        run(parse(DemoConfig, __doc__ or ""))
 
 
 if __name__ == "__main__":

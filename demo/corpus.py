@@ -5,9 +5,10 @@ python -m demo.corpus --check                   # how varied the passages are
 """
 
 import json
+import random
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from core.cli import one_line_errors, parse
 from demo.documentation import documentation
 
 PASSAGES = Path(__file__).parent / "data" / "passages.jsonl"
+MORE_PASSAGES = PASSAGES.with_name("more_passages.jsonl")
+"""On further topics: for real models. The embedded model's corpus stays what it was trained and evaluated on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +34,24 @@ class CorpusConfig:
     """Write nothing; print how varied the passages are."""
 
 
-def passages() -> Iterator[Document]:
-    """The passages of `demo/data/passages.jsonl`, labelled with their topic and named after topic, style and number."""
-    with PASSAGES.open(encoding="utf-8") as lines:
+def passages(path: Path = PASSAGES) -> Iterator[Document]:
+    """The passages of a file in demo/data, labelled with their topic and named after topic, style and number."""
+    with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines):
             row = json.loads(line)
             parts = (row["topic"], row["style"], f"{number:04d}")
             yield Document("passages." + ".".join(parts).replace(" ", "_"), "passages", row["text"], row["topic"])
+
+
+def all_passages() -> Iterator[Document]:
+    """Every passage that was written for this project."""
+    yield from passages()
+    yield from passages(MORE_PASSAGES)
+
+
+def topics() -> list[str]:
+    """The topics of all passages, in their order."""
+    return list(dict.fromkeys(document.label for document in all_passages() if document.label))
 
 
 def documents(packages: tuple[str, ...] = CorpusConfig.packages) -> Iterator[Document]:
@@ -47,11 +61,15 @@ def documents(packages: tuple[str, ...] = CorpusConfig.packages) -> Iterator[Doc
         yield Document(item.name, f"documentation/{item.package}", item.text, None)
 
 
-def write_documents(path: Path, packages: tuple[str, ...] = CorpusConfig.packages) -> int:
-    """Write the corpus as JSON Lines, whole or not at all; returns the number of documents."""
-    lines = [json.dumps(document._asdict(), ensure_ascii=False).encode() + b"\n" for document in documents(packages)]
+def write_documents(path: Path, written: Iterable[Document], shuffle: bool = False) -> int:
+    """Write documents as JSON Lines, whole or not at all; returns their number. With `shuffle` in a random order, always the
+    same, so that the beginning of the file is a fair sample of it."""
+    found = list(written)
+    if shuffle:
+        random.Random(0).shuffle(found)
+    lines = [json.dumps(document._asdict(), ensure_ascii=False).encode() + b"\n" for document in found]
     files.make_folder(path.parent)
-    files.publish(path, lines)
+    files.replace(path, lines)
     return len(lines)
 
 
@@ -83,7 +101,7 @@ def main() -> None:
         if config.check:
             print(json.dumps(passage_statistics(), indent=1))
         else:
-            print(f"{config.out}: {write_documents(config.out, config.packages):,} documents")
+            print(f"{config.out}: {write_documents(config.out, documents(config.packages)):,} documents")
 
 
 if __name__ == "__main__":

@@ -184,8 +184,10 @@ def embedded() -> list[Finding]:
             "embedded model", f"without {', '.join(absent)}", "clone the repository again, or run scripts.train_model", True
         )
     ]
-    for name, kind in (("sae", "sae"), ("top", "top_sentences"), ("explanations", "explanations")):
-        findings.append(_artifact(f"embedded {name}", HERE / name, kind))
+    places = {"embedded": HERE} | ({"smollm2": HERE / "smollm2"} if (HERE / "smollm2").is_dir() else {})
+    for word, folder in places.items():
+        for name, kind in (("sae", "sae"), ("top", "top_sentences"), ("explanations", "explanations")):
+            findings.append(_artifact(f"{word} {name}", folder / name, kind))
     return findings
 
 

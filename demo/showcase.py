@@ -4,10 +4,10 @@ import math
 import re
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from core.terminal import printable
 from inference.session import InferenceConfig, Session, open_session
 from inference.steering import Edit, Recipe
 from interpretability.labels.words import is_content, names_content, quoted_words
@@ -16,7 +16,6 @@ from llama3 import Sampling, complete
 
 SHOWN = 3
 SENTENCES = 5
-CANDIDATES = 40
 MIN_SCORE = 0.75
 MIN_PASSAGES = 3
 STRENGTHS = (0.5, 1.0, 2.0)
@@ -53,16 +52,15 @@ class Feature:
     steered: Steered
 
 
-def showcase(model: str, out: Path) -> list[Feature]:
-    """Pick three features of the finished demo in `out` and print them; returns what was printed."""
-    run = InferenceConfig(model=model, sae=(out / "run" / "sae",), top=(out / "top",), explanations=(out / "explanations",))
-    session = open_session(run, torch.device("cpu"))
-    features = pick(session)
+def showcase(config: InferenceConfig, tried: int) -> list[Feature]:
+    """Pick three features of an SAE, of the `tried` best candidates, and print them; returns what was printed."""
+    session = open_session(config, torch.device("cpu"))
+    features = pick(session, tried)
     if not features:
         print("\nNo latent has both a clear label and sentences that agree with it; more text or more steps would help.")
     for number, feature in enumerate(features, 1):
-        print(f"\n{'─' * 100}\n{number}. latent {feature.explanation.latent}: {feature.explanation.title}")
-        print(f"   {feature.explanation.explanation}")
+        print(f"\n{'─' * 100}\n{number}. latent {feature.explanation.latent}: {printable(feature.explanation.title)}")
+        print(f"   {printable(feature.explanation.explanation)}")
         print("\n".join(f"     {highlighted(sentence)}" for sentence in feature.sentences))
         steered = feature.steered
         print(f"   {steered.prompt!r} continued; set apart: what the feature names or promotes")
@@ -71,10 +69,10 @@ def showcase(model: str, out: Path) -> list[Feature]:
     return features
 
 
-def pick(session: Session) -> list[Feature]:
-    """Of the best candidates, those whose steering is seen best in the text while it stays readable; no label twice."""
+def pick(session: Session, n: int) -> list[Feature]:
+    """Of the `n` best candidates, those whose steering is seen best in the text while it stays readable; no label twice."""
     tried = []
-    for explanation, sentences in candidates(session):
+    for explanation, sentences in candidates(session)[:n]:
         words = telling_words(session, explanation)
         tried.append(Feature(explanation, sentences, words, steer(session, explanation.latent, words)))
     tried.sort(key=lambda feature: _unfit(feature.steered))
@@ -86,8 +84,8 @@ def pick(session: Session) -> list[Feature]:
 
 
 def candidates(session: Session) -> list[tuple[Explanation, list[TopSentence]]]:
-    """Latents named after content words, best scores first, whose sentences come from different documents and hold those words;
-    those that live in the passages come before those of the documentation."""
+    """Latents named after content words, best scores first, whose sentences come from different documents and hold the words
+    that the label quotes, if any; those that live in the passages come before those of the documentation."""
     known = session.needs_features()
     found: list[tuple[bool, float, Explanation, list[TopSentence]]] = []
     for explanation in known.explanations.values():
@@ -95,12 +93,12 @@ def candidates(session: Session) -> list[tuple[Explanation, list[TopSentence]]]:
         if explanation.state != "valid" or not names_content(explanation.title) or (explanation.score or 0.0) < MIN_SCORE:
             continue
         sentences = _distinct(known.top.sentences(explanation.latent))[:SENTENCES]
-        holding = [s for s in sentences if any(word.casefold() in s.text.casefold() for word in words)]
+        holding = [s for s in sentences if not words or any(word.casefold() in s.text.casefold() for word in words)]
         if len(holding) == SENTENCES:
             told = sum(sentence.label is not None for sentence in sentences)
             found.append((told < MIN_PASSAGES, -(explanation.score or 0.0), explanation, sentences))
     found.sort(key=lambda entry: (*entry[:2], entry[2].latent))
-    return [(explanation, sentences) for _, _, explanation, sentences in found[:CANDIDATES]]
+    return [(explanation, sentences) for _, _, explanation, sentences in found]
 
 
 def _distinct(sentences: list[TopSentence]) -> list[TopSentence]:
@@ -164,7 +162,7 @@ def highlighted(sentence: TopSentence) -> str:
     """The sentence with the tokens on which the latent reaches a third of its value set apart: in colour, or as «token»."""
     peak = max(sentence.activations)
     out = ""
-    for token, value in zip(sentence.tokens, sentence.activations, strict=True):
+    for token, value in zip(map(printable, sentence.tokens), sentence.activations, strict=True):
         if value < peak / 3 or value <= 0:
             out += token
         else:
@@ -179,7 +177,9 @@ def _found(text: str, words: frozenset[str]) -> set[str]:
 
 def _marked(text: str, words: frozenset[str]) -> str:
     """On one line, with `words` set apart."""
-    return WORD.sub(lambda found: _apart(found[0]) if found[0].casefold() in words else found[0], " ".join(text.split()))
+    return WORD.sub(
+        lambda found: _apart(found[0]) if found[0].casefold() in words else found[0], printable(" ".join(text.split()))
+    )
 
 
 def _apart(text: str, background: int = 214) -> str:

@@ -8,7 +8,6 @@ what was watched in them, go to stdout, everything else to stderr.
 """
 
 import contextlib
-import json
 import logging
 import sys
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from functools import partial
 
 from core.cli import machine, run_stage
 from core.runtime import Runtime
+from core.terminal import json_line
 from core.text import decode
 from inference.dialogue import check_style, prepare, style_of
 from inference.row import hooks_of, new_row
@@ -51,7 +51,7 @@ class ChatConfig(SamplingConfig):
 def run(config: ChatConfig, runtime: Runtime) -> None:
     """Read messages until the end of input and answer each."""
     config.sampling()
-    out = Output()
+    out = Output(config.raw)
     with interruptible():
         session = open_session(config, runtime.device, partial(style_of, config.style, config.model))
         recipe = config.recipe(session)
@@ -118,7 +118,7 @@ def _answer(config: ChatConfig, session: Session, recipe: Recipe, messages: list
     if config.json:
         record = {"message": row.prompt, "answer": answer, "finished": row.finished, "steered": bool(recipe.edits)}
         record |= watched.record() if watched else {}
-        out.say(json.dumps(record, ensure_ascii=False) + "\n")
+        out.say(json_line(record) + "\n")
     else:
         out.say(f"\n{watched}\n" if watched else "\n")
     return answer

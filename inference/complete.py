@@ -7,7 +7,6 @@ With --compare each prompt is continued twice, without and with the recipe. Text
 stdout, everything else to stderr; --json keeps texts apart that hold line breaks.
 """
 
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from core.cli import machine, run_stage
 from core.runtime import Runtime
+from core.terminal import json_line
 from core.text import decode, lines
 from inference.row import Row, grow, hooks_of, new_row
 from inference.session import Session, open_session
@@ -54,7 +54,7 @@ class CompleteConfig(SamplingConfig):
 def run(config: CompleteConfig, runtime: Runtime) -> None:
     """Print a continuation for each prompt."""
     sampling = config.sampling()
-    out = Output()
+    out = Output(config.raw)
     with interruptible():
         prompts = read_prompts(config)
         session = open_session(config, runtime.device)
@@ -104,7 +104,7 @@ def _complete(
         for recipe, rows, watch in done:
             row = rows[index]
             if config.json:
-                out.say(json.dumps(_record(session, row, index, recipe, watch), ensure_ascii=False) + "\n")
+                out.say(json_line(_record(session, row, index, recipe, watch)) + "\n")
             else:
                 out.say(f"{_heading(config, recipe)}{row.prompt}{row.text}\n{_table(session, row, index, watch)}")
 

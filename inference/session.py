@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import llama3
+from core import shipped
 from core.artifact import open_artifact
 from core.cli import StageConfig, machine
 from inference.steering import Steering
@@ -28,8 +29,6 @@ from sae.model import load as load_sae
 
 log = logging.getLogger("inference")
 
-EMBEDDED = Path(llama3.__file__).parent.parent / "demo"
-"""The folder that ships beside the packages: `model/`, `sae/`, `top/`, `explanations/`, `steering/`."""
 BEST_STRENGTHS = "best_strengths.json"
 """In a folder of kind `steering`: an object of latents with the best strength of each."""
 
@@ -42,21 +41,19 @@ class InferenceConfig(StageConfig):
     """A folder in Meta's or Hugging Face's layout, a .gguf file, a Hub id, ollama:NAME (what Ollama has pulled), smollm2
     (fetched once from the package index), or demo: the embedded model."""
     sae: tuple[Path, ...] = machine(())
-    """Folder of an SAE (run/sae). None: the embedded one with --model demo, no steering with other models. Several, each at a
-    site of its own, to steer at several sites; where only one can be meant it is the first."""
+    """Folder of an SAE (run/sae). None: the one that ships with --model demo and smollm2, no steering with other models.
+    Several, each at a site of its own, to steer at several sites; where only one can be meant it is the first."""
     top: tuple[Path, ...] = machine(())
-    """Top sentences of each SAE, in the order of --sae, where the maxima of its latents are read. None: the embedded ones with
-    --model demo."""
+    """Top sentences of each SAE, in the order of --sae, where the maxima of its latents are read. None: those that ship."""
     explanations: tuple[Path, ...] = machine(())
-    """Explanations of its latents, in the same order. None: the embedded ones with --model demo, else latents go by number."""
+    """Explanations of its latents, in the same order. None: those that ship, else latents go by number."""
     strengths: tuple[Path, ...] = machine(())
-    """Folders of inference.steering_eval, in any order, whose best strengths are offered first. None: the embedded one with
-    --model demo."""
+    """Folders of inference.steering_eval, in any order, whose best strengths are offered first. None: the one that ships."""
 
     def __post_init__(self) -> None:
-        if len(self.top) > len(self.sae) and (self.sae or self.model != "demo"):
+        if len(self.top) > len(self.sae) and (self.sae or not shipped.is_word(self.model)):
             raise ValueError("--top: its SAE is missing; give --sae too")
-        if len(self.explanations) > len(self.top) and (self.sae or self.model != "demo"):
+        if len(self.explanations) > len(self.top) and (self.sae or not shipped.is_word(self.model)):
             raise ValueError("--explanations: the top sentences they explain are missing; give --top too")
 
 
@@ -185,16 +182,16 @@ class Folders(NamedTuple):
 
 def folders_of(config: InferenceConfig) -> list[Folders]:
     """The folders that `config` names, an entry an SAE; ValueError where top sentences are missing."""
-    if config.sae or config.model != "demo":
+    if config.sae or not shipped.is_word(config.model):
         if len(config.top) < len(config.sae):
             missing = config.sae[len(config.top)]
             raise ValueError(f"--top is missing: the maxima of the latents of {missing}, the unit of steering, are read there")
         return [Folders(*paths) for paths in zip_longest(config.sae, config.top, config.explanations)]
-    if not (EMBEDDED / "sae").is_dir():
-        log.info("no features: %s holds no SAE; `python -m demo` makes one, or give --sae", EMBEDDED)
+    found = shipped.shipped_for(config.model)
+    if found is None:
+        log.info("no features: %s", shipped.absence(config.model))
         return []
-    given = [(*paths, EMBEDDED / name)[0] for name, paths in (("top", config.top), ("explanations", config.explanations))]
-    return [Folders(EMBEDDED / "sae", *given)]
+    return [Folders(found.sae, (*config.top, found.top)[0], (*config.explanations, found.explanations)[0])]
 
 
 def open_features(config: InferenceConfig, model: Transformer, tokenizer: Tokenizer, device: torch.device) -> list[Features]:
@@ -205,8 +202,8 @@ def open_features(config: InferenceConfig, model: Transformer, tokenizer: Tokeni
         if features.site in [other.site for other in found]:
             raise ValueError(f"--sae {folders.sae}: a second SAE at {features.site}; expected each at a site of its own")
         found.append(features)
-    embedded = EMBEDDED / "steering"
-    for path in config.strengths or ([embedded] if found and not config.sae and embedded.is_dir() else []):
+    own = shipped.shipped_for(config.model) if found and not config.sae else None
+    for path in config.strengths or ([own.steering] if own and own.steering else []):
         wanted = open_artifact(path, "steering").manifest.provenance.get("sae_hash")
         at = [i for i, features in enumerate(found) if features.sae.weights_hash == wanted]
         if not at:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from core.cli import machine
+from core.terminal import printable
 from inference.recipes import SteeringConfig
 from inference.row import Row
 from inference.session import Session
@@ -42,6 +43,9 @@ class SamplingConfig(SteeringConfig):
     """Warn where a watched latent rises above this multiple of its maximum. None: never."""
     json: bool = machine(False)
     """Print one JSON object a line instead of text."""
+    raw: bool = machine(False)
+    """Into a pipe or file, print control characters as they are. A terminal would obey them, so there they are always shown as
+    escapes such as \\x1b; JSON has escapes of its own."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,12 +87,13 @@ class SamplingConfig(SteeringConfig):
 
 
 class Output:
-    """Standard output, UTF-8 in a pipe."""
+    """Standard output, UTF-8 in a pipe. Control characters are shown as escapes; `raw` leaves them as they are in a pipe."""
 
-    def __init__(self) -> None:
+    def __init__(self, raw: bool = False) -> None:
         if sys.stdout is None:
             raise ValueError("standard output is closed; expected a terminal, a file or a pipe")
         self._terminal = sys.stdout.isatty()
+        self._raw = raw and not self._terminal
         self._open_line = False
         if isinstance(sys.stdout, io.TextIOWrapper):
             if self._terminal:
@@ -100,7 +105,7 @@ class Output:
         """Print `text` at once."""
         if text:
             self._open_line = not text.endswith("\n")
-            sys.stdout.write(text)
+            sys.stdout.write(text if self._raw else printable(text))
             sys.stdout.flush()
 
     def fresh_line(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from core.terminal import printable
 from inference.session import Features
 from inference.steering import Reader
 from llama3.sites import Hook
@@ -54,7 +55,7 @@ class Watched:
         yield "  ".join([f"{'token':<18}", *(f"{'#' + str(latent):>13}" for latent in self.latents)])
         for token, *row in zip(self.tokens, *self.values, strict=True):
             cells = map(_cell, row, self.maxima)
-            yield "  ".join([f"{token.strip() or '␣':<18.18}", *cells]).rstrip()
+            yield "  ".join([f"{printable(token.strip()) or '␣':<18.18}", *cells]).rstrip()
 
     def record(self) -> dict[str, Any]:
         """The same for JSON; an alarm names its token by its place in `tokens`."""

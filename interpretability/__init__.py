@@ -1,5 +1,9 @@
 """What the latents of an SAE mean: top sentences, explanations, scores, search, reports."""
 
+# isort: off
+import core.ending  # before everything else: signals during the imports of a stage  # noqa: F401
+# isort: on
+
 from typing import TYPE_CHECKING
 
 from core import lazy_exports

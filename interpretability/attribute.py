@@ -28,7 +28,7 @@ from core.cli import StageConfig, run_stage
 from core.files import Content
 from core.runtime import Runtime
 from interpretability.causal.ablation import ablated
-from interpretability.causal.attribution import attribute
+from interpretability.causal.attribution import Attribution, attribute
 from interpretability.causal.attribution_page import page
 from interpretability.causal.attribution_report import Found, Known, as_plot, as_table, contents, node_rows, strongest
 from interpretability.causal.objectives import Divergence, LogitDifference, Objective
@@ -96,6 +96,8 @@ def run(config: AttributeConfig, runtime: Runtime) -> None:
     ids = prompt_ids(opened, config.prompt)
     objective = objective_of(config, opened.tokenizer)
     saes = [known.sae for known in opened.known]
+    # Before the folder is begun: a prompt on which nothing is active leaves none behind.
+    attribution = attribute(opened.model, saes, ids, objective, opened.tokenizer.bos_policy)
     provenance: dict[str, Any] = {
         "model": str(saes[0].cfg.provenance.get("model", "")),
         "model_hash": opened.model.weights_hash,
@@ -111,7 +113,7 @@ def run(config: AttributeConfig, runtime: Runtime) -> None:
         names = [ATTRIBUTION_FILE, NODES_FILE, "attribution.md", "attribution.png", "attribution.html"]
         counts: Mapping[str, int] = {}
         if runtime.is_main:
-            found = measure(config, opened, ids, objective)
+            found = measure(config, opened, ids, objective, attribution)
             record = contents(found, config.prompt, provenance["model"])
             html = page(record, found)
             written: list[Content] = [json_text(record).encode(), parquet_bytes(NODES_SCHEMA, [node_rows(found)])]
@@ -171,23 +173,20 @@ def one_token(flag: str, text: str, tokenizer: Tokenizer) -> int:
     return ids[0]
 
 
-def measure(config: AttributeConfig, opened: Opened, ids: Tensor, objective: Objective) -> Found:
-    """Attribute the prompt's next token, and take the strongest features out."""
+def measure(config: AttributeConfig, opened: Opened, ids: Tensor, objective: Objective, attribution: Attribution) -> Found:
+    """Take the strongest features out."""
     saes = [known.sae for known in opened.known]
-    attribution = attribute(opened.model, saes, ids, objective, opened.tokenizer.bos_policy)
     groups = strongest(attribution.nodes, config.n, config.ablate == "everywhere")
     cuts = [group.cut(attribution.nodes, saes) for group in groups]
     effects = ablated(opened.model, ids, cuts, objective, config.rows)
     return Found(opened.known, opened.tokenizer, ids.tolist(), objective, attribution, groups, effects.tolist(), config.ablate)
 
 
-def in_a_line(record: Mapping[str, object]) -> str:
+def in_a_line(record: Mapping[str, Any]) -> str:
     """What was found, for the log."""
     rho = record["spearman"]
     agree = "too few to compare" if rho is None else f"rank agreement with attribution (Spearman) {rho:.2f}"
-    features = record["features"]
-    assert isinstance(features, list)
-    return f"{record['active']:,} active features, {len(features)} set to 0: {agree}"
+    return f"{record['active']:,} active features, {len(record['features'])} set to 0: {agree}"
 
 
 if __name__ == "__main__":

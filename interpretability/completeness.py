@@ -28,6 +28,7 @@ from capture.store import open_corpus
 from core.artifact import Builder, building, check_provenance, open_artifact
 from core.cli import machine, run_stage
 from core.runtime import Runtime
+from core.terminal import say
 from interpretability.judging.concepts import FOLDER, Concept, named_by, occurrences, read_concepts
 from interpretability.labels.prompts import MalformedReply, last_object
 from interpretability.llm.backends import LLMBackend, asker_of
@@ -221,7 +222,7 @@ def run(config: CompletenessConfig, runtime: Runtime) -> None:
             counts["failed"] = sum(row.naming is None for row in rows)
         builder.finish(names, counts)
     if runtime.is_main:
-        print((config.out / TABLE_FILE).read_text(encoding="utf-8"))
+        say((config.out / TABLE_FILE).read_text(encoding="utf-8"))
         check_failures(config, builder.counts["failed"], builder.counts["concepts"])
 
 

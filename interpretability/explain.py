@@ -6,8 +6,8 @@
 
 `run` asks a backend and waits for it. `submit` sends batches and leaves, `status` tells how they stand, `collect` fetches what
 has ended and writes the explanations once all is there; the same command sends again what expired. The backend
-`token_statistics` needs no model: see `interpretability/labels/token_statistics.py`. Latents that never fire are recorded
-as failed.
+`token_statistics` needs no model: see `interpretability/labels/token_statistics.py`. Latents without a sentence
+are recorded as failed, with the reason.
 """
 
 import logging
@@ -24,6 +24,7 @@ from capture.store import Corpus, open_corpus
 from core.artifact import building, check_provenance
 from core.cli import Progress, machine, run_stage
 from core.runtime import Runtime
+from core.terminal import say
 from interpretability.labels.llm_explainer import LLMExplainer
 from interpretability.labels.prompts import Style
 from interpretability.labels.token_statistics import TokenStatistics
@@ -31,10 +32,11 @@ from interpretability.llm.backends import KeptAsker, LLMBackend, asker_of
 from interpretability.llm.client import AskConfig, check_failures
 from interpretability.records import (
     EXPLANATIONS_FILE,
-    NEVER_FIRED,
+    NOTHING_TO_SHOW,
     Explanation,
     PoolSentence,
     TopSentences,
+    compressed,
     explanation_lines,
     open_top,
     read_explanations,
@@ -154,7 +156,7 @@ def run(config: ExplainConfig, runtime: Runtime) -> None:
                 explanations = iter(found)
                 names += asker.files
             lines = explanation_lines(_counted(explanations, states, Progress("explain", len(latents), "latents", runtime)))
-            builder.publish(EXPLANATIONS_FILE, lines, rows=len(latents))
+            builder.publish(EXPLANATIONS_FILE, compressed(lines), rows=len(latents))
         builder.finish(names if runtime.is_main else [], {"latents": len(latents), **states})
     log.info(
         "%s: %s latents explained by %s, %s failed",
@@ -164,9 +166,9 @@ def run(config: ExplainConfig, runtime: Runtime) -> None:
 
 
 def _check_failures(config: ExplainConfig, runtime: Runtime) -> None:
-    """ValueError where too many of the latents that fire have no explanation in the finished folder."""
+    """ValueError where too many of the latents with sentences have no explanation in the finished folder."""
     if runtime.is_main:
-        asked = [found for found in read_explanations(config.out).values() if found.reason != NEVER_FIRED]
+        asked = [found for found in read_explanations(config.out).values() if found.reason not in NOTHING_TO_SHOW]
         check_failures(config, sum(found.state == "failed" for found in asked), len(asked))
 
 
@@ -184,7 +186,7 @@ def _asked(config: ExplainConfig, asker: KeptAsker, top: TopSentences, latents: 
         if not job.under_way and not job.to_send():
             return list(explainer.explanations(latents, {reply.key: reply for reply in batches.collected(job)}))
     for line in job.status():
-        print(line)
+        say(line)
     if job.to_send():
         log.info("%s requests are to be sent: give submit", f"{len(job.to_send()):,}")
     return None

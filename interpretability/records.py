@@ -2,11 +2,12 @@
 
 A folder of kind `top_sentences` holds `top_sentences.parquet`, a row for each latent, aggregation and rank, with all rows of a
 latent in one row group so that one latent is read without the rest, and `latents.parquet`, a row a latent. A folder of kind
-`explanations` holds `explanations.jsonl`, a line a latent.
+`explanations` holds `explanations.jsonl.gz`, a line a latent; that of an earlier release is not compressed.
 """
 
-import io
+import gzip
 import json
+import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
@@ -22,13 +23,20 @@ import pyarrow.parquet as pq
 
 from core.artifact import Artifact, open_artifact
 from core.text import parse_json
+from interpretability.parquet import parquet_bytes as parquet_bytes
 
 TOP_FILE = "top_sentences.parquet"
+SHARED_FILE = "sentences.parquet"
+"""Where a folder stores each sentence once (`--compact`): the columns SHARED, by sentence id."""
 LATENTS_FILE = "latents.parquet"
 BACKGROUND_FILE = "background.parquet"
-EXPLANATIONS_FILE = "explanations.jsonl"
+EXPLANATIONS_FILE = "explanations.jsonl.gz"
+PLAIN_EXPLANATIONS_FILE = "explanations.jsonl"
+"""What it was called up to release 0.1, where it was not compressed."""
 NEVER_FIRED = "never fired"
-"""Reason of the explanations of latents that there is nothing to say about."""
+NOT_SHOWN = "fires on the text that was counted, but in no sentence that is stored"
+NOTHING_TO_SHOW = (NEVER_FIRED, NOT_SHOWN)
+"""Reasons of the explanations of latents that there is nothing to say about."""
 
 AGGREGATIONS = ("max", "mean", "last")
 """How a sentence's activations become one value: the largest, the mean over all its tokens, that of its last token."""
@@ -55,6 +63,9 @@ TOP_SCHEMA = pa.schema(
         "activations": pa.list_(pa.float32()),
     }
 )
+SHARED = ("document", "label", "text", "tokens")
+SHARED_SCHEMA = pa.schema([TOP_SCHEMA.field(name) for name in ("sentence_id", *SHARED)])
+COMPACT_SCHEMA = pa.schema([field for field in TOP_SCHEMA if field.name not in SHARED])
 LATENT_SCHEMA = pa.schema(
     {
         "latent": pa.int32(),
@@ -73,9 +84,12 @@ MEASURED_LATENT_SCHEMA = pa.schema(
         *LATENT_SCHEMA,
         ("ngrams", pa.list_(pa.struct({"text": pa.string(), "count": pa.int32(), "z": pa.float32()}))),
         ("cofiring", pa.list_(pa.struct({"latent": pa.int32(), "count": pa.int32(), "jaccard": pa.float32()}))),
+        ("shown_count", pa.int64()),
     ]
 )
-"""What is written now; folders of earlier releases lack the last two columns, and the background."""
+"""What is written now; folders of earlier releases lack the last three columns, and the background."""
+COUNTED = ("firing_count", "sentence_count", "max", "mean", "density", "histogram")
+"""Columns that `interpretability.top_sentences --statistics` takes from another text than the sentences."""
 BACKGROUND_SCHEMA = pa.schema(
     {
         "sentence_id": pa.int64(),
@@ -158,6 +172,9 @@ class LatentStatistics:
     first."""
     cofiring: list[dict[str, Any]] = field(default_factory=list)
     """Latents that fire on the same tokens: `latent`, `count` (tokens of the background) and `jaccard`; strongest first."""
+    shown_count: int | None = None
+    """Sentences with at least one such token in the corpus that the stored sentences come from; None in older folders, where
+    that is `sentence_count`."""
 
 
 class BackgroundSentence(NamedTuple):
@@ -210,7 +227,7 @@ class TopSentences:
     """A complete folder of top sentences. Reading is safe from several threads.
 
     `provenance` is that of the activations with `sae_hash` and `n_latents`; `max_values` (n_latents,) is each latent's largest
-    activation in the corpus.
+    activation. Where counts come from another text than the sentences, `statistics_corpus_hash` names that.
     """
 
     def __init__(self, artifact: Artifact) -> None:
@@ -222,25 +239,50 @@ class TopSentences:
         self._latents = pq.read_table(artifact.file(LATENTS_FILE))
         self.max_values: npt.NDArray[np.float32] = self._latents["max"].to_numpy()
         self.firing_counts: npt.NDArray[np.int64] = self._latents["firing_count"].to_numpy()
+        shown = "shown_count" if "shown_count" in self._latents.column_names else "sentence_count"
+        self._shown_counts: npt.NDArray[np.int64] = self._latents[shown].to_numpy()
         self.n_latents = len(self.max_values)
         self._file = pq.ParquetFile(artifact.file(TOP_FILE))
         groups = [self._file.metadata.row_group(i).column(0).statistics for i in range(self._file.num_row_groups)]
         self._last_latent_of_group = np.array([group.max for group in groups], dtype=np.int64)
+        shared = pq.read_table(artifact.file(SHARED_FILE)) if SHARED_FILE in artifact.names else None
+        self._shared: pa.Table | None = shared
         self._lock = Lock()
         self._group = lru_cache(maxsize=8)(self._read_group)
 
     def _read_group(self, index: int) -> tuple[pa.Table, npt.NDArray[np.int32]]:
         with self._lock:
             table = self._file.read_row_group(index)
-        return table, table["latent"].to_numpy()
+        return self._with_shared(table), table["latent"].to_numpy()
+
+    def _with_shared(self, rows: pa.Table) -> pa.Table:
+        """`rows` with the columns SHARED, where those lie in a file of their own."""
+        if self._shared is None:
+            return rows
+        at = pa.array(np.searchsorted(self._shared["sentence_id"].to_numpy(), rows["sentence_id"].to_numpy()))
+        for name in SHARED:
+            rows = rows.append_column(name, self._shared[name].take(at))
+        return rows
 
     def check_latent(self, latent: int) -> None:
         """ValueError where this SAE has no such latent."""
         if not 0 <= latent < self.n_latents:
             raise ValueError(f"latent {latent}: expected one of 0 to {self.n_latents - 1}")
 
+    @property
+    def counted(self) -> pa.Table:
+        """The columns COUNTED, a row a latent."""
+        return self._latents.select(COUNTED)
+
+    def silence(self, latent: int) -> str:
+        """Why there is no sentence of a latent, one of NOTHING_TO_SHOW; empty where there are some."""
+        self.check_latent(latent)
+        if self._shown_counts[latent]:
+            return ""
+        return NOT_SHOWN if self.firing_counts[latent] else NEVER_FIRED
+
     def sentences(self, latent: int, aggregation: str = "max", n: int | None = None) -> list[TopSentence]:
-        """The `n` largest sentences (None: all that are stored), largest first; empty for a latent that never fires."""
+        """The `n` largest sentences (None: all that are stored), largest first; empty where `silence` says why."""
         self.check_latent(latent)
         if aggregation not in self.aggregations:
             raise ValueError(f"aggregation {aggregation!r}: {self.artifact.path} holds {', '.join(self.aggregations)}")
@@ -278,6 +320,8 @@ class TopSentences:
     def pool(self) -> list[PoolSentence]:
         """Every sentence that is stored for some latent, once, by sentence id: the nearest to a sample of the corpus here."""
         found: dict[int, PoolSentence] = {}
+        if self._shared is not None:
+            return [PoolSentence(**row) for row in self._shared.select(PoolSentence._fields).to_pylist()]
         for index in range(self._file.num_row_groups):
             with self._lock:
                 table = self._file.read_row_group(index, columns=["sentence_id", "text", "label"])
@@ -292,56 +336,29 @@ def open_top(path: Path) -> TopSentences:
     return TopSentences(open_artifact(Path(path), "top_sentences"))
 
 
-def parquet_bytes(schema: pa.Schema, tables: Iterable[pa.Table]) -> Iterator[bytes]:
-    """A Parquet file with one row group for each of `tables` that has rows, piece by piece, never whole in memory."""
-    sink = _Sink()
-    with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
-        for table in tables:
-            if len(table):
-                writer.write_table(table, row_group_size=len(table))
-            yield sink.take()
-    yield sink.take()
-
-
-class _Sink(io.RawIOBase):
-    """A file that hands out what was written to it since the last `take`."""
-
-    def __init__(self) -> None:
-        self._pieces: list[bytes] = []
-        self._position = 0
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
-        self._pieces.append(bytes(data))
-        self._position += len(self._pieces[-1])
-        return len(self._pieces[-1])
-
-    def tell(self) -> int:
-        return self._position
-
-    def close(self) -> None:
-        """Stay open: the last piece is taken after the writer has closed its file."""
-
-    def take(self) -> bytes:
-        piece = b"".join(self._pieces)
-        self._pieces.clear()
-        return piece
-
-
 def explanation_lines(explanations: Iterable[Explanation]) -> Iterator[bytes]:
     """JSON Lines, a line an explanation."""
     for explanation in explanations:
         yield json.dumps(asdict(explanation), ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
+def compressed(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """`pieces` as one gzip file; the same pieces give the same bytes."""
+    packer = zlib.compressobj(level=9, wbits=31)  # 31: gzip, with a header that holds no time
+    for piece in pieces:
+        if packed := packer.compress(piece):
+            yield packed
+    yield packer.flush()
+
+
 def read_explanations(path: Path) -> dict[int, Explanation]:
     """Explanations by latent. ValueError names a line that is damaged."""
-    file = open_artifact(Path(path), "explanations").file(EXPLANATIONS_FILE)
+    artifact = open_artifact(Path(path), "explanations")
+    is_plain = PLAIN_EXPLANATIONS_FILE in artifact.names
+    file = artifact.file(PLAIN_EXPLANATIONS_FILE if is_plain else EXPLANATIONS_FILE)
     known = {item.name for item in fields(Explanation)}
     found: dict[int, Explanation] = {}
-    with file.open(encoding="utf-8") as lines:
+    with file.open("rb") if is_plain else gzip.open(file) as lines:
         for number, line in enumerate(lines, 1):
             try:
                 explanation = Explanation(**parse_json(line))

@@ -35,7 +35,7 @@ from interpretability.pages.report_features import (
     short,
     valid,
 )
-from interpretability.records import HISTOGRAM_FIRST_EXPONENT, Explanation, TopSentences, open_top, read_explanations
+from interpretability.records import HISTOGRAM_FIRST_EXPONENT, NOT_SHOWN, Explanation, TopSentences, open_top, read_explanations
 from sae.model import SAE
 from sae.model import load as load_sae
 
@@ -48,6 +48,7 @@ BEST_SENTENCES = 3
 MAX_CURVE_POINTS = 400
 BARS = {"fvu": "this SAE", "fvu_pca": "PCA", "fvu_mean": "mean of the rows", "fvu_random_sae": "random SAE"}
 """Figures of `evaluation.json` that are drawn side by side."""
+HASHES = ("sae_hash", "model_hash", "corpus_hash", "statistics_corpus_hash")
 FIGURES = {
     "explained_variance": ("Variance explained", True),
     "l0": ("Active latents a token", False),
@@ -240,6 +241,7 @@ def contents(config: ReportConfig, inputs: Inputs, features: Features) -> dict[s
     return {
         "about": about(inputs),
         "latents": features.columns(),
+        "hidden": [latent for latent in range(inputs.top.n_latents) if inputs.top.silence(latent) == NOT_SHOWN],
         "failed": [latent for latent in sorted(explanations) if not valid(explanations[latent])],
         "order": order,
         "best": features.best(best_of(order, explanations)[: config.best], BEST_SENTENCES),
@@ -265,7 +267,7 @@ def about(inputs: Inputs) -> dict[str, Any]:
         "map": inputs.map is not None,
         "methods": [method for method, _ in methods.most_common()],
         "first_exponent": HISTOGRAM_FIRST_EXPONENT,
-        "hashes": {name: provenance[name] for name in ("sae_hash", "model_hash", "corpus_hash") if name in provenance},
+        "hashes": {name: provenance[name] for name in HASHES if name in provenance},
     }
 
 

@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 from core.artifact import Builder, building, check_provenance, open_artifact
 from core.cli import run_stage
 from core.runtime import Runtime
+from core.terminal import say
 from interpretability.explain import chosen
 from interpretability.judging.scoring_tasks import TESTS, Test, Trial, TrialMaker, shuffled
 from interpretability.judging.word_judge import judge
@@ -99,7 +100,7 @@ def run(config: ScoreConfig, runtime: Runtime) -> None:
         names, counts = _write(config, builder, runtime, top, maker, explainers) if runtime.is_main else ([], {})
         builder.finish(names, counts)
     if runtime.is_main:
-        print((config.out / TABLE_FILE).read_text(encoding="utf-8"))
+        say((config.out / TABLE_FILE).read_text(encoding="utf-8"))
         check_failures(config, builder.counts["failed"], builder.counts["questions"])
 
 

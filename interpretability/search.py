@@ -27,7 +27,9 @@ from torch import Tensor
 from core.cli import StageConfig, run_stage
 from core.norms import unit_rows
 from core.runtime import Runtime
+from core.shipped import absence, shipped_for
 from core.table import text_table
+from core.terminal import say
 from interpretability.causal.records import Steerability, read_steerability
 from interpretability.evidence.coactivation import Together, together
 from interpretability.opening import check_sae, open_explanations_of, open_top_of
@@ -269,8 +271,9 @@ class SearchConfig(StageConfig):
     """Flags of `python -m interpretability.search`: one of --positive, --text, --latent, --latents says what to look for, or
     none with --rank steerability, which then ranks all features."""
 
-    sae: Path
-    """Folder of the SAE (`run/sae`)."""
+    sae: Path | None = None
+    """Folder of the SAE (`run/sae`). None: the one that ships with --model demo and smollm2, with its --top and
+    --explanations."""
     model: str = ""
     """The model that it was trained on: a folder, a .gguf file, a Hub id, ollama:NAME, smollm2 or demo.
     Needed with --positive."""
@@ -301,6 +304,8 @@ class SearchConfig(StageConfig):
     """Print one JSON object a line instead of a table."""
 
     def __post_init__(self) -> None:
+        if self.sae is None:
+            self._take_what_ships()
         asked = [bool(self.positive), bool(self.text.strip()), self.latent is not None, bool(self.latents)]
         if asked.count(True) != 1 and (any(asked) or self.rank == "match"):
             raise ValueError("give one of --positive PROMPTS, --text WORDS, --latent NUMBER and --latents NUMBERS")
@@ -325,11 +330,20 @@ class SearchConfig(StageConfig):
         if self.n < 1:
             raise ValueError(f"--n must be at least 1; found {self.n}")
 
+    def _take_what_ships(self) -> None:
+        found = shipped_for(self.model)
+        if found is None:
+            raise ValueError(absence(self.model) or "--sae is missing; or give --model demo or smollm2, whose SAE ships")
+        given = {"sae": found.sae, "top": self.top or found.top, "explanations": self.explanations or found.explanations}
+        for name, path in given.items():
+            object.__setattr__(self, name, path)
+
 
 def run(config: SearchConfig, runtime: Runtime) -> None:
     """Print the features that `config` asks for, on rank 0."""
     if not runtime.is_main:
         return
+    assert config.sae is not None
     sae = load(config.sae, runtime.device)
     explanations = {} if config.explanations is None else open_explanations_of(sae, config.explanations)
     top = None if config.top is None else open_top_of(sae, config.top)
@@ -358,7 +372,7 @@ def run(config: SearchConfig, runtime: Runtime) -> None:
         best = sorted(best, key=lambda hit: place[hit.latent] if not isinstance(hit, Together) else 0)
     shown = [_row(hit, explanations, figures) for hit in best]
     for line in map(json.dumps, shown) if config.json else text_table(shown):
-        print(line)
+        say(line)
     what = "sentences" if config.latents else "features"
     log.info("%d %s found in %s with %d latents, %d shown", len(hits), what, config.sae, sae.cfg.n_latents, len(shown))
 

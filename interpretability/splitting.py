@@ -131,15 +131,17 @@ def random_cosine(n_small: int, d_model: int, seed: int = 0) -> float:
 def count_firing(
     small: SAE, large: SAE, parents: Parents, descends: Tensor, chunks: Iterator[Chunk], device: torch.device
 ) -> Counts:
-    """Read `chunks` with both SAEs. Tokens beyond the norm that either was trained on are left out."""
+    """Read `chunks` with both SAEs. Tokens beyond the norm that either was trained on are left out, and without BOS the first
+    of each sentence."""
     n_small, n_large = small.cfg.n_latents, large.cfg.n_latents
     max_norm = min(sae.cfg.provenance.get("max_norm") or math.inf for sae in (small, large))
+    has_sink = large.cfg.provenance.get("bos") != "feed"
     tokens = 0
     fires_small, covered = torch.zeros(2, n_small, dtype=torch.int64, device=device)
     fires_large, with_parent = torch.zeros(2, n_large, dtype=torch.int64, device=device)
     parent, is_child = parents.latents.to(device), descends.to(device)
     for part in (part for chunk in chunks for part in parts_of(chunk)):
-        x = part.activations[usable_tokens(part, max_norm)].to(device)
+        x = part.activations[usable_tokens(part, max_norm, has_sink)].to(device)
         tokens += len(x)
         hits, own = firing(large, x), firing(small, x)
         # One number for a token and a small latent: of the small hits, and of the parents of the large ones.

@@ -4,15 +4,16 @@ with it and the tokens it promotes: one pass over stored activations, or straigh
 
     python -m interpretability.top_sentences --sae run/sae --activations acts/ --model demo --corpus corpus/ --out top/
     python -m interpretability.top_sentences --sae run/sae --model demo --corpus corpus/ --out top/
+    python -m interpretability.top_sentences --sae run/sae --model M --corpus ours/ --statistics all/top --out top/
     torchrun --nproc_per_node=8 -m interpretability.top_sentences --sae run/sae --activations acts/ --model M --corpus ...
 
-Every latent gets its own list, for each aggregation, however rarely it fires. Chunks are dealt to the ranks; the result does
-not depend on how many there are.
+Every latent gets its own list, for each aggregation, however rarely it fires. Without BOS the first token of a text is the
+attention sink, so it is not read. Chunks are dealt to the ranks; the result does not depend on how many there are.
 """
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -34,15 +35,20 @@ from interpretability.evidence.live import LiveActivations
 from interpretability.evidence.ngrams import NgramCounter, ngrams_of_rows
 from interpretability.evidence.promoted import PromotedTokens, promoted_tokens
 from interpretability.evidence.selection import Hits, LatentTotals, Ragged, Sentences, TopTable, pairs_of
-from interpretability.evidence.tables import TextLookup, background_rows, rows_of, statistics_of
+from interpretability.evidence.tables import Once, TextLookup, background_rows, rows_of, statistics_of
+from interpretability.opening import open_top_of
 from interpretability.records import (
     AGGREGATIONS,
     BACKGROUND_FILE,
     BACKGROUND_SCHEMA,
+    COMPACT_SCHEMA,
     LATENTS_FILE,
     MEASURED_LATENT_SCHEMA,
+    SHARED_FILE,
+    SHARED_SCHEMA,
     TOP_FILE,
     TOP_SCHEMA,
+    TopSentences,
     parquet_bytes,
 )
 from llama3 import Tokenizer, load_tokenizer
@@ -68,6 +74,9 @@ class TopSentencesConfig(StageConfig):
     Gives tokens and promoted tokens."""
     corpus: Path
     """Folder of the corpus that the activations come from. Gives texts and names of documents."""
+    statistics: Path | None = None
+    """Folder of top sentences of the same SAE on other text, such as all that it was trained on: maximum, density, counts and
+    histogram of a latent are taken from there, sentences from --corpus. None: all from --corpus."""
     out: Path
     """Folder to write."""
     site: str = ""
@@ -87,6 +96,9 @@ class TopSentencesConfig(StageConfig):
     """Over-represented n-grams kept for each latent; 0 for none."""
     n_cofiring: int = 8
     """Latents kept for each latent as firing on the same tokens; 0 for none."""
+    compact: bool = False
+    """Store each sentence once instead of with every latent: a tenth of the bytes where latents share sentences, as in small
+    corpora. Whoever opens the folder reads all of them into memory."""
 
     def __post_init__(self) -> None:
         names = tuple(name for item in self.aggregations for name in item.split(",") if name)
@@ -108,9 +120,11 @@ def run(config: TopSentencesConfig, runtime: Runtime) -> None:
     tokenizer = load_tokenizer(config.model)
     activations = _open(config, runtime, sae, corpus, tokenizer)
     _check_inputs(sae, activations, corpus, tokenizer)
+    other = open_top_of(sae, config.statistics) if config.statistics else None
     provenance = activations.provenance | {"sae_hash": sae.weights_hash, "n_latents": sae.cfg.n_latents}
+    provenance |= _origin_of_statistics(other) if other else {}
     stored = [activations.artifact] if isinstance(activations, Activations) else []
-    inputs = [open_artifact(config.sae, "sae"), *stored, corpus.artifact]
+    inputs = [open_artifact(config.sae, "sae"), *stored, corpus.artifact, *([other.artifact] if other else [])]
     with building(config.out, "top_sentences", config, runtime, inputs, provenance) as builder:
         if builder.complete:
             log.info("%s: already complete", config.out)
@@ -118,21 +132,36 @@ def run(config: TopSentencesConfig, runtime: Runtime) -> None:
         # Only the rank that writes needs the model; the others are at work meanwhile.
         promoted = promoted_tokens(config.model, sae, tokenizer, config.n_promoted) if runtime.is_main else None
         found = _pass(config, runtime, sae.to(runtime.device), activations)
-        names = _write(config, builder, runtime, found, promoted, TextLookup(corpus, tokenizer))
-        dead = int((found.totals.firing == 0).sum())
+        counted = other.counted if other else None
+        names = _write(config, builder, runtime, found, Extras(promoted, TextLookup(corpus, tokenizer), counted))
         counts = {
             "latents": sae.cfg.n_latents,
-            "dead_latents": dead,
+            "dead_latents": int((found.totals.firing == 0).sum()),
             "tokens": int(found.totals.tokens),
             "left_out_tokens": found.left_out,
             "sentences": activations.n_sentences,
         }
-        builder.finish(names, counts)
+        builder.finish(names, counts | (_counts_of_statistics(other, counts, found.totals) if other else {}))
     log.info(
-        "%s: top %d sentences of %s latents by %s, from %s tokens in %s sentences; %s latents never fired, %s tokens left out",
+        "%s: top %d sentences of %s latents by %s, from %s tokens in %s sentences; %s latents fired on none of them, %s tokens "
+        "left out",
         config.out, config.n, f"{sae.cfg.n_latents:,}", ", ".join(config.aggregations), f"{counts['tokens']:,}",
-        f"{activations.n_sentences:,}", f"{dead:,}", f"{counts['left_out_tokens']:,}",
+        f"{activations.n_sentences:,}", f"{counts['dead_latents']:,}", f"{counts['left_out_tokens']:,}",
     )  # fmt: skip
+
+
+def _origin_of_statistics(other: TopSentences) -> dict[str, str]:
+    """What the provenance says of the folder that --statistics names, and of the text that was counted there."""
+    counted_on = other.provenance.get("statistics_corpus_hash", other.provenance["corpus_hash"])
+    return {"statistics_hash": other.artifact.manifest.hash, "statistics_corpus_hash": counted_on}
+
+
+def _counts_of_statistics(other: TopSentences, shown: Mapping[str, int], totals: LatentTotals) -> dict[str, int]:
+    """Counts of the text of --statistics in their usual places, and beside them those of the `shown` sentences."""
+    counted = {name: other.artifact.manifest.counts[name] for name in ("dead_latents", "tokens", "sentences")}
+    unseen = int(((totals.sentences.cpu() == 0) & torch.from_numpy(other.firing_counts > 0)).sum())
+    beside = {"shown_tokens": shown["tokens"], "shown_sentences": shown["sentences"], "latents_not_shown": unseen}
+    return counted | beside
 
 
 def _open(
@@ -148,9 +177,20 @@ def _check_inputs(sae: SAE, activations: Activations | LiveActivations, corpus: 
     """ValueError naming both values where SAE, activations, corpus and tokenizer do not belong together."""
     where = f"activations {activations.artifact.path}" if isinstance(activations, Activations) else "the model of --model"
     wanted, found = sae.cfg.provenance | {"d_model": sae.cfg.d_model}, activations.provenance
-    check_provenance(where, wanted, found, ("model_hash", "tokenizer_hash", "site", "bos", "d_model"))
+    kept = ("dtype",) if wanted.get("dtype") else ()  # SAEs from elsewhere do not say in what their rows were stored
+    check_provenance(where, wanted, found, ("model_hash", "tokenizer_hash", "site", "bos", "d_model", *kept))
     check_provenance(f"corpus {corpus.artifact.path}", found, {"corpus_hash": corpus.manifest_hash}, ("corpus_hash",))
     check_provenance("the tokenizer of --model", found, {"tokenizer_hash": tokenizer.hash}, ("tokenizer_hash",))
+
+
+class Extras(NamedTuple):
+    """What is written beside that which the pass finds."""
+
+    promoted: PromotedTokens | None
+    """On rank 0."""
+    lookup: TextLookup
+    counted: pa.Table | None
+    """Statistics of another text."""
 
 
 class _Found(NamedTuple):
@@ -162,7 +202,7 @@ class _Found(NamedTuple):
     """Of all ranks, as all that follows."""
     background: Background | None
     left_out: int
-    """Tokens whose norm is beyond what the SAE was trained on."""
+    """Tokens whose norm is beyond what the SAE was trained on, and the first of each sentence where no BOS stands before it."""
 
 
 def _pass(config: TopSentencesConfig, runtime: Runtime, sae: SAE, activations: Activations | LiveActivations) -> _Found:
@@ -171,12 +211,13 @@ def _pass(config: TopSentencesConfig, runtime: Runtime, sae: SAE, activations: A
     totals = LatentTotals(n_latents, device)
     sampler = Sampler(config.sample_sentences, activations.n_sentences, config.seed)
     left_out = torch.zeros((), dtype=torch.int64, device=device)
-    # Without BOS the first token is an attention sink: training left out rows of such norm, so what fires there means nothing.
+    # Without BOS the first token is the attention sink; training left out rows of such norm, so what fires there means nothing.
     max_norm = sae.cfg.provenance.get("max_norm") or math.inf
+    has_sink = activations.provenance.get("bos") != "feed"
     with Progress("top sentences", activations.n_sentences // runtime.world_size, "sentences", runtime) as bar:
         for index in runtime.share(len(activations)):
             for part in parts_of(activations.chunk(index)):
-                keep = usable_tokens(part, max_norm)
+                keep = usable_tokens(part, max_norm, has_sink)
                 sentences = Sentences(part.sentence_ids, part.document_ids, Ragged(part.token_ids.int(), part.offsets))
                 hits = encode_chunk(sae, part, keep, device)
                 pairs = pairs_of(hits, sentences.to(device), config.aggregations)
@@ -195,10 +236,10 @@ def _write(
     builder: Builder,
     runtime: Runtime,
     found: _Found,
-    promoted: PromotedTokens | None,
-    lookup: TextLookup,
+    extras: Extras,
 ) -> list[str]:
     """Write the files, on rank 0; returns their names there."""
+    promoted, lookup, counted = extras
     n_latents = len(found.totals.firing)
     tables = rows_of(found.table, n_latents, runtime, lookup)
     if not runtime.is_main:
@@ -210,23 +251,28 @@ def _write(
     ngrams: list[list[dict[str, Any]]] = [[] for _ in range(n_latents)]
     counter = NgramCounter(background["text"].to_pylist()) if config.n_ngrams and found.background else None
 
-    def counted() -> Iterator[pa.Table]:
+    once = Once() if config.compact else None
+
+    def rows() -> Iterator[pa.Table]:
         for table in tables:
             if counter:
                 for latent, strongest in ngrams_of_rows(table, config.aggregations[0], counter, config.n_ngrams):
                     ngrams[latent] = strongest
-            yield table
+            yield once.taken_from(table) if once else table
 
-    builder.publish(TOP_FILE, parquet_bytes(TOP_SCHEMA, counted()))
+    builder.publish(TOP_FILE, parquet_bytes(COMPACT_SCHEMA if once else TOP_SCHEMA, rows()))
+    if once:
+        builder.publish(SHARED_FILE, parquet_bytes(SHARED_SCHEMA, [once.table()]))
     builder.publish(BACKGROUND_FILE, parquet_bytes(BACKGROUND_SCHEMA, [background]))
     together = cofiring(found.background, n_latents, config.n_cofiring) if found.background else [[]] * n_latents
-    statistics = statistics_of(found.totals, promoted, ngrams, together)
+    statistics = statistics_of(found.totals, promoted, ngrams, together, counted)
     builder.publish(LATENTS_FILE, parquet_bytes(MEASURED_LATENT_SCHEMA, [statistics]))
-    return [TOP_FILE, BACKGROUND_FILE, LATENTS_FILE]
+    return [TOP_FILE, BACKGROUND_FILE, LATENTS_FILE, *([SHARED_FILE] if once else [])]
 
 
-def usable_tokens(chunk: Chunk, max_norm: float) -> Tensor:
-    """(n_tokens,) bool: whether the norm of the activation is at most `max_norm`.
+def usable_tokens(chunk: Chunk, max_norm: float, has_sink: bool) -> Tensor:
+    """(n_tokens,) bool: whether the norm of the activation is at most `max_norm`, and with `has_sink` the token not the first
+    of its sentence.
 
     Raises ValueError naming the first sentence with an activation that is not finite: top-k would rank NaN first.
     """
@@ -238,6 +284,8 @@ def usable_tokens(chunk: Chunk, max_norm: float) -> Tensor:
             f"(chunk {chunk.index}, token {int(bad[0, 0] - chunk.offsets[row])} of the sentence); capture them again"
         )
     usable: Tensor = norms <= max_norm
+    if has_sink:
+        usable[chunk.offsets[:-1][chunk.offsets.diff() > 0]] = False
     return usable
 
 

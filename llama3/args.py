@@ -177,7 +177,7 @@ class ModelArgs:
 
 
 WIDTHS = ("dim", "n_layers", "n_heads", "vocab_size", "head_dim", "hidden_dim", "max_seq_len")
-MOST = {"n_layers": 2**12, "n_heads": 2**14, "head_dim": 2**14, "max_seq_len": 2**48}
+MOST = {"n_layers": 2**12, "n_heads": 2**14, "head_dim": 2**14, "max_seq_len": 2**30}
 MOST_WIDTH = 2**28
 """Far above every model there is: a damaged description is refused before it asks for memory."""
 
@@ -215,6 +215,9 @@ SUPPORTED = {
 }
 """Settings of a `config.json` that change the computation, with the one value that this model runs."""
 
+ROPE_SUPPORTED = {"partial_rotary_factor": 1.0, "attention_factor": 1.0}
+"""The same within `rope_parameters`."""
+
 
 def _is_number(value: Any, kind: Any = int | float) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool) and (isinstance(value, int) or math.isfinite(value))
@@ -237,6 +240,9 @@ def _rope(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     rope.pop("type", None)
     if kind not in ("default", "llama3"):
         raise ValueError(f"config.json: rope_type {kind!r} is not supported; expected 'default' or 'llama3'")
+    for key, wanted in ROPE_SUPPORTED.items():
+        if (value := rope.pop(key, None)) not in (None, wanted):
+            raise ValueError(f"config.json: {key} = {value!r} of RoPE is not supported; expected {wanted!r}")
     names = [field.name for field in fields(RopeScaling)]
     if unknown := sorted(set(rope) - set(names)):
         raise ValueError(f"config.json: unknown RoPE setting(s) {', '.join(unknown)}; expected only {', '.join(names)}")

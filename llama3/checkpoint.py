@@ -2,7 +2,7 @@
 then copied once, to the device."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,10 +16,11 @@ from llama3.gguf_tokenizer import tokenizer_from_gguf
 from llama3.hub import TOKENIZER_FILES, locate
 from llama3.layouts import Layout, find_layout, interleave_
 from llama3.model import Transformer
+from llama3.seen import check_seen
 from llama3.tokenizer import N_SPECIAL_TOKENS, Tokenizer
 from llama3.tokenizer_json import read_tokenizer_json
 from llama3.weight_files import open_weights
-from llama3.weights import WeightFile
+from llama3.weights import DTYPES, WeightFile
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None) -> Transformer:
@@ -42,7 +43,9 @@ def load_model(path: str | Path, device: str | torch.device = "cpu", dtype: torc
         dtype = torch.float32 if device.type == "cpu" else _own_dtype(files)
     _allocate(model, device, dtype)
     with torch.no_grad():
-        model.weights_hash = _fill(layout, files, places, model)
+        hashes = _fill(layout, files, places, model)
+    model.weights_hash = hashes[-1]
+    check_seen(layout.files, hashes)
     _check_finite(model, layout)
     return model.eval()
 
@@ -78,7 +81,7 @@ def _gguf_tokenizer(file: Path) -> Tokenizer:
 
 def _own_dtype(files: list[WeightFile]) -> torch.dtype:
     """That of the largest tensor: in GGUF files the norms are float32 whatever the matrices are."""
-    entries = [entry for file in files for entry in file.entries.values()]
+    entries = [entry for file in files for entry in file.entries.values() if entry.dtype in DTYPES.values()]
     return max(entries, key=lambda entry: math.prod(entry.shape)).dtype
 
 
@@ -100,17 +103,24 @@ def _check_size(layout: Layout, files: list[WeightFile]) -> None:
             )
 
 
+SHARED_BY_RANKS = ("attention.wk.weight", "attention.wv.weight")
+"""Matrices of which each rank of Meta's holds at least one head, be there fewer heads than ranks."""
+
+
 class Place(NamedTuple):
     """Where a tensor of a file belongs: from `start` on along dimension `dim` of a parameter."""
 
     parameter: str
     dim: int
     start: int
+    copy: bool
+    """Whether it must equal what an earlier file holds for the same place: key and value heads that several ranks share."""
 
 
 def _places(layout: Layout, files: list[WeightFile], model: Transformer) -> list[dict[str, Place]]:
     """For each file, the place of each of its tensors. ValueError where names or shapes are not those of the model."""
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    _refuse_quantised(layout, files, wanted)
     found: dict[str, list[tuple[int, str]]] = {}  # parameter: (file, name in that file) of each part
     for index, file in enumerate(files):
         for name in file.entries:
@@ -118,6 +128,8 @@ def _places(layout: Layout, files: list[WeightFile], model: Transformer) -> list
             if parameter is None or (parameter == "output.weight" and layout.args.tie_word_embeddings):
                 continue
             if parameter not in wanted:
+                if file.entries[name].dtype not in DTYPES.values():
+                    continue  # a buffer
                 raise ValueError(f"{file.path}: holds {name}, which a Llama of {layout.args.n_layers} layers does not have")
             found.setdefault(parameter, []).append((index, name))
     if missing := [name for name in wanted if name not in found]:
@@ -128,17 +140,39 @@ def _places(layout: Layout, files: list[WeightFile], model: Transformer) -> list
     places: list[dict[str, Place]] = [{} for _ in files]
     for parameter, parts in found.items():
         shapes = [files[index].entries[name].shape for index, name in parts]
-        dim = _split_dimension(wanted[parameter], shapes)
+        shared = parameter.endswith(SHARED_BY_RANKS) and layout.kind == "Meta"
+        full = wanted[parameter]
+        copies = _copies(full, shapes) if shared else 1
+        dim = _split_dimension((full[0] * copies, *full[1:]), shapes)
         if dim is None or (layout.kind == "Hugging Face" and len(parts) > 1):
             raise ValueError(
                 f"{files[parts[0][0]].path}: {parts[0][1]} is {' + '.join(str(list(shape)) for shape in shapes)}, expected "
                 f"{list(wanted[parameter])} {_source_of_shapes(layout)}"
             )
         start = 0
-        for (index, name), shape in zip(parts, shapes, strict=True):
-            places[index][name] = Place(parameter, dim, start % wanted[parameter][dim])
-            start += shape[dim]
+        for number, ((index, name), shape) in enumerate(zip(parts, shapes, strict=True), 1):
+            here, filled = start % full[dim], start >= full[dim] or (number - 1) % copies > 0
+            places[index][name] = Place(parameter, dim, here, shared and filled)
+            start += shape[dim] * (number % copies == 0)
     return places
+
+
+def _refuse_quantised(layout: Layout, files: list[WeightFile], wanted: Container[str]) -> None:
+    for file in files:
+        for name, entry in file.entries.items():
+            if layout.parameter(name) in wanted and entry.dtype not in DTYPES.values():
+                stored = str(entry.dtype).removeprefix("torch.")
+                raise ValueError(
+                    f"{file.path}: {name} is stored as {stored}: quantised weights of this kind "
+                    "cannot be read; give the checkpoint in bfloat16, float16 or float32, or as a .gguf file"
+                )
+
+
+def _copies(full: tuple[int, ...], parts: list[tuple[int, ...]]) -> int:
+    """How many neighbouring ranks hold the same rows of `wk` or `wv`: several where there are more ranks than heads."""
+    rows = sum(part[0] for part in parts)
+    alike = len(set(parts)) == 1 and parts[0] != full
+    return rows // full[0] if alike and rows % full[0] == 0 and len(parts) % (rows // full[0] or 1) == 0 else 1
 
 
 def _source_of_shapes(layout: Layout) -> str:
@@ -185,21 +219,29 @@ def _allocate(model: Transformer, device: torch.device, dtype: torch.dtype) -> N
     model.freqs_cis = model.rope_table().to(device)
 
 
-def _fill(layout: Layout, files: list[WeightFile], places: list[dict[str, Place]], model: Transformer) -> str:
-    """Copy every file into the model; returns the hash of their bytes."""
+def _fill(layout: Layout, files: list[WeightFile], places: list[dict[str, Place]], model: Transformer) -> list[str]:
+    """Copy every file into the model; returns the hash of their bytes up to the end of each."""
     parameters: Mapping[str, Tensor] = dict(model.named_parameters())
-    digest = xxhash.xxh3_64()
+    digest, hashes = xxhash.xxh3_64(), []
     for file, part in zip(files, places, strict=True):
         targets = {
             name: parameters[place.parameter].narrow(place.dim, place.start, file.entries[name].shape[place.dim])
             for name, place in part.items()
         }
+        earlier = {name: targets[name].clone() for name, place in part.items() if place.copy}
         file.copy_to(targets, digest)
+        hashes.append(digest.hexdigest())
+        for name, expected in earlier.items():
+            if not torch.equal(targets[name], expected):
+                raise ValueError(
+                    f"{file.path}: {name} is no copy of the one in the file before, as it must be where there are more files "
+                    "than key heads; params.json is of another model, or a file is damaged"
+                )
     if layout.kind == "Hugging Face":  # GGUF files hold them in Meta's order
         for name, parameter in parameters.items():
             if name.endswith(("wq.weight", "wk.weight")):
                 interleave_(parameter, layout.args.head_dim)
-    return digest.hexdigest()
+    return hashes
 
 
 def _check_finite(model: Transformer, layout: Layout) -> None:

@@ -32,6 +32,11 @@ def as_sites(sites: str | Iterable[str]) -> tuple[str, ...]:
     return (sites,) if isinstance(sites, str) else tuple(sites)
 
 
+def default_site(n_layers: int) -> str:
+    """The residual stream at 5/6 of the depth, where the reference run looks too."""
+    return f"layers.{round(5 / 6 * n_layers) - 1}.resid_post"
+
+
 def check_sites(sites: str | Iterable[str], n_layers: int) -> None:
     """ValueError naming the first site that a model of `n_layers` does not have."""
     for site in as_sites(sites):

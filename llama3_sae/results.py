@@ -8,6 +8,7 @@ from core.table import text_table
 from inference.card import Card
 from inference.finding import Hit
 from inference.session import Feature
+from interpretability.records import NOT_SHOWN
 from llama3_sae import html
 
 if TYPE_CHECKING:
@@ -166,6 +167,8 @@ class FeatureCard(Card):
         for name, words in (("raises", self.statistics.promoted), ("lowers", self.statistics.suppressed)):
             if words:
                 yield f"  {name}: {' '.join(repr(word) for word in words[:N_WORDS])}"
+        if not self.sentences and self.statistics.max > 0:
+            yield f"  It {NOT_SHOWN}."
         for sentence in self.sentences[:N_SENTENCES]:
             yield f"  {sentence.value:8.3g}  {' '.join(sentence.text.split())}"
         for name, hits in (("writes like", self.neighbours), ("fires with", self.coactive)):

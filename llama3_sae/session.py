@@ -45,11 +45,11 @@ def open(
 ) -> "Session":
     """A session with a model and SAEs of it.
 
-    `model` is a folder in Meta's or Hugging Face's layout, a GGUF file, a Hub id, or `demo`: the
-    embedded model, which brings its SAE. `sae` names folders of SAEs, each at a site of its own, `top`
-    their top sentences, where the maxima of the latents are read, and `explanations` their labels,
-    both in the order of `sae`; `strengths` names folders of `inference.steering_eval`. Without `sae` a
-    session captures and completes.
+    `model` is a folder in Meta's or Hugging Face's layout, a GGUF file, a Hub id, `smollm2`, or
+    `demo`, the embedded model; for these two words the SAE that ships is taken. `sae` names folders
+    of SAEs, each at a site of its own, `top` their top sentences, where the maxima of the latents
+    are read, and `explanations` their labels, both in the order of `sae`; `strengths` names folders
+    of `inference.steering_eval`. Without `sae` a session captures and completes.
 
     ValueError where a part is missing or belongs to another model or SAE.
     """

@@ -1,5 +1,9 @@
 """Sparse autoencoders: model, preprocessing, training, evaluation."""
 
+# isort: off
+import core.ending  # before everything else: signals during the imports of a stage  # noqa: F401
+# isort: on
+
 from typing import TYPE_CHECKING
 
 from core import lazy_exports

@@ -4,7 +4,8 @@ Shapes: N rows, d model width.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from core.artifact import Artifact, open_artifact
+from core.runtime import Comm
+from sae.hyperparameters import Hyperparameters
+from sae.loader import Loader, Segments
 
 CONSTANT = 1e-6  # spread over mean, below which rows in float32 differ by their rounding alone
 
@@ -97,6 +101,23 @@ class Batches:
         self.provenance = self.artifact.manifest.provenance
         self.batch_rows = int(self.artifact.manifest.config["batch_rows"])
 
+    @property
+    def trained_on(self) -> dict[str, Any]:
+        """What an SAE's provenance says of these rows besides their own."""
+        return {"batches_hash": self.artifact.manifest.hash, "training_rows": self.statistics.count}
+
+    def reader(self, config: Hyperparameters, data: Comm, device: torch.device) -> "BatchReader":
+        """The training rows in the order of `config`, of which the ranks of `data` take a share each."""
+        schedule = Schedule(len(self.train), self.batch_rows, config.batch_size, config.rows_seed)
+        all_steps = schedule.steps_per_epoch * config.epochs
+        total_steps = min(config.max_steps or all_steps, all_steps)
+        return BatchReader(partial(self._read, self.train), schedule, total_steps, data, device)
+
+    def _read(self, rows: Rows, segments: Segments) -> Tensor:
+        """Rows [N, d], on the CPU; N may be 0."""
+        parts = [rows.read(start, stop) for start, stop in segments]
+        return torch.cat(parts) if parts else torch.empty(0, self.statistics.d_model)
+
 
 class Schedule:
     """Which rows make up which step: `batch_size` rows a step, epoch after epoch, whatever the number of ranks.
@@ -137,3 +158,38 @@ class Schedule:
             order = torch.randperm(whole, generator=generator) if epoch else torch.arange(whole)
             self._epoch, self._order = epoch, torch.cat((order, torch.arange(whole, whole + bool(rest))))
         return self._order
+
+
+class BatchReader:
+    """The rows of each step, on `device`; any step may be asked for."""
+
+    def __init__(
+        self,
+        read: Callable[[Segments], Tensor],
+        schedule: Schedule,
+        total_steps: int,
+        data: Comm,
+        device: torch.device,
+    ) -> None:
+        self.total_steps, self._schedule, self._data = total_steps, schedule, data
+        self._loader = Loader(read, device)
+
+    def rows_in(self, step: int) -> int:
+        """How many rows all ranks together take in step `step` (from 0)."""
+        return self._schedule.rows_in(step)
+
+    def take(self, step: int) -> Tensor:
+        """This rank's rows of `step` [n, d]; on a GPU those of the next one are begun."""
+        return self._loader.take(*(self._segments(step) for step in (step, step + 1)))
+
+    def position(self, step: int) -> dict[str, Tensor]:
+        """Nothing: the step says it all."""
+        return {}
+
+    def seek(self, step: int, position: Mapping[str, Tensor]) -> None:
+        """Nothing to do: see `position`."""
+
+    def _segments(self, step: int) -> Segments:
+        """What this rank reads in `step`: nothing behind the last one."""
+        data = self._data
+        return list(self._schedule.segments(step, data.rank, data.size)) if step < self.total_steps else []

@@ -20,7 +20,8 @@ import torch
 from safetensors import safe_open
 
 from core import files
-from core.artifact import MANIFEST, Artifact, Builder, building, open_artifact
+from core.artifact import MANIFEST, Artifact, Builder, Manifest, building, open_artifact
+from core.flags import changed_flags
 from core.runtime import Mesh, Runtime
 from sae.trainer import State
 
@@ -93,8 +94,13 @@ class Checkpoints:
         self._runtime.on_main(lambda: remove_old_checkpoints(self._folder, self._keep))
 
     def newest(self, first: int, n_latents: int) -> State | None:
-        """The state in the newest complete checkpoint, with the latents from `first` on; None where there is none."""
+        """The state in the newest complete checkpoint, with the latents from `first` on; None where there is none.
+
+        ValueError where it is of a run with other flags.
+        """
         path = self._runtime.on_main(lambda: next(complete(self._folder, verify=True), None))
+        if path and (changed := changed_flags(Manifest.read(path).config, self._config)):
+            raise ValueError(f"{path}: is of a run with {'; '.join(changed)} is asked for; choose another --out")
         return read_state(path, first, n_latents) if path else None
 
     def close(self) -> None:
@@ -166,6 +172,7 @@ def stop_signals() -> Iterator[StopWish]:
         if number == signal.SIGINT:
             signal.signal(number, previous[signal.SIGINT])
 
+    wakeup = signal.set_wakeup_fd(-1)  # core.ending, which ends a process that does not hear the signal
     for wanted in (signal.SIGTERM, signal.SIGINT):
         previous[wanted] = signal.signal(wanted, note)
     try:
@@ -173,3 +180,4 @@ def stop_signals() -> Iterator[StopWish]:
     finally:
         for wanted, handler in previous.items():
             signal.signal(wanted, handler)
+        signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)

@@ -52,6 +52,9 @@ class Hyperparameters:
     """Parts that a rank cuts its rows of a step into, one after the other, to save memory; batchtopk chooses within each."""
     epochs: int = 1
     """Passes over the training rows."""
+    rows_seed: int = 0
+    """Seed of the order of rows: with --batches of later epochs, with --model of everything, and of which documents are held
+    out. --seed is that of the first weights."""
     max_steps: int = 0
     """Stop, and end the schedule, after so many steps; 0: after `epochs`."""
     lr: float = 0.0

@@ -21,7 +21,7 @@ class Metrics:
         """ValueError where a line of an earlier run is damaged."""
         self._copy: Wandb | None = None
         kept = [line for line in read_lines(path, ADVICE).records if line.get("step", math.inf) <= resumed_step]
-        files.publish(path, b"".join(map(sealed, kept)))
+        files.replace(path, b"".join(map(sealed, kept)))
         self._lines = LineWriter(path, ADVICE)
 
     def write(self, line: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from sae.config import SAEConfig as SAEConfig
 from sae.hyperparameters import Hyperparameters
 from sae.loss import ALONE, LossConfig, Losses
 from sae.memory import Share
+from sae.quantised import Storage, dequantised, quantised
 from sae.sparse import decode, encode_at
 from sae.topk import top_k
 
@@ -331,20 +332,24 @@ class SAE(nn.Module):
     def _tensors(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
         return {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
 
-    def publish(self, builder: Builder, dtype: torch.dtype | None = None) -> tuple[list[str], str]:
+    def _stored(self, dtype: Storage) -> dict[str, Tensor]:
+        """The tensors as they are stored in `dtype`."""
+        return quantised(self._tensors(None)) if dtype == "int8" else self._tensors(dtype)
+
+    def publish(self, builder: Builder, dtype: Storage = None) -> tuple[list[str], str]:
         """Write `sae.safetensors` and `cfg.json` into an unfinished artifact; returns their names and the weights' hash."""
-        tensors = self._tensors(dtype)
+        tensors = self._stored(dtype)
         builder.publish("sae.safetensors", safetensors.torch.save(tensors), rows=self.cfg.n_latents)
         builder.publish("cfg.json", (json.dumps(asdict(self.cfg), indent=1, sort_keys=True) + "\n").encode())
         return ["sae.safetensors", "cfg.json"], _hash_tensors(tensors)
 
-    def save(self, path: Path | str, dtype: torch.dtype | None = None) -> None:
-        """Write the SAE as a complete folder of kind "sae", its tensors in `dtype` (None: as they are).
+    def save(self, path: Path | str, dtype: Storage = None) -> None:
+        """Write the SAE as a complete folder of kind "sae", its tensors in `dtype` (None: as they are; "int8": sae.quantised).
 
         ValueError where the folder holds another SAE or something else.
         """
         alone = Runtime(0, 1, torch.device("cpu"), Solo())
-        wanted = _hash_tensors(self._tensors(dtype))
+        wanted = _hash_tensors(self._stored(dtype))
         with building(Path(path), "sae", self.cfg, alone, provenance=self.cfg.provenance | {"sae_hash": wanted}) as builder:
             if not builder.complete:
                 builder.finish(self.publish(builder, dtype)[0], {"n_latents": self.cfg.n_latents})
@@ -364,7 +369,11 @@ def load(path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtyp
     """
     artifact = open_artifact(Path(path), "sae")
     cfg = _read_config(artifact.file("cfg.json"))
-    tensors = safetensors.torch.load_file(artifact.file("sae.safetensors"))
+    stored = safetensors.torch.load_file(artifact.file("sae.safetensors"))
+    try:
+        tensors = dequantised(stored)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; the folder was put together wrongly") from None
     with torch.device("meta"):
         sae = SAE(cfg)
     shapes = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
@@ -375,7 +384,7 @@ def load(path: Path | str, device: torch.device | str = "cpu", dtype: torch.dtyp
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{path}: {name} holds NaN or infinite values; train again with a lower --lr")
     sae.load_state_dict({name: tensor.to(device, dtype) for name, tensor in tensors.items()}, assign=True)
-    sae._stored_hash = _hash_tensors(tensors)
+    sae._stored_hash = _hash_tensors(stored)
     return sae.requires_grad_(False).eval()
 
 

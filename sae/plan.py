@@ -6,14 +6,15 @@ docs/scaling.md has the arithmetic.
 import math
 import shutil
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from core.product import linear
 from core.runtime import Runtime
-from sae.batches import Batches
 from sae.hyperparameters import Hyperparameters
 from sae.memory import Memory, Share, memory_of_rank
 
@@ -33,32 +34,70 @@ class Plan:
     seconds: float
     """Lower bound: the encoder's forward product alone, at the speed measured here, times 2."""
     advice: str
+    notes: tuple[str, ...] = ()
+    """Lines of their own, on where the rows come from."""
 
     def text(self) -> str:
         """One line for each need, and what to turn."""
         lines = [
             f"steps   {self.steps:,}",
-            f"memory  {_gib(sum(self.memory))} per rank: {_gib(self.memory.held)} weights and moments, "
-            f"{_gib(self.memory.step)} at the peak of a step; {_gib(self.memory_free)} free",
-            f"disk    {_gib(self.disk)} for checkpoints and the SAE; {_gib(self.disk_free)} free",
+            f"memory  {gib(sum(self.memory))} per rank: {gib(self.memory.held)} weights and moments, "
+            f"{gib(self.memory.step)} at the peak of a step; {gib(self.memory_free)} free",
+            f"disk    {gib(self.disk)} for checkpoints and the SAE; {gib(self.disk_free)} free",
             f"time    about {self.seconds / 3600:,.1f} h at twice the time of the encoder's product measured here",
+            *self.notes,
             self.advice or "it fits",
         ]
         return "\n".join(lines)
 
 
-def plan(config: Hyperparameters, batches: Batches, runtime: Runtime, latent: int, out: Path, keep: int) -> Plan:
-    """Predict the run of `config` on `batches`, with `latent` ranks sharing the latents, into the folder `out`."""
-    d, size = batches.statistics.d_model, torch.finfo(getattr(torch, config.dtype)).bits // 8
+class Amount(NamedTuple):
+    """What there is to learn from."""
+
+    width: int
+    rows: int
+    """An epoch."""
+
+
+class Rows(Protocol):
+    """Where the rows of all runs come from, as far as plans go."""
+
+    def amount(self, site: str) -> Amount: ...
+
+    def plan(self, runs: Sequence[Any], plan: Plan) -> Plan:
+        """With what getting the rows needs besides the training."""
+
+
+def describe(runs: Sequence[Any], rows: Rows, runtime: Runtime) -> str:
+    """The needs of runs that go over their rows together: all are held, and step one after the other."""
+    plans = [plan(one, rows.amount(one.site), runtime, one.latent_parallel, one.out, one.keep) for one in runs]
+    first = plans[0]
+    held, step = sum(part.memory.held for part in plans), max(part.memory.step for part in plans)
+    together = replace(
+        first,
+        steps=max(part.steps for part in plans),
+        memory=Memory(held, step),
+        disk=sum(part.disk for part in plans),
+        seconds=sum(part.seconds for part in plans),
+        advice="; ".join(dict.fromkeys(part.advice for part in plans if part.advice)),
+    )
+    if len(plans) > 1 and not together.advice and held + step > first.memory_free:
+        together = replace(together, advice=f"memory does not fit: {len(plans)} runs at once are too many; split --runs")
+    return rows.plan(runs, together).text()
+
+
+def plan(config: Hyperparameters, amount: Amount, runtime: Runtime, latent: int, out: Path, keep: int) -> Plan:
+    """Predict the run of `config` on so many rows, with `latent` ranks sharing the latents, into the folder `out`."""
+    d, size = amount.width, torch.finfo(getattr(torch, config.dtype)).bits // 8
     data = runtime.world_size // latent
-    rows = min(config.batch_size, len(batches.train)) // data
+    rows = min(config.batch_size, amount.rows) // data
     memory = memory_of_rank(config, Share(config.n_latents // latent, d, rows, data, runtime.device))
-    per_epoch = math.ceil(len(batches.train) / config.batch_size)
+    per_epoch = math.ceil(amount.rows / config.batch_size)
     steps = min(config.max_steps or per_epoch * config.epochs, per_epoch * config.epochs)
     one_copy = (2 * d + 1) * config.n_latents * size
     disk = (keep + 1) * 3 * one_copy + one_copy  # one more than is kept while it is being written
     seconds = 2 * steps * rows * _product_seconds_per_row(config.n_latents // latent, d, runtime.device, size)
-    memory_free, disk_free = _free_memory(runtime.device), shutil.disk_usage(_existing(out)).free
+    memory_free, disk_free = free_memory(runtime.device), shutil.disk_usage(existing(out)).free
     advice = []
     if sum(memory) > memory_free:
         if memory.held > memory_free // 2:
@@ -72,7 +111,7 @@ def plan(config: Hyperparameters, batches: Batches, runtime: Runtime, latent: in
     return Plan(steps, memory, memory_free, disk, disk_free, seconds, "; ".join(advice))
 
 
-def _free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
     """Bytes that a new process could use."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -97,11 +136,13 @@ def _product_seconds_per_row(n: int, d: int, device: torch.device, size: int) ->
     return min(times) / PROBE_ROWS * n / few
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
+    """The nearest folder on the way to `path` that is there."""
     while not path.exists():
         path = path.parent
     return path
 
 
-def _gib(n: int) -> str:
+def gib(n: int) -> str:
+    """`n` bytes, for people."""
     return f"{n / GIB:,.2f} GiB"

@@ -23,7 +23,7 @@ class RunningStatistics:
     @classmethod
     def of(cls, rows: Tensor) -> "RunningStatistics":
         """Of `rows` [N, d], block by block."""
-        statistics = cls.none(rows.shape[1])
+        statistics = cls.none(rows.shape[1], rows.device)
         for block in torch.split(rows, BLOCK_ROWS):
             block = block.double()
             mean = block.mean(0)
@@ -31,9 +31,9 @@ class RunningStatistics:
         return statistics
 
     @classmethod
-    def none(cls, d: int) -> "RunningStatistics":
+    def none(cls, d: int, device: torch.device | None = None) -> "RunningStatistics":
         """Of no rows."""
-        return cls(0, torch.zeros(d, dtype=torch.float64), torch.zeros(d, dtype=torch.float64))
+        return cls(0, *(torch.zeros(d, dtype=torch.float64, device=device) for _ in range(2)))
 
     def merge(self, other: "RunningStatistics") -> None:
         """Become the statistics of both sets of rows. The result depends on the order of merging in its last digits."""

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
-import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from capture.store import Activations, Chunk
 from core.artifact import Builder
 from core.cli import progress
 from core.norms import row_norms
-from core.runtime import Runtime
+from core.runtime import Runtime, unit_generator
 from sae.scratch import bucket_name, chunk_name
 from sae.split import held_out
 
@@ -52,8 +51,7 @@ class Plan:
 
     def generator(self, purpose: str, number: int) -> torch.Generator:
         """Randomness for one unit of work, the same on whichever rank does it."""
-        digest = xxhash.xxh3_64_intdigest(f"{purpose} {number}".encode(), seed=self.seed)
-        return torch.Generator().manual_seed(digest >> 1)
+        return unit_generator(self.seed, purpose, number)
 
     def counts(self, limit: float) -> dict[str, Any]:
         """Rows by split, whole and partial batches, and rows dropped, from the scratch files of both passes."""

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from core.artifact import Builder
 from core.cli import progress
-from core.norms import LARGEST, SMALLEST, row_norms
+from core.norms import row_norms
 from core.runtime import Runtime
-from sae.batches import Statistics
 from sae.model import SAEConfig, layer_normalised
-from sae.running_statistics import BLOCK_ROWS, RunningStatistics, geometric_median
+from sae.row_statistics import RowStatistics, refuse_large
+from sae.running_statistics import geometric_median
 from sae.scatter import Plan, bucket_rows, read_bucket
 from sae.scratch import bucket_name, read_scratch
 
@@ -45,11 +45,7 @@ def _finish_bucket(plan: Plan, bucket: int, name: str, limit: float, builder: Bu
     rows = read_bucket(plan, bucket)
     norms = row_norms(rows)
     kept = (norms <= limit).nonzero()[:, 0]
-    if len(kept) and (largest := float(norms[kept].max())) > LARGEST:
-        raise ValueError(
-            f"activations hold a finite row of norm {largest:.3g}, whose squares float32 cannot sum up; expected norms up to "
-            f"{LARGEST:g}. Drop such rows with --max-norm-ratio 10, or check the model and the site"
-        )
+    refuse_large(norms[kept])
     order = kept[torch.randperm(len(kept), generator=plan.generator("bucket", bucket))]
     dropped = len(rows) - len(kept)
     rows = rows[order]
@@ -58,22 +54,8 @@ def _finish_bucket(plan: Plan, bucket: int, name: str, limit: float, builder: Bu
         builder.publish(name, safetensors.torch.save({"x": rows[:whole]}), rows=whole)
     record = {"rest": rows[whole:], "file_rows": torch.tensor(whole), "dropped": torch.tensor(dropped)}
     if plan.place(bucket)[0] == "train":
-        record |= _statistics(rows, norms[order])
+        record |= RowStatistics.of(rows, norms[order]).record()
     builder.publish(bucket_name(bucket), safetensors.torch.save(record))
-
-
-def _statistics(rows: Tensor, norms: Tensor) -> dict[str, Tensor]:
-    raw, layer = RunningStatistics.none(rows.shape[1]), RunningStatistics.none(rows.shape[1])
-    for block in torch.split(rows, BLOCK_ROWS):
-        raw.merge(RunningStatistics.of(block))
-        layer.merge(RunningStatistics.of(layer_normalised(block.float(), SAEConfig.norm_eps).z))
-    return {
-        "norm_sum": norms.sum(),
-        "mean": raw.mean,
-        "m2": raw.m2,
-        "layer_mean": layer.mean,
-        "layer_m2": layer.m2,
-    }
 
 
 def write_rest(plan: Plan, builder: Builder) -> list[str]:
@@ -117,51 +99,26 @@ def first_rows(plan: Plan, n: int) -> Tensor:
 def write_statistics(plan: Plan, median_rows: int, builder: Builder) -> list[str]:
     """Merge the buckets' statistics in order, so that the result does not depend on who computed them.
 
-    `statistics.safetensors` holds, of the training rows: `count`, `mean_norm` (E||x||); float64 [d] `mean` and `variance` of
-    x, `dataset_mean` and `dataset_variance` of z = x sqrt(d) / E||x||, `layer_mean` and `layer_variance` of z under `layer`;
-    with `median_rows`, of so many rows, `geometric_median`, `dataset_geometric_median` and `layer_geometric_median`.
+    `statistics.safetensors` holds what RowStatistics.tensors says of the training rows; with `median_rows`, of so many rows,
+    `geometric_median`, `dataset_geometric_median` and `layer_geometric_median` too.
     """
-    raw, layer, norm_sum = None, None, 0.0
+    whole: RowStatistics | None = None
     for bucket in plan.numbers("train"):
         record = read_scratch(plan.folder, bucket_name(bucket))
-        count = int(record["file_rows"]) + len(record["rest"])
-        parts = (
-            RunningStatistics(count, record["mean"], record["m2"]),
-            RunningStatistics(count, record["layer_mean"], record["layer_m2"]),
-        )
-        if raw is None or layer is None:
-            raw, layer = parts
+        part = RowStatistics.read(int(record["file_rows"]) + len(record["rest"]), record)
+        if whole is None:
+            whole = part
         else:
-            raw.merge(parts[0])
-            layer.merge(parts[1])
-        norm_sum += float(record["norm_sum"])
-    assert raw is not None
-    assert layer is not None
-    mean_norm = norm_sum / raw.count
-    if 0 < mean_norm < SMALLEST:
-        raise ValueError(
-            f"the mean norm of the activations is {mean_norm:.3g}, whose squares float32 cannot hold; expected at least "
-            f"{SMALLEST:g}. Check the model and the site"
-        )
-    scale = math.sqrt(len(raw.mean)) / mean_norm if mean_norm else 1.0
-    statistics = {
-        "count": torch.tensor(raw.count),
-        "mean_norm": torch.tensor(mean_norm, dtype=torch.float64),
-        "mean": raw.mean,
-        "variance": raw.variance,
-        "dataset_mean": raw.mean * scale,
-        "dataset_variance": raw.variance * scale**2,
-        "layer_mean": layer.mean,
-        "layer_variance": layer.variance,
-    }
-    Statistics(statistics).refuse_constant("none")
+            whole.merge(part)
+    assert whole is not None
+    statistics = whole.tensors()
     if median_rows:
         rows = first_rows(plan, median_rows)
         median = geometric_median(rows)
         layer_median = geometric_median(layer_normalised(rows.float(), SAEConfig.norm_eps).z)
         statistics |= {
             "geometric_median": median,
-            "dataset_geometric_median": median * scale,
+            "dataset_geometric_median": median * whole.scale,
             "layer_geometric_median": layer_median,
         }
     builder.publish("statistics.safetensors", safetensors.torch.save(statistics))

@@ -5,7 +5,6 @@ Shapes: N rows of this rank, B rows of all ranks in a step, n latents of this ra
 
 import math
 from dataclasses import replace
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,12 +12,11 @@ from torch import Tensor
 
 from core.runtime import Mesh, Runtime, Solo
 from sae.architectures import architecture
-from sae.batches import Batches, Rows, Schedule
 from sae.hyperparameters import Hyperparameters as Hyperparameters
-from sae.loader import Loader, Segments
 from sae.loss import LossConfig, Losses
 from sae.model import SAE, SAEConfig
 from sae.optimizer_step import optimizer_step
+from sae.rows import Source
 
 VALIDATION_ROWS = 4096  # at a time
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam remembers of each entry
@@ -65,20 +63,19 @@ class Trainer:
         self,
         config: Hyperparameters,
         runtime: Runtime,
-        batches: Batches,
+        source: Source,
         seed: int = 0,
         latent_parallel: int = 1,
         begin_with: SAE | None = None,
     ) -> None:
         if config.n_latents % latent_parallel:
             raise ValueError(f"--latent-parallel {latent_parallel} must divide --n-latents {config.n_latents}")
-        self.config, self.runtime, self.batches = config, runtime, batches
+        self.config, self.runtime, self.source = config, runtime, source
         self.mesh = runtime.mesh(latent_parallel)
-        statistics = batches.statistics
+        statistics = source.statistics
         statistics.refuse_constant(config.norm)
-        self.schedule = Schedule(len(batches.train), batches.batch_rows, config.batch_size, seed)
-        all_steps = self.schedule.steps_per_epoch * config.epochs
-        self.total_steps = min(config.max_steps or all_steps, all_steps)
+        self.rows = source.reader(config, self.mesh.data, runtime.device)
+        self.total_steps = self.rows.total_steps
         self.total_variance = statistics.total_variance(config.norm)
         self.n_local = config.n_latents // latent_parallel
         self.first = self.mesh.latent.rank * self.n_local
@@ -93,8 +90,9 @@ class Trainer:
         )
         self.optimizer_step = optimizer_step(config, self.sae, self.optimizer, self.mesh, self.first)
         device = runtime.device
-        self.loader = Loader(partial(self._read, batches.train), device)
         self.step = 0
+        self.position: dict[str, Tensor] = {}
+        """Where the rows of `step` are, as a checkpoint says it."""
         self.tokens = 0
         self.last_fired = torch.zeros(self.n_local, dtype=torch.long, device=device)  # `tokens` at that time
         self.fired_in_window = torch.zeros_like(self.last_fired)  # rows, since `window_began`
@@ -103,7 +101,7 @@ class Trainer:
 
     def _new_sae(self, seed: int, begin_with: SAE | None) -> SAE:
         """This rank's latents of a fresh SAE, or of `begin_with`; `b_pre` starts at a centre of z."""
-        config, statistics = self.config, self.batches.statistics
+        config, statistics = self.config, self.source.statistics
         sae = SAE(
             SAEConfig(
                 d_model=statistics.d_model,
@@ -112,10 +110,9 @@ class Trainer:
                 architecture=config.architecture,
                 norm=config.norm,
                 scale=statistics.scale(config.norm),
-                provenance=self.batches.provenance
+                provenance=self.source.provenance
+                | self.source.trained_on
                 | {
-                    "batches_hash": self.batches.artifact.manifest.hash,
-                    "training_rows": statistics.count,
                     "mean_norm": statistics.mean_norm,
                     "total_variance": float(statistics.total_variance("none")),
                 },
@@ -143,7 +140,7 @@ class Trainer:
         NotFinite where the loss or its gradient is not.
         """
         config, d = self.config, self.sae.cfg.d_model
-        dead, n_rows = self.dead(), self.schedule.rows_in(self.step)
+        dead, n_rows = self.dead(), self.rows.rows_in(self.step)
         n_dead = self._over_latents(len(dead))
         part = self._add_gradients(dead, n_dead, n_rows)
         fired = self.mesh.data.sum_(part.fired)
@@ -172,7 +169,7 @@ class Trainer:
     def _add_gradients(self, dead: Tensor, n_dead: int, n_rows: int) -> Losses:
         """Gradients of this rank's part of the loss, and its sums; zeros where no row falls to it."""
         config, sae = self.config, self.sae
-        x = self.loader.take(*(self._segments(step) for step in (self.step, self.step + 1)))
+        x = self.rows.take(self.step)
         loss_config = LossConfig.at(config, self.step, sae.cfg.d_model, self.runtime.device)
         scale = 1 / (n_rows * sae.cfg.d_model)
         parts = [
@@ -200,20 +197,10 @@ class Trainer:
             )
         return sums
 
-    def _segments(self, step: int) -> Segments:
-        """What this rank reads in `step`: nothing behind the last one."""
-        data = self.mesh.data
-        return list(self.schedule.segments(step, data.rank, data.size)) if step < self.total_steps else []
-
-    def _read(self, rows: Rows, segments: Segments) -> Tensor:
-        """Rows [N, d], on the CPU; N may be 0."""
-        parts = [rows.read(start, stop) for start, stop in segments]
-        return torch.cat(parts) if parts else torch.empty(0, self.sae.cfg.d_model)
-
     @torch.no_grad()
     def validate(self, most_rows: int) -> dict[str, float]:
         """`val_loss`, `val_aux_loss` and `val_fvu` over the first `most_rows` validation rows (0: all); nothing without any."""
-        rows = self.batches.validation
+        rows = self.source.validation
         n_rows = min(len(rows), most_rows or len(rows))
         if n_rows == 0:
             return {}
@@ -222,7 +209,7 @@ class Trainer:
         n_dead = self._over_latents(len(dead))
         sums = torch.zeros(2, dtype=torch.float64, device=self.runtime.device)
         for start in range(data.rank * VALIDATION_ROWS, n_rows, data.size * VALIDATION_ROWS):
-            x = self._read(rows, [(start, min(n_rows, start + VALIDATION_ROWS))]).to(self.runtime.device)
+            x = rows.read(start, min(n_rows, start + VALIDATION_ROWS)).to(self.runtime.device)
             part = self.sae.losses(self.sae.normalise(x).z, loss_config, dead, n_dead, Mesh(Solo(), latent), self.first)
             sums += torch.stack((part.main, part.aux)).double()
         main, aux = (data.sum_(sums) / n_rows).tolist()
@@ -296,8 +283,7 @@ class Trainer:
             "window_began": torch.tensor(self.window_began),
             "lowest_val_loss": torch.tensor(self.lowest_val_loss, dtype=torch.float64),
             "validations_above": torch.tensor(self.validations_above),
-            "rng": torch.get_rng_state(),
-        }
+        } | self.rows.position(self.step)
         latents = {"last_fired": self.last_fired, "fired_in_window": self.fired_in_window}
         for name, tensor in self.sae.state_dict().items():
             (shared if name == "b_pre" else latents)[f"sae.{name}"] = tensor.detach()
@@ -312,7 +298,7 @@ class Trainer:
     def load_state(self, state: State) -> None:
         """Go back to where `state` was taken; its latents are those of this rank, wherever they were before."""
         device = self.runtime.device
-        tensors = {name: tensor.to(device) for part in state for name, tensor in part.items() if name != "rng"}
+        tensors = {name: tensor.to(device) for part in state for name, tensor in part.items()}
         with torch.no_grad():
             for name, tensor in self.sae.state_dict().items():
                 tensor.copy_(tensors[f"sae.{name}"])
@@ -321,7 +307,7 @@ class Trainer:
         self.step, self.tokens, self.window_began = (int(tensors[name]) for name in ("step", "tokens", "window_began"))
         self.lowest_val_loss, self.validations_above = float(tensors["lowest_val_loss"]), int(tensors["validations_above"])
         self.last_fired, self.fired_in_window = tensors["last_fired"], tensors["fired_in_window"]
-        torch.set_rng_state(state.shared["rng"])
+        self.position = state.shared
 
 
 def _check_alike(given: SAEConfig, wanted: SAEConfig) -> None:

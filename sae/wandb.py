@@ -116,7 +116,7 @@ class Wandb:
 def _run_id(path: Path) -> str:
     """The id in `path`, drawn when first asked for."""
     if not path.is_file():
-        files.publish(path, f"{secrets.token_hex(4)}\n".encode())
+        files.replace(path, f"{secrets.token_hex(4)}\n".encode())
     return path.read_text(encoding="utf-8").strip()
 
 

@@ -3,10 +3,13 @@
 python -m scripts.smollm2_documents --texts CORPORA --out training.jsonl
 python -m scripts.smollm2_documents --texts CORPORA --written written.jsonl --out training.jsonl
 python -m scripts.smollm2_documents --texts CORPORA --reviews --out reviews.jsonl    # the source held out of training
+python -m scripts.smollm2_documents --texts CORPORA --written written.jsonl --shown --out shown.jsonl   # what may be quoted
 
 CORPORA is a folder with `textbooks.jsonl.gz` (OpenStax, Rice University, CC BY 4.0), `state_union/`, `inaugural/`,
 `genesis/` (public domain) and `movie_reviews.zip`; `nltk.download` fetches all but the first. Nothing of them is copied
 into this repository. Our own passages are added from `demo/data/`, and what the model wrote itself from `--written`.
+Whatever is committed quotes those two alone: `--shown` writes them, without what the model knows by heart of the others'
+texts (a run of 8 words), and of the model's text a third at most, so that most of what is shown is ours.
 
 Documents are written in a random order (`--seed`), so that any prefix of the file is a fair sample of all sources.
 """
@@ -17,16 +20,20 @@ import random
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from capture.sources import Document
 from core import files
 from core.cli import one_line_errors, parse
-from demo.corpus import passages
+from core.text import decode
+from demo.corpus import all_passages
 
 SPEECHES = ("state_union", "inaugural")
+RUN = 8
+"""Words in a row that two texts share only if one is taken from the other, or both from a third."""
+OURS = 2 / 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +44,18 @@ class DocumentsConfig:
     """Folder with the texts of others."""
     out: Path
     """File to write: one JSON object per line with text, name, source and label."""
-    written: Path | None = None
-    """Texts that the model wrote itself (scripts.smollm2_written)."""
+    written: tuple[Path, ...] = ()
+    """Files of texts that the model wrote itself (scripts.smollm2_written)."""
+    shown: bool = False
+    """Write what may be quoted instead of everything."""
     reviews: bool = False
     """Write the film reviews, the source that is held out of training, instead of everything else."""
     seed: int = 0
     """Seed of the order of documents."""
+
+    def __post_init__(self) -> None:
+        if self.shown and self.reviews:
+            raise ValueError("--shown and --reviews: give one of them")
 
 
 def textbooks(folder: Path) -> Iterator[Document]:
@@ -83,11 +96,40 @@ def reviews(folder: Path) -> Iterator[Document]:
             yield Document(f"reviews.{Path(name).stem}", "reviews", archive.read(name).decode("utf-8", "replace"), label)
 
 
-def written(path: Path) -> Iterator[Document]:
+def written(paths: Sequence[Path]) -> Iterator[Document]:
     """What the model wrote itself."""
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+    found = (line for path in paths for line in decode(path.read_bytes(), str(path)).split("\n") if line)
+    for number, line in enumerate(found):
         row = json.loads(line)
         yield Document(f"written.{number:05d}", "written", row["text"], row.get("label"))
+
+
+def others(folder: Path) -> Iterator[Document]:
+    """Every text that is not ours."""
+    for source in (textbooks, speeches, scripture, reviews):
+        yield from source(folder)
+
+
+def runs(text: str) -> set[int]:
+    """A hash of each run of RUN words of a text, whatever their case and punctuation."""
+    words = re.findall(r"\w+", text.lower())
+    return {hash(tuple(words[start : start + RUN])) for start in range(len(words) - RUN + 1)}
+
+
+def shown(config: DocumentsConfig) -> list[Document]:
+    """Our passages, and of what the model wrote, in order, as much as keeps ours at OURS of the characters at least."""
+    ours = list(all_passages())
+    known: set[int] = set()
+    for document in others(config.texts):
+        known |= runs(document.text)
+    room = sum(len(document.text) for document in ours) * (1 - OURS) / OURS
+    for document in written(config.written):
+        if known.isdisjoint(runs(document.text)):
+            room -= len(document.text)
+            if room < 0:
+                break
+            ours.append(document)
+    return ours
 
 
 def read_text(path: Path) -> str:
@@ -109,9 +151,11 @@ def documents(config: DocumentsConfig) -> list[Document]:
     """All documents of the configuration in their random order."""
     if config.reviews:
         found = list(reviews(config.texts))
+    elif config.shown:
+        found = shown(config)
     else:
-        found = [*passages(), *textbooks(config.texts), *speeches(config.texts), *scripture(config.texts)]
-        found += written(config.written) if config.written else []
+        found = [*all_passages(), *textbooks(config.texts), *speeches(config.texts), *scripture(config.texts)]
+        found += written(config.written)
     random.Random(config.seed).shuffle(found)
     return found
 

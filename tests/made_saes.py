@@ -5,7 +5,6 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,7 +96,7 @@ def make(hidden: str, layout: str, root: Path) -> Made:
     plain, norm, bias = in_raw_units(sae), Norm(), "as-read"
     found_norm = "as-read"
     if hidden == "norm":
-        found_norm = {"sparsify": "layer", "dictionary_learning": "unit"}.get(layout, "dataset")
+        found_norm = {"saelens": "dataset", "sparsify": "layer"}.get(layout, "unit")
         if found_norm == "layer":
             sae = trained(norm="layer")
             plain, norm = unfolded(sae), Norm("layer", norm_eps=1e-5)

@@ -323,6 +323,10 @@ def test_no_active_feature_and_no_finite_gradient_are_named(features: list[Featu
     tokens = torch.arange(5)
     with pytest.raises(ValueError, match=r"no feature of the SAE at layers\.0\.attn_norm"):
         attribute(model, [silent], tokens, LogitDifference(3, 7))
+    silent.save(tmp_path / "sae")
+    with pytest.raises(ValueError, match="no feature of the SAE"):
+        stage.run(config([features[0]._replace(sae=tmp_path / "sae")], tmp_path / "out", top=(), explanations=()), solo())
+    assert not (tmp_path / "out").exists()
     model.output.weight.data[3] = torch.inf
     with pytest.raises(ValueError, match=r"the gradient at layers\.1\.resid_post is not finite"):
         attribute(model, [load(features[1].sae)], tokens, LogitDifference(3, 7))

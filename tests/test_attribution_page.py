@@ -87,5 +87,7 @@ def test_a_row_opens_its_evidence_and_a_token_its_features(browser: Browser, fol
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_scrolls_in_one_direction(browser: Browser, folder: Path, scheme: str) -> None:
     page, said = opened(browser, folder, viewport={"width": 360, "height": 740}, color_scheme=scheme)
+    page.locator("#rows tr").first.click()
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
+    assert page.locator("#rows td.what").first.bounding_box()["width"] > 120  # type: ignore[index]
     assert said == []

@@ -297,7 +297,7 @@ def test_damaged_and_dangerous_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a state dict of tensors"):
         read(folder)
     (folder / "config.json").write_text("[")
-    with pytest.raises(ValueError, match="not a JSON object"):
+    with pytest.raises(ValueError, match=r"config\.json"):
         read(folder)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no SAE of a known layout"):

@@ -1,10 +1,12 @@
 """core/artifact.py: whatever fails, a folder reads as the old whole state or the new one, and the same command completes it."""
 
 import json
+import os
 import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -96,8 +98,9 @@ def test_a_finished_folder_that_records_less_is_left_alone(tmp_path: Path) -> No
     """As an earlier version leaves it; a half-finished one is not continued, and another value is refused in any case."""
     for name in ("done", "half"):
         with building(tmp_path / name, "things", Config(), ALONE, provenance={"model_hash": "m1"}) as builder:
+            builder.publish("one.bin", b"1")
             if name == "done":
-                builder.finish([], {})
+                builder.finish(["one.bin"], {})
     now = {"model_hash": "m1", "batch_tokens": 64}
     with building(tmp_path / "done", "things", Config(), ALONE, provenance=now) as builder:
         assert builder.complete
@@ -111,6 +114,77 @@ def test_a_finished_folder_that_records_less_is_left_alone(tmp_path: Path) -> No
         building(tmp_path / "done", "things", Config(), ALONE, provenance=now | {"model_hash": "m2"}),
     ):
         pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Later(Config):
+    """The flags of a later version: two more, and another default."""
+
+    width: int = 5
+    shade: str = "red"
+    tones: tuple[int, ...] = (1, 2)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_flag_that_an_earlier_version_did_not_have_counts_as_its_default(tmp_path: Path, finished: bool) -> None:
+    (build if finished else half_build)(tmp_path)
+    before = snapshot(tmp_path)
+    for config, message in (
+        (Later(width=3, shade="blue"), "made with --shade red, now blue is asked for"),
+        (Later(width=3, tones=()), r"made with --tones 1 2, now \(none\) is asked for"),
+        (Later(names=("a",)), r"made with --names a b, now a; --width 3, now 5 \(the default\) is asked for"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build(tmp_path, config)
+        assert snapshot(tmp_path) == before
+    assert build(tmp_path, Later(width=3)) is finished
+
+
+def started(folder: Path, config: Config, how: str = "error") -> None:
+    """A start that ends before any file is written."""
+    with (
+        suppress(ValueError, KeyboardInterrupt, SystemExit),
+        building(folder, "things", config, ALONE, provenance={"model_hash": "m1"}) as builder,
+    ):
+        if how == "claim":
+            builder.claim()
+        if how != "return":
+            raise {"error": ValueError, "claim": ValueError, "interrupt": KeyboardInterrupt, "exit": SystemExit}[how]("no key")
+
+
+@pytest.mark.parametrize("how", ["error", "interrupt", "exit", "return"])
+def test_a_start_that_fails_claims_nothing(tmp_path: Path, how: str) -> None:
+    started(tmp_path / "new" / "out", Config(), how)
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "out").mkdir()
+    started(tmp_path / "out", Config(), how)
+    assert os.listdir(tmp_path / "out") == []
+    (tmp_path / "out" / "thesis.txt").write_text("three years")
+    started(tmp_path / "out", Config(), how)
+    assert os.listdir(tmp_path / "out") == ["thesis.txt"]
+
+
+def killed_start(out: str) -> None:
+    with building(Path(out), "things", Config(), ALONE, provenance={"model_hash": "m1"}):
+        os._exit(9)
+
+
+def test_a_start_that_was_killed_before_its_first_file_claims_nothing(tmp_path: Path, fork_server: ForkServer) -> None:
+    assert fork_server.run(killed_start, tmp_path) == 9
+    assert Manifest.read(tmp_path).complete is False
+    build(tmp_path, Config(width=4), kind="others")
+    assert verify(tmp_path).config["width"] == 4
+
+
+def test_a_claimed_folder_stays_with_its_command(tmp_path: Path) -> None:
+    started(tmp_path, Config(), "claim")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="was made with --width 3, now 4 is asked for"):
+            build(tmp_path, Config(width=4))
+        started(tmp_path, Config(), "claim")
+    assert (tmp_path / ".journal-0.jsonl").read_bytes().count(b"\n") == 1
+    build(tmp_path)
+    assert set(snapshot(tmp_path)) == {*CONTENT, MANIFEST}
 
 
 def test_what_a_build_leaves(tmp_path: Path, clean: dict[str, bytes]) -> None:

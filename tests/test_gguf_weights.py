@@ -240,7 +240,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a factor of 0": ({"llama__rope__scaling__factor": -1.0}, "llama.rope.scaling.factor must be a number above 0"),
     "infinite theta": ({"llama__rope__freq_base": float("inf")}, "rope_theta must be a number above 0; found inf"),
     "2^31 layers": ({"llama__block_count": 2**31}, "n_layers must be at most 4,096; found 2,147,483,648"),
-    "2^31 positions": ({"llama__context_length": 2**31}, "max_seq_len must be at most 4,194,304; found 2,147,483,648"),
+    "2^31 positions": ({"llama__context_length": 2**31}, "max_seq_len must be at most .* found 2,147,483,648"),
     "2^32 wide": ({"llama__embedding_length": 2**32 - 1}, "dim must be at most 268,435,456"),
     "a layer too many": ({"llama__block_count": 4}, r"9 of 38 tensors missing .* layers\.3\.attention"),
     "a layer too few": ({"llama__block_count": 2}, r"holds blk\.2\..*, which a Llama of 2 layers does not have"),

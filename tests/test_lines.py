@@ -175,4 +175,4 @@ def test_a_kill_at_every_operation_leaves_what_can_be_read(tmp_path: Path, fork_
         write_one(str(path))
         if status == 0:
             break
-    assert n == 5
+    assert n == 6  # open, truncate, write, fsync, and the folder, whose names an earlier process may have left unsynced

@@ -138,6 +138,48 @@ def test_meta_safetensors_in_parts(tiny: Path) -> None:
         assert torch.equal(logits_of(tiny), expected)
 
 
+def with_shared_heads(weights: dict[str, torch.Tensor], ranks: int, head_dim: int) -> list[dict[str, torch.Tensor]]:
+    """Cut for more ranks than key heads: rank r of R holds head r * H // R, the one that its query heads look at."""
+    parts = model_parallel(weights, ranks)
+    for name in (name for name in weights if name.endswith(("wk.weight", "wv.weight"))):
+        heads = weights[name].split(head_dim)
+        for rank, part in enumerate(parts):
+            part[name] = heads[rank * len(heads) // ranks].clone()
+    return parts
+
+
+@pytest.mark.parametrize(("kv_heads", "ranks"), [(2, 4), (2, 8), (4, 8), (1, 2), (1, 4)])
+@pytest.mark.parametrize("kind", ["pth", "safetensors"])
+def test_meta_parts_that_outnumber_the_key_heads(tmp_path: Path, kv_heads: int, ranks: int, kind: str) -> None:
+    folder = tiny_llama(tmp_path, n_heads=8, n_kv_heads=kv_heads, tie_word_embeddings=False)
+    expected, weights = logits_of(folder), load_file(folder / "consolidated.safetensors")
+    parts = with_shared_heads(weights, ranks, 4)
+    as_pth(folder, *parts)
+    if kind == "safetensors":
+        for rank, part in enumerate(parts):
+            (folder / f"consolidated.{rank:02d}.pth").unlink()
+            save_file(part, folder / f"consolidated.{rank:02d}.safetensors")
+    assert torch.equal(logits_of(folder), expected)
+
+
+@pytest.mark.parametrize(("kv_heads", "ranks"), [(2, 4), (1, 2)])
+def test_heads_that_ranks_share_must_be_equal(tmp_path: Path, kv_heads: int, ranks: int) -> None:
+    folder = tiny_llama(tmp_path, n_heads=8, n_kv_heads=kv_heads, tie_word_embeddings=False)
+    parts = with_shared_heads(load_file(folder / "consolidated.safetensors"), ranks, 4)
+    parts[1]["layers.2.attention.wv.weight"][3, 5] += 1
+    as_pth(folder, *parts)
+    refused(folder, r"consolidated\.01\.pth: layers\.2\.attention\.wv\.weight is no copy of the one in the file before")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("kind", ["pth", "safetensors"])
+def test_buffers_that_are_no_weights_are_left_out(tiny: Path, dtype: torch.dtype, kind: str) -> None:
+    expected, weights = logits_of(tiny), load_file(tiny / "consolidated.safetensors")
+    weights["layers.0.attention.mask"] = torch.ones(7, 3).to(dtype)
+    as_pth(tiny, weights) if kind == "pth" else save_file(weights, tiny / "consolidated.safetensors")
+    assert torch.equal(logits_of(tiny), expected)
+
+
 def test_hash_is_that_of_the_bytes_of_the_weight_files(tiny: Path) -> None:
     weights = load_file(tiny / "consolidated.safetensors")
     single = (tiny / "consolidated.safetensors").read_bytes()
@@ -374,7 +416,12 @@ def test_an_index_may_not_point_outside_its_folder(tmp_path: Path) -> None:
         (
             "norm.weight",
             torch.ones(32, dtype=torch.int8),
-            "header is not valid .dtype 'I8', expected one of F64, F32, F16, BF16",
+            r"consolidated\.safetensors: norm\.weight is stored as int8: quantised weights of this kind cannot be read",
+        ),
+        (
+            "layers.1.attention.wo.weight",
+            torch.ones(32, 32).to(torch.float8_e4m3fn),
+            r"layers\.1\.attention\.wo\.weight is stored as float8_e4m3fn: quantised weights .* bfloat16",
         ),
     ],
 )
@@ -544,10 +591,12 @@ def test_tiny_args_are_what_the_folder_says(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"n_layers": 10**9}, "n_layers 1,000,000,000"),
-        ({"dim": 2**40}, "dim 1,099,511,627,776"),
-        ({"n_heads": 2**20, "head_dim": 2**30}, "n_heads 1,048,576 of head_dim"),
-        ({"vocab_size": 2**50}, "vocab_size 1,125"),
+        ({"n_layers": 10**9}, "n_layers must be at most .* 1,000,000,000"),
+        ({"dim": 2**40}, "dim must be at most"),
+        ({"n_layers": 4000}, "n_layers 4,000, more than"),
+        ({"dim": 2**26}, "dim 67,108,864 and"),
+        ({"n_heads": 2**13, "head_dim": 2**13}, "n_heads 8,192 of head_dim"),
+        ({"vocab_size": 2**27}, "vocab_size 134,217,728"),
         ({"ffn_dim_multiplier": 1e300}, "hidden_dim|ffn_dim_multiplier"),
         ({"ffn_dim_multiplier": 1e308, "dim": 10**6}, "ffn_dim_multiplier"),
     ],
@@ -567,7 +616,7 @@ def test_a_long_context_takes_memory_when_it_is_used(tmp_path: Path) -> None:
     folder = tiny_llama(tmp_path)
     short = load_model(folder)
     params = json.loads((folder / "params.json").read_text())
-    (folder / "params.json").write_text("\ufeff" + json.dumps(params | {"max_seq_len": 10**12}))
+    (folder / "params.json").write_text("\ufeff" + json.dumps(params | {"max_seq_len": 10**8}))
     model = load_model(folder)
     assert len(model.freqs_cis) <= 8192
     tokens = torch.arange(100)[None] % 50

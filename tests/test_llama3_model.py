@@ -622,6 +622,8 @@ def test_hf_rope_settings_of_transformers_4_and_5() -> None:
     assert old == new
     assert new.rope_scaling == RopeScaling(factor=32.0)
     assert new.rope_theta == 5e5
+    what_we_run = {"partial_rotary_factor": 1.0, "attention_factor": None}
+    assert ModelArgs.from_hf_config(HF | {"rope_parameters": LLAMA3_ROPE | {"rope_theta": 5e5} | what_we_run}) == new
     plain = ModelArgs.from_hf_config(HF | {"rope_scaling": None})
     assert (plain.rope_theta, plain.rope_scaling, plain.n_kv_heads) == (10_000.0, None, 4)
 
@@ -636,6 +638,11 @@ def test_hf_rope_settings_of_transformers_4_and_5() -> None:
         ({"quantization_config": {"bits": 4}}, "quantization_config = .* is not supported"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type 'yarn' is not supported"),
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_type 'linear' is not supported"),
+        (
+            {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            "partial_rotary_factor = 0.5 of RoPE is not supported; expected 1",
+        ),
+        ({"rope_parameters": LLAMA3_ROPE | {"attention_factor": 0.9}}, "attention_factor = 0.9 of RoPE"),
         ({"rope_scaling": LLAMA3_ROPE | {"beta": 1}}, r"unknown RoPE setting\(s\) beta"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"missing key\(s\) low_freq_factor"),
         ({"intermediate_size": None}, r"missing key\(s\) intermediate_size"),

@@ -98,7 +98,7 @@ def test_steps(top: Path, tmp_path: Path, server: BatchServer, capsys: pytest.Ca
     assert "4 requests, msgbatch_000000 in_progress" in capsys.readouterr().out
     run(flags("status", top, out, server), solo())
     assert "none answered; 0 to send" in capsys.readouterr().out
-    while not (out / "explanations.jsonl").exists():
+    while not (out / "explanations.jsonl.gz").exists():
         run(flags("collect", top, out, server), solo())
     assert len(read_explanations(out)) == 5
     assert server.calls["create"] == 1

@@ -13,7 +13,7 @@ from sae.architectures import names
 from sae.batches import Batches
 from sae.hyperparameters import Hyperparameters
 from sae.memory import Share, memory_of_rank
-from sae.plan import plan
+from sae.plan import Amount, plan
 from sae.train import TrainConfig, run
 from sae.trainer import Trainer
 from tests.sae_folders import ALONE, make_batches, sparse_rows
@@ -25,6 +25,10 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def batches(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_batches(tmp_path_factory.mktemp("rows"), sparse_rows(1200, D, 100, active=6)[0], batch_rows=256)
+
+
+def amount(batches: Path) -> Amount:
+    return Amount(D, len(Batches(batches).train))
 
 
 def peak_bytes(act: Callable[[], object]) -> int:
@@ -62,7 +66,7 @@ def test_memory_is_within_a_tenth(architecture: Any, all_dead: bool, rows: int, 
             trainer.last_fired.fill_(-config.dead_after_tokens)
         peaks.append(peak_bytes(trainer.train_step))
     measured = held_bytes(trainer) + statistics.median(peaks)
-    predicted = plan(config, Batches(batches), ALONE, 1, Path.cwd(), keep=2).memory
+    predicted = plan(config, amount(batches), ALONE, 1, Path.cwd(), keep=2).memory
     assert sum(predicted) == pytest.approx(measured, rel=0.1)
     assert predicted.held == pytest.approx(held_bytes(trainer), rel=0.01)
 
@@ -72,7 +76,7 @@ def test_disk_is_within_a_tenth(batches: Path, tmp_path: Path) -> None:
     config = TrainConfig(
         batches=batches, out=tmp_path / "run", n_latents=4096, k=16, batch_size=512, epochs=2, checkpoint_every=1, wandb="off"
     )
-    predicted = plan(config, Batches(batches), ALONE, 1, tmp_path, config.keep).disk
+    predicted = plan(config, amount(batches), ALONE, 1, tmp_path, config.keep).disk
     run(config, ALONE)
     sizes = {
         path.name: sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

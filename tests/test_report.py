@@ -34,6 +34,7 @@ from interpretability.records import (
     TOP_SCHEMA,
     Explanation,
     TopSentence,
+    compressed,
     explanation_lines,
     parquet_bytes,
 )
@@ -122,7 +123,7 @@ def make_explanations(path: Path, sae_hash: str) -> Path:
     rows = [explained(latent) for latent in range(N_LATENTS - 3)]
     rows.append(explained(N_LATENTS - 3, title="", state="failed", reason="no JSON", score=None))
     with building(path, "explanations", StageConfig(), solo(), provenance={"sae_hash": sae_hash}) as builder:
-        builder.publish(EXPLANATIONS_FILE, explanation_lines(rows))
+        builder.publish(EXPLANATIONS_FILE, compressed(explanation_lines(rows)))
         builder.finish([EXPLANATIONS_FILE], {"valid": N_LATENTS - 3})
     return path
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from core.cli import parse
 from sae.architectures import names
 from sae.batches import Batches
+from sae.grid import read_runs
 from sae.hyperparameters import Hyperparameters
 from sae.loss import LossConfig, Losses
 from sae.model import SAE, SAEConfig, load
@@ -258,7 +259,11 @@ def test_a_run_begins_with_the_weights_of_another(batches: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_presets_are_valid(path: Path) -> None:
-    found = parse(TrainConfig, "", ["--config", str(path), "--batches", "b", "--out", "o"])
+    rows = ["--model", "m", "--corpus", "c"] if path.stem == "streaming" else ["--batches", "b"]
+    found = parse(TrainConfig, "", [*(["--runs"] if path.stem == "runs" else ["--config"]), str(path), *rows, "--out", "o"])
+    if found.runs:
+        assert len(read_runs(found, found.runs)) > 1
+        return
     assert found.batch_size % 1024 == 0
     assert math.isfinite(found.peak_lr)
 

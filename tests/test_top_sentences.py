@@ -1,6 +1,8 @@
 """Top sentences of every latent: against brute force, across ranks, and what is refused."""
 
 import hashlib
+import json
+import logging
 import math
 import os
 import subprocess
@@ -23,11 +25,24 @@ from interpretability.evidence.background import Background, cofiring
 from interpretability.evidence.ngrams import NgramCounter, ngrams_of
 from interpretability.evidence.promoted import promoted_by
 from interpretability.evidence.selection import Hits, Ragged, Sentences, offsets_of
-from interpretability.records import HISTOGRAM_BINS, HISTOGRAM_FIRST_EXPONENT, TopSentences, open_top
+from interpretability.explain import ExplainConfig
+from interpretability.explain import run as run_explain
+from interpretability.records import (
+    COUNTED,
+    HISTOGRAM_BINS,
+    HISTOGRAM_FIRST_EXPONENT,
+    NEVER_FIRED,
+    NOT_SHOWN,
+    TopSentences,
+    open_top,
+    read_explanations,
+)
+from interpretability.report import ReportConfig
+from interpretability.report import run as run_report
 from interpretability.top_sentences import TopSentencesConfig, parts_of, run
 from llama3 import Transformer, load_model, load_tokenizer
 from sae.model import load
-from tests.interp_folders import SITE, ChunkConfig, Folders, make_folders, make_sae, random_texts, solo
+from tests.interp_folders import SITE, ChunkConfig, Folders, make_corpus, make_folders, make_sae, random_texts, solo
 from tests.tiny import tiny_llama
 
 
@@ -49,12 +64,13 @@ def top(folders: Folders, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def dense_activations(folders: Folders) -> tuple[list[torch.Tensor], int]:
-    """(T, n_latents) of every sentence, and the number of latents: the slow, obvious way."""
+    """(T, n_latents) of every sentence, and the number of latents: the slow, obvious way. The first token is not read."""
     sae, activations = load(folders.sae), open_activations(folders.activations)
     sentences = []
     for chunk in activations:
         latents = sae.encode(chunk.activations)
         dense = torch.zeros(len(chunk.activations), sae.cfg.n_latents).scatter_add_(1, latents.indices, latents.values)
+        dense[chunk.offsets[:-1]] = 0
         sentences += [dense[a:b] for a, b in zip(chunk.offsets[:-1].tolist(), chunk.offsets[1:].tolist(), strict=True)]
     return sentences, sae.cfg.n_latents
 
@@ -134,7 +150,7 @@ def test_texts_names_and_labels_are_those_of_the_sentence(folders: Folders, top:
 
 
 def test_statistics_equal_the_plain_ones(folders: Folders, top: Path) -> None:
-    dense = torch.cat(dense_activations(folders)[0]).double()
+    dense = torch.cat([rows[1:] for rows in dense_activations(folders)[0]]).double()
     opened = open_top(top)
     assert opened.n_tokens == len(dense)
     edges = [0.0, *(2.0**e for e in range(-9, 10)), np.inf]
@@ -266,7 +282,7 @@ def test_nan_straight_from_the_model_is_refused(folders: Folders, tmp_path: Path
 def test_rows_beyond_the_norm_of_training_are_left_out(folders: Folders, tmp_path: Path) -> None:
     chunk = open_activations(folders.activations).chunk(0)
     rows = chunk.activations.clone()
-    rows[0] = rows[0] * 1000
+    rows[1] = rows[1] * 1000
     sunk = rewrite_chunk(folders.activations, tmp_path / "acts", 0, activations=rows)
     sae = load(folders.sae)
     for name, limit in (("limited", 500.0), ("free", None)):
@@ -279,7 +295,9 @@ def test_rows_beyond_the_norm_of_training_are_left_out(folders: Folders, tmp_pat
     limited, free = open_top(tmp_path / "top-limited"), open_top(tmp_path / "top-free")
     assert free.max_values.max() > 100 > limited.max_values.max()
     assert limited.n_tokens == free.n_tokens - 1
-    assert open_artifact(tmp_path / "top-limited").manifest.counts["left_out_tokens"] == 1
+    counts = open_artifact(tmp_path / "top-limited").manifest.counts
+    assert counts["left_out_tokens"] == counts["sentences"] + 1  # the first of each sentence, and the one of such norm
+    assert counts["tokens"] + counts["left_out_tokens"] == sum(len(part.token_ids) for part in open_activations(sunk))
 
 
 @pytest.mark.parametrize("key", ["model_hash", "tokenizer_hash", "site", "bos"])
@@ -359,6 +377,69 @@ def reference_levels(peaks: list[float], latent: int, n: int) -> list[int]:
     return found
 
 
+def test_statistics_come_from_another_text_and_sentences_from_this_one(tmp_path: Path) -> None:
+    """Every number of a latent is that of the counted text; what none of our sentences fires says so, and is not shown."""
+    every = make_folders(tmp_path / "every", random_texts(150), n_latents=48, k=4)
+    run(config(every, tmp_path / "all"), solo())
+    ours = make_corpus(tmp_path / "ours", random_texts(150)[40:43])
+    flags = ["--model", str(every.model), "--sae", str(every.sae), "--corpus", str(ours), "--device", "cpu"]
+    for name, more in (("plain", ()), ("top", ("--statistics", str(tmp_path / "all")))):
+        run(parse(TopSentencesConfig, "", [*flags, *more, "--out", str(tmp_path / name)]), solo())
+    counted, plain, found = (open_top(tmp_path / name) for name in ("all", "plain", "top"))
+    reasons = [found.silence(latent) for latent in range(48)]
+    assert set(reasons) == {"", NEVER_FIRED, NOT_SHOWN}
+    for latent, reason in enumerate(reasons):
+        wanted, here, got = counted.statistics(latent), plain.statistics(latent), found.statistics(latent)
+        expected = {name: getattr(wanted, name) for name in COUNTED} | {"max": max(wanted.max, here.max)}
+        assert {name: getattr(got, name) for name in COUNTED} == expected
+        assert got.shown_count == here.sentence_count
+        assert found.sentences(latent) == plain.sentences(latent)
+        assert (found.sentences(latent) == []) == bool(reason)
+        assert (reason == NEVER_FIRED) == (wanted.firing_count == 0)
+    manifest = open_artifact(tmp_path / "top").manifest
+    assert manifest.provenance["corpus_hash"] == open_corpus(ours).manifest_hash
+    assert manifest.provenance["statistics_corpus_hash"] == open_corpus(every.corpus).manifest_hash
+    assert manifest.provenance["statistics_hash"] == counted.artifact.manifest.hash
+    assert manifest.counts["tokens"] == counted.n_tokens > manifest.counts["shown_tokens"] == plain.n_tokens
+    assert manifest.counts["latents_not_shown"] == reasons.count(NOT_SHOWN)
+    run_explain(parse(ExplainConfig, "", ["run", "--top", str(tmp_path / "top"), "--out", str(tmp_path / "said")]), solo())
+    explained = read_explanations(tmp_path / "said")
+    assert [explained[latent].reason for latent in range(48)] == reasons
+    folders = ["--top", str(tmp_path / "top"), "--explanations", str(tmp_path / "said")]
+    run_report(parse(ReportConfig, "", [*folders, "--out", str(tmp_path / "report")]), solo())
+    hidden = [latent for latent, reason in enumerate(reasons) if reason == NOT_SHOWN]
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert f'"hidden":{json.dumps(hidden, separators=(",", ":"))}' in page
+
+
+def test_a_compact_folder_reads_the_same(folders: Folders, top: Path, tmp_path: Path) -> None:
+    run(
+        config(folders, tmp_path / "compact", "--n-sentences", str(open_artifact(top).manifest.config["n"]), "--compact"),
+        solo(),
+    )
+    plain, compact = open_top(top), open_top(tmp_path / "compact")
+    for latent in range(plain.n_latents):
+        for aggregation in plain.aggregations:
+            assert compact.sentences(latent, aggregation) == plain.sentences(latent, aggregation)
+        assert compact.levels(latent) == plain.levels(latent)
+        assert compact.statistics(latent) == plain.statistics(latent)
+    assert compact.pool() == plain.pool()
+    assert compact.background()[0].text == plain.background()[0].text
+    ids = pq.read_table(tmp_path / "compact" / "sentences.parquet")["sentence_id"].to_pylist()
+    assert ids == sorted(set(ids))
+    assert "text" not in pq.read_schema(tmp_path / "compact" / "top_sentences.parquet").names
+
+
+def test_statistics_of_another_sae_are_refused(folders: Folders, top: Path, tmp_path: Path) -> None:
+    sae = load(folders.sae)
+    sae.b_enc.data += 1
+    sae._stored_hash = None
+    sae.save(tmp_path / "sae")
+    other = folders._replace(sae=tmp_path / "sae")
+    with pytest.raises(ValueError, match="sae_hash"):
+        run(config(other, tmp_path / "out", "--statistics", str(top)), solo())
+
+
 def check_background(top: TopSentences, sentences: list[torch.Tensor], texts: list[str]) -> None:
     """The sample and the latents that fire together, against every pair of columns of the dense activations."""
     background = top.background()
@@ -428,19 +509,23 @@ def test_straight_from_the_model_gives_the_same_folder(tmp_path: Path, storage: 
         assert digest(tmp_path / "two") == other
 
 
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
 def test_an_sae_of_version_0_1_is_read_with_the_settings_of_that_version(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folders = captured(tmp_path)
     run_live(folders, tmp_path / "recorded")
-    assert not caplog.records
+    assert not warnings_of(caplog)
     sae = load(folders.sae)
     for name in ("chunk_sentences", "batch_tokens", "max_padding"):
         del sae.cfg.provenance[name]
     sae.save(tmp_path / "old")
     run_live(folders._replace(sae=tmp_path / "old"), tmp_path / "assumed")
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "chunk_sentences 2048, batch_tokens 8192, max_padding 0.05" in caplog.text
+    (warning,) = warnings_of(caplog)
+    assert "chunk_sentences 2048, batch_tokens 8192, max_padding 0.05" in warning
     recorded, assumed = (open_artifact(tmp_path / name).manifest for name in ("recorded", "assumed"))
     assert recorded.provenance == assumed.provenance
     assert recorded.files == assumed.files

@@ -33,6 +33,7 @@ from tests.interp_folders import make_corpus, random_texts, solo
 from tests.tiny import tiny_llama
 
 WIDTHS = {"layers.1.attn_heads": 48, "layers.1.ffn_hidden": 96, "layers.1.resid_post": 32}
+STRENGTH = 40.0  # at which the tiny model writes another text
 PLACE: dict[str, Any] = {"device": "cpu", "threads": 1}
 
 
@@ -107,12 +108,12 @@ def test_steering_edits_the_site_and_the_text(chain: Run) -> None:
     features = session.needs_features()
     sae, latent = features.sae, int(features.max_values.argmax())
     ids = session.tokenizer.encode("the river of winter", bos=True)
-    hooks = features.steering.hooks_for([Recipe((Edit(latent=latent, strength=3.0),), sae.weights_hash)], [len(ids)])
+    hooks = features.steering.hooks_for([Recipe((Edit(latent=latent, strength=STRENGTH),), sae.weights_hash)], [len(ids)])
     assert hooks is not None
     before = activations(session, ids, chain.site)
     with session.model.hooks(hooks(torch.arange(len(ids))[None])):
         after = activations(session, ids, chain.site)
-    added = 3 * features.max_values[latent] * sae.W_dec[latent] / sae.cfg.scale
+    added = STRENGTH * features.max_values[latent] * sae.W_dec[latent] / sae.cfg.scale
     torch.testing.assert_close(after[1:], before[1:] + added, atol=1e-4, rtol=1e-4)
     greedy = Sampling(max_new_tokens=6, temperature=0)
     texts = [[p.token_id for p in generate(session.model, session.tokenizer, [ids], greedy, h)] for h in (None, hooks)]

@@ -20,6 +20,7 @@ from interpretability.records import (
     TOP_FILE,
     TOP_SCHEMA,
     Explanation,
+    compressed,
     explanation_lines,
     parquet_bytes,
 )
@@ -100,7 +101,7 @@ def write_features(folder: Path, model_path: Path, sae: SAE, sentences: Sequence
         for i, row in enumerate(row for row in latents if row["max"] > 0)
     ]  # fmt: skip
     with building(folder / "explanations", "explanations", SimpleConfig(), alone(), provenance=provenance) as builder:
-        builder.publish(EXPLANATIONS_FILE, explanation_lines(explained))
+        builder.publish(EXPLANATIONS_FILE, compressed(explanation_lines(explained)))
         builder.finish([EXPLANATIONS_FILE], {"explanations": len(explained)})
     return Features(model_path, folder / "sae", folder / "top", folder / "explanations")
 

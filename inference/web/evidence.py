@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from html import escape
 
 from inference.card import Card
-from interpretability.records import HISTOGRAM_FIRST_EXPONENT, TopSentence
+from interpretability.records import HISTOGRAM_FIRST_EXPONENT, NOT_SHOWN, TopSentence
 
 N_OPEN = 4
 """Sentences that are in sight at once; a click shows the others."""
@@ -87,7 +87,7 @@ def _words(name: str, words: Sequence[str], kind: str) -> str:
 
 def _sentences(sentences: Sequence[TopSentence], largest: float) -> str:
     if not sentences:
-        return ""
+        return f'<p class="empty">It {NOT_SHOWN}.</p>' if largest > 0 else ""
     items = [
         f'<li><p class="text">{tokens(s.tokens, s.activations, largest)}</p>'
         f'<p class="by"><b>{s.value:.3g}</b> {escape(s.document)}{" · " + escape(s.label) if s.label else ""}</p></li>'

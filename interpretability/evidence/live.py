@@ -7,8 +7,7 @@ them the last bits, are the same.
 import logging
 from typing import Any
 
-from capture.batches import tokenise
-from capture.chunks import ChunkCapture, NonFinite, start_chunk
+from capture.chunks import ChunkCapture, CorpusChunks, NonFinite, start_chunk
 from capture.store import Chunk, Corpus
 from core.runtime import Runtime
 from llama3 import Tokenizer, load_model
@@ -30,13 +29,9 @@ class LiveActivations:
             log.warning(
                 "the SAE does not record all settings of its capture; assuming those of version 0.1: %s", ", ".join(absent)
             )
-        self._llama = load_model(model, runtime.device).eval()
-        self._tokenizer, self._corpus, self.site = tokenizer, corpus, site
-        self.n_sentences = corpus.n_sentences
-        self._chunk_sentences: int = settings["chunk_sentences"]
-        self._max_length = int(trained.get("max_length") or self._llama.params.max_seq_len - 1)
-        self._how = ChunkCapture(
-            model=self._llama,
+        llama = load_model(model, runtime.device).eval()
+        how = ChunkCapture(
+            model=llama,
             sites=[site],
             storage=settings["dtype"],
             batch_tokens=settings["batch_tokens"],
@@ -44,28 +39,31 @@ class LiveActivations:
             bos_id=tokenizer.bos_id if trained.get("bos") == "feed" else None,
             skip_nonfinite=False,
         )
-        self.provenance: dict[str, Any] = settings | {
-            "model": str(trained.get("model", "")),
-            "model_hash": self._llama.weights_hash,
-            "tokenizer_hash": tokenizer.hash,
-            "sites": [site],
+        self._chunks = CorpusChunks(
+            corpus=corpus,
+            tokenizer=tokenizer,
+            how=how,
+            model_name=str(trained.get("model", "")),
+            max_length=int(trained.get("max_length") or llama.params.max_seq_len - 1),
+            chunk_sentences=settings["chunk_sentences"],
+        )
+        self.site, self.n_sentences = site, corpus.n_sentences
+        described = self._chunks.provenance()
+        del described["widths"]
+        self.provenance: dict[str, Any] = described | {
             "site": site,
-            "d_model": self._llama.width(site),
+            "d_model": llama.width(site),
             "bos": trained.get("bos"),
-            "max_length": self._max_length,
-            "corpus_hash": corpus.manifest_hash,
         }
 
     def __len__(self) -> int:
-        return -(-self.n_sentences // self._chunk_sentences)
+        return len(self._chunks)
 
     def chunk(self, index: int) -> Chunk:
         """Chunk `index`, computed now. ValueError naming the sentence where an activation is NaN or infinite."""
-        first = index * self._chunk_sentences
-        table = self._corpus.rows(first, min(first + self._chunk_sentences, self.n_sentences))
-        tokens = tokenise(table, self._tokenizer, self._max_length)
+        tokens = self._chunks.tokens(index)
         try:
-            captured = start_chunk(self._how, tokens, lambda: None).result
+            captured = start_chunk(self._chunks.how, tokens).result
         except NonFinite as error:
             found, _, _ = str(error).partition(";")  # what follows is about flags of capture.activations
             raise ValueError(

@@ -1,9 +1,9 @@
 """From the running top N to the rows of Parquet: texts, names and token strings are looked up for the sentences that remain."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -26,7 +26,15 @@ from interpretability.evidence.selection import (
     offsets_of,
     ranks,
 )
-from interpretability.records import BACKGROUND_SCHEMA, LEVEL, MEASURED_LATENT_SCHEMA, TOP_SCHEMA
+from interpretability.records import (
+    BACKGROUND_SCHEMA,
+    COMPACT_SCHEMA,
+    COUNTED,
+    LEVEL,
+    MEASURED_LATENT_SCHEMA,
+    SHARED_SCHEMA,
+    TOP_SCHEMA,
+)
 from llama3 import Tokenizer
 
 LATENTS_PER_GROUP = 128
@@ -133,6 +141,26 @@ def _activations(positions: Ragged, values: Ragged, lengths: Tensor) -> pa.ListA
     return pa.ListArray.from_arrays(pa.array(offsets.int().numpy()), pa.array(flat.numpy()))
 
 
+class Once:
+    """Takes the sentences out of rows, each once."""
+
+    def __init__(self) -> None:
+        self._seen: set[int] = set()
+        self._kept = [SHARED_SCHEMA.empty_table()]
+
+    def taken_from(self, rows: pa.Table) -> pa.Table:
+        """`rows` of TOP_SCHEMA without the columns SHARED; what these say of sentences not seen before is kept."""
+        ids, first = np.unique(rows["sentence_id"].to_numpy(), return_index=True)
+        fresh = [int(at) for sentence_id, at in zip(ids.tolist(), first, strict=True) if sentence_id not in self._seen]
+        self._seen.update(ids.tolist())
+        self._kept.append(rows.select(SHARED_SCHEMA.names).take(fresh))
+        return rows.select(COMPACT_SCHEMA.names)
+
+    def table(self) -> pa.Table:
+        """What was kept, by sentence id."""
+        return pa.concat_tables(self._kept).sort_by("sentence_id").combine_chunks()
+
+
 def background_rows(background: Background, lookup: TextLookup) -> pa.Table:
     """The rows of `background.parquet`, by sentence id."""
     sentences, hits = background
@@ -150,11 +178,18 @@ def background_rows(background: Background, lookup: TextLookup) -> pa.Table:
 
 
 def statistics_of(
-    totals: LatentTotals, promoted: PromotedTokens, ngrams: Sequence[object], cofiring: Sequence[object]
+    totals: LatentTotals,
+    promoted: PromotedTokens,
+    ngrams: Sequence[object],
+    cofiring: Sequence[object],
+    counted: pa.Table | None = None,
 ) -> pa.Table:
-    """The rows of `latents.parquet`, one for every latent, whether it fires or not."""
+    """The rows of `latents.parquet`, one for every latent, whether it fires or not.
+
+    `counted`, of another text, takes the place of `totals`; of maxima the larger is kept.
+    """
     firing = totals.firing
-    columns: dict[str, npt.NDArray[np.generic] | Sequence[object]] = {
+    columns: dict[str, Any] = {
         "latent": np.arange(len(firing), dtype=np.int32),
         "firing_count": firing.cpu().numpy(),
         "sentence_count": totals.sentences.cpu().numpy(),
@@ -166,5 +201,9 @@ def statistics_of(
         "suppressed": promoted.suppressed,
         "ngrams": ngrams,
         "cofiring": cofiring,
+        "shown_count": totals.sentences.cpu().numpy(),
     }
+    if counted is not None:
+        largest = np.maximum(columns["max"], counted["max"].to_numpy())
+        columns |= {name: counted[name] for name in COUNTED} | {"max": largest}
     return pa.table(columns, schema=MEASURED_LATENT_SCHEMA)

@@ -6,19 +6,19 @@ from dataclasses import replace
 from interpretability.labels.prompts import MalformedReply, Style, parse, system_prompt, user_prompt
 from interpretability.labels.token_statistics import split
 from interpretability.llm.client import Asker, Reply, Request
-from interpretability.records import NEVER_FIRED, Explanation, TopSentences
+from interpretability.records import Explanation, TopSentences
 
 
 class LLMExplainer:
-    """A backend of `explain` that asks `asker` about every latent that fires. At most `examples` sentences are shown."""
+    """A backend of `explain` that asks `asker` about every latent with sentences. At most `examples` of them are shown."""
 
     def __init__(self, asker: Asker, top: TopSentences, style: Style, examples: int) -> None:
         self.name, self.model = asker.name, asker.model
         self._asker, self._top, self._style, self._examples = asker, top, style, examples
 
     def requests(self, latents: Sequence[int]) -> list[Request]:
-        """One for each of `latents` that fires."""
-        return [self._request(latent) for latent in latents if self._top.firing_counts[latent] > 0]
+        """One for each of `latents` that has sentences."""
+        return [self._request(latent) for latent in latents if not self._top.silence(latent)]
 
     def _request(self, latent: int) -> Request:
         shown, _ = split(self._top.sentences(latent, "max"))
@@ -37,7 +37,7 @@ class LLMExplainer:
     def _explanation(self, latent: int, reply: Reply | None) -> Explanation:
         failed = Explanation(latent, "", "", self.name, self.model, "failed")
         if reply is None:
-            return replace(failed, reason=NEVER_FIRED)
+            return replace(failed, reason=self._top.silence(latent))
         if reply.problem:
             return replace(failed, reason=reply.problem, reply=reply.text)
         try:

@@ -16,7 +16,7 @@ from interpretability.labels.label_score import Score, score
 from interpretability.labels.patterns import EXACT, FiringSentence, Found, Pattern, Sample, best_pattern
 from interpretability.labels.titles import Clues, in_words, listed, title_of
 from interpretability.labels.words import Units, firings, is_content, spellings, units_of
-from interpretability.records import NEVER_FIRED, Explanation, LatentStatistics, PoolSentence, TopSentence, TopSentences
+from interpretability.records import Explanation, LatentStatistics, PoolSentence, TopSentence, TopSentences
 
 K = TypeVar("K")
 
@@ -86,11 +86,11 @@ class TokenStatistics:
         self._sample = Sample([units_of(sentence.text) for sentence in drawn])
 
     def explain(self, latents: Sequence[int]) -> Iterator[Explanation]:
-        """An explanation a latent, in order; state `failed` for one that never fires."""
+        """An explanation a latent, in order; state `failed` for one without sentences."""
         for latent in latents:
             sentences = self._top.sentences(latent, "max")
             if not sentences:
-                yield Explanation(latent, "", "", self.name, self.model, "failed", reason=NEVER_FIRED)
+                yield Explanation(latent, "", "", self.name, self.model, "failed", reason=self._top.silence(latent))
                 continue
             shown, held_out = split(sentences)
             yield self._explain(Evidence(self._top.statistics(latent), shown, held_out))

@@ -63,6 +63,8 @@ class Rows(NamedTuple):
     """Rows [N, d] of a site with what normalisation needs to know of them."""
 
     x: Tensor
+    first: Tensor
+    """Bool [N]: the first token of a text, which BOS changes most."""
     mean_norm: float
     mean_square: float
     """Mean of the squared norms."""

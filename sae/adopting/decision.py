@@ -13,6 +13,8 @@ TIE = 0.03
 """Candidates whose FVU exceeds the lowest by at most this share of it explain as much."""
 NEAR_TIE = 0.005
 """The same between conventions at one site, which are compared on the same rows, where the layout says neither."""
+FIRST_TIE = 0.25
+"""The same for the FVU of the first tokens of texts, of which there are few."""
 L0_FACTOR = 2.0
 """Greatest ratio of a measured L0 and the one that is stated."""
 
@@ -26,6 +28,8 @@ class Measured:
     l0: float
     chance: float = math.nan
     """FVU of the same SAE with its coordinates shuffled."""
+    fvu_first: float = math.nan
+    """FVU of the first tokens of texts."""
     ce_recovered: float = math.nan
 
     @property
@@ -124,26 +128,38 @@ def _by_ce(tied: list[Measured]) -> list[Measured]:
 
 
 def _reading(same: Sequence[Measured], stated: Stated, usual: tuple[str, str], why: dict[str, str]) -> Decision:
-    """BOS and text. Where both values fit alike this is said, and what the files or else the model say is taken."""
-    lowest = min(one.fvu for one in same)
-    tied = [one for one in same if one.fvu <= (1 + TIE) * lowest]
-    chosen = min(tied, key=lambda one: one.fvu)
-    for name, said, own in (("bos", stated.bos, usual[0]), ("text", stated.text, usual[1])):
-        values = {getattr(one.candidate.reading, name) for one in tied}
-        all_values = {getattr(one.candidate.reading, name) for one in same}
-        prefer = said if said in values else own if own in values else getattr(chosen.candidate.reading, name)
-        tied = [one for one in tied if getattr(one.candidate.reading, name) == prefer]
-        chosen = min(tied, key=lambda one: one.fvu)
-        if said and said not in values and said in all_values:
-            why[name] = f"fits best, though the files say {said}"
-        elif len(all_values) == 1:
-            why[name] = "given, or the only one"
-        elif len(values) == 1:
-            why[name] = "fits best"
-        else:
-            source = "the files say so" if prefer == said else "as the model is used" if prefer == own else "fits best"
-            why[name] = f"undecided between {' and '.join(sorted(values))}; {source}"
-    return Decision(chosen, why)
+    """Text by FVU, then BOS by that of the first tokens, which it changes most. Where two fit alike this is said, and what the
+    files or else the model say is taken.
+    """
+    by_text = {text: min(fvus) for text, fvus in _grouped(same, "text", "fvu").items()}
+    text, why["text"] = _taken(by_text, TIE, stated.text, usual[1])
+    same = [one for one in same if one.candidate.reading.text == text]
+    of_first = all(math.isfinite(one.fvu_first) for one in same)
+    by_bos = {bos: min(fvus) for bos, fvus in _grouped(same, "bos", "fvu_first" if of_first else "fvu").items()}
+    bos, why["bos"] = _taken(by_bos, FIRST_TIE if of_first else TIE, stated.bos, usual[0])
+    return Decision(next(one for one in same if one.candidate.reading.bos == bos), why)
+
+
+def _grouped(measured: Sequence[Measured], part: str, figure: str) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
+    for one in measured:
+        found.setdefault(getattr(one.candidate.reading, part), []).append(getattr(one, figure))
+    return found
+
+
+def _taken(figures: dict[str, float], tie: float, said: str, own: str) -> tuple[str, str]:
+    """The value of least FVU, and why; of those that are as low within `tie`, what is `said`, else the model's `own`."""
+    tied = [value for value in figures if figures[value] <= (1 + tie) * min(figures.values())]
+    best = min(figures, key=lambda value: figures[value])
+    compared = ", ".join(f"{value} {figures[value]:.3f}" for value in sorted(figures))
+    if len(figures) == 1:
+        return best, "given, or the only one"
+    if len(tied) > 1:
+        value, source = (
+            (said, "as the files say") if said in tied else (own, "as the model is used") if own in tied else (best, "")
+        )
+        return value, f"undecided ({compared}); {source or 'the best'}"
+    return best, f"fits best ({compared})" + (f", though the files say {said}" if said and said != best else "")
 
 
 def describe(candidate: Candidate) -> str:
@@ -156,10 +172,10 @@ def table(measured: Sequence[Measured], chosen: Measured | None, n: int = 12) ->
     order = sorted(measured, key=lambda one: one.fvu)[:n]
     if chosen is not None and chosen not in order:
         order.append(chosen)
-    rows = [("", "site", "BOS", "text", "tensors", "FVU", "chance", "L0", "CE recovered")]
+    rows = [("", "site", "BOS", "text", "tensors", "FVU", "chance", "first", "L0", "CE recovered")]
     for one in order:
         reading, convention = one.candidate
-        figures = (f"{value:.3f}" if math.isfinite(value) else "-" for value in (one.fvu, one.chance))
+        figures = (f"{value:.3f}" if math.isfinite(value) else "-" for value in (one.fvu, one.chance, one.fvu_first))
         ce = f"{one.ce_recovered:.3f}" if math.isfinite(one.ce_recovered) else "-"
         mark = "*" if one is chosen else ""
         rows.append((mark, *reading, str(convention), *figures, f"{one.l0:.1f}", ce))

@@ -88,15 +88,16 @@ class Reader:
     def rows(self, sites: Sequence[str], bos: str, text: str, n: int, seed: int) -> dict[str, Rows]:
         """At most `n` rows of each site, the same tokens at all of them, drawn at random."""
         batches = list(self.batches(bos, text))
-        total = sum(int(batch.counts.sum()) for batch in batches)
-        chosen = torch.zeros(total, dtype=torch.bool)
-        chosen[torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:n]] = True
+        sizes = [int(batch.counts.sum()) for batch in batches]
+        chosen = torch.zeros(sum(sizes), dtype=torch.bool)
+        chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))[:n]] = True
         found: dict[str, list[Tensor]] = {site: [] for site in sites}
-        for batch in batches:
-            mine, chosen = chosen[: int(batch.counts.sum())], chosen[int(batch.counts.sum()) :]
+        firsts = []
+        for batch, mine in zip(batches, chosen.split(sizes), strict=True):
+            firsts.append((batch.counts.cumsum(1) == 1)[batch.counts].cpu()[mine])
             for site, x in self.model.capture(batch.tokens, sites).items():
                 found[site].append(x[batch.counts][mine.to(x.device)].float().cpu())
-        return {site: _usable(torch.cat(parts)) for site, parts in found.items()}
+        return {site: _usable(torch.cat(parts), torch.cat(firsts)) for site, parts in found.items()}
 
     @torch.inference_mode()
     def ce(self, batches: Sequence[Batch], hooks: dict[str, Callable[[Tensor], Tensor]]) -> float:
@@ -111,13 +112,13 @@ class Reader:
         return total / n if n else float("nan")
 
 
-def _usable(x: Tensor) -> Rows:
+def _usable(x: Tensor, first: Tensor) -> Rows:
     norms = row_norms(x)
     median = float(norms.median())
     max_norm = MAX_NORM_RATIO * median
     kept = norms <= max_norm
     usual = norms[kept]
-    return Rows(x[kept], float(usual.mean()), float(usual.square().mean()), median, max_norm)
+    return Rows(x[kept], first[kept], float(usual.mean()), float(usual.square().mean()), median, max_norm)
 
 
 @torch.inference_mode()

@@ -1,5 +1,6 @@
 """Candidates measured: all sites and conventions on few rows, the best of them on more rows, at every way to read."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from sae.model import SAE
 
 SCREEN_ROWS = 512
 FINALISTS = 6
+FEWEST_FIRST = 20
+"""First tokens without which nothing is said of them: where BOS is missing they may all be of abnormal norm."""
 CE_CANDIDATES, CE_TOKENS = 3, 2000
 """Candidates whose cross-entropy is measured, since each costs the model a pass, and tokens predicted in it, about."""
 
@@ -60,7 +63,7 @@ def search(reader: Reader, sae: SAE, given: Given, said: Stated, n_rows: int, se
     for bos, text in readings:
         for site, rows in reader.rows(list(dict.fromkeys(use[0] for use in finalists)), bos, text, n_rows, seed).items():
             reading = Reading(site, bos, text)
-            kept[reading] = rows._replace(x=rows.x[:0])
+            kept[reading] = rows._replace(x=rows.x[:0], first=rows.first[:0])
             for use in finalists:
                 if use[0] == site:
                     measured.append(_measured(sae, Candidate(reading, use[1]), rows, seed))
@@ -87,8 +90,10 @@ def _screened(reader: Reader, sae: SAE, sites: Sequence[str], reading: tuple[str
 
 def _measured(sae: SAE, candidate: Candidate, rows: Rows, seed: int) -> Measured:
     this = meant(sae, candidate.convention, rows)
-    found = fit(this, rows.x)
-    return Measured(candidate, found.fvu, found.l0, fit(shuffled(this, seed), rows.x).fvu)
+    found, chance = fit(this, rows.x), fit(shuffled(this, seed), rows.x)
+    first = rows.x[rows.first]
+    fvu_first = fit(this, first).fvu if len(first) >= FEWEST_FIRST else math.nan
+    return Measured(candidate, found.fvu, found.l0, chance.fvu, fvu_first)
 
 
 def _with_ce(reader: Reader, sae: SAE, measured: list[Measured], rows: dict[Reading, Rows]) -> list[Measured]:

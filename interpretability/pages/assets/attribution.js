@@ -47,6 +47,7 @@ function showColumns() {
     h("button", {type: "button", onclick: () => { view.sort = view.sort === column || !column.value ? null : column; showColumns(); showRows(); }}, column.name))));
 }
 function showRows() {
+  const span = [...$("columns").children].filter(column => column.offsetWidth).length; // a phone has fewer columns
   const shown = features.map((row, i) => [row, i]).filter(([row]) => view.token < 0 || row.positions.includes(view.token));
   if (view.sort) shown.sort(([a], [b]) => (view.sort.ascending ? 1 : -1) * (view.sort.value(a) - view.sort.value(b)));
   const lines = shown.flatMap(([row, i]) => {
@@ -58,9 +59,9 @@ function showRows() {
     line.setAttribute("tabindex", "0");
     line.setAttribute("aria-expanded", String(view.open === i));
     line.addEventListener("keydown", event => { if (event.key === "Enter" && event.target === line) { toggle(); $("rows").querySelector("tr.open")?.focus(); } });
-    return view.open === i ? [line, h("tr", {class: "card-row"}, h("td", {colspan: "5"}, evidence(placeIn(row))))] : [line];
+    return view.open === i ? [line, h("tr", {class: "card-row"}, h("td", {colspan: span}, evidence(placeIn(row))))] : [line];
   });
-  $("rows").replaceChildren(...(lines.length ? lines : [h("tr", null, h("td", {class: "empty", colspan: "5"}, "None of the strongest features is at this token."))]));
+  $("rows").replaceChildren(...(lines.length ? lines : [h("tr", null, h("td", {class: "empty", colspan: span}, "None of the strongest features is at this token."))]));
 }
 const tokenList = (title, text) => text ? [h("p", {class: "kind"}, title), h("ul", {class: "tokens"}, split(text).map(token => h("li", null, visible(token).replace(/^ /, "·"))))] : [];
 function evidence(i) {
@@ -120,3 +121,4 @@ function build() {
   showHeat();
 }
 build();
+addEventListener("resize", showRows);

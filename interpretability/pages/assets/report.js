@@ -1,6 +1,6 @@
 const data = JSON.parse($("data").textContent);
 const L = data.latents, about = data.about, size = L.title.length, ROWS = 25;
-const failed = new Set(data.failed);
+const failed = new Set(data.failed), hidden = new Set(data.hidden);
 const dead = i => L.density[i] === 0;
 const plain = name => name.replaceAll("_", " ");
 const address = i => `#latent=${i}`;
@@ -28,7 +28,7 @@ async function detailOf(i) {
 // Features ---------------------------------------------------------------------------------------------------------------------
 function label(i) {
   if (L.title[i]) return L.title[i];
-  return h("span", {class: "none"}, dead(i) ? "never fired" : failed.has(i) ? "explanation failed" : "not explained");
+  return h("span", {class: "none"}, dead(i) ? "never fired" : hidden.has(i) ? "no sentence shown" : failed.has(i) ? "explanation failed" : "not explained");
 }
 function score(i) {
   if (L.score[i] === null) return h("span", {class: "soft"}, "–");
@@ -164,7 +164,8 @@ function drawFeature(i, feature) {
   const effects = [tokenList("Promotes", feature.promoted), tokenList("Suppresses", feature.suppressed)].filter(Boolean);
   const parts = [h("h2", {id: "dialog-title"}, label(i)), feature.explanation && h("p", {class: "said"}, feature.explanation),
     feature.more.length > 0 && h("dl", {class: "more"}, feature.more.map(([name, text]) => [h("dt", null, plain(name)), h("dd", null, text)])), facts(i, feature),
-    dead(i) ? h("p", {class: "soft"}, "It fires on no token of this corpus.") : null,
+    dead(i) ? h("p", {class: "soft"}, "It fires on no token of this corpus.") :
+      hidden.has(i) ? h("p", {class: "soft"}, "It fires in none of the sentences that are shown here; its numbers come from other text.") : null,
     h("div", {class: "halves"}, !dead(i) && h("div", null, largest(feature, i), levels(feature, i)),
       h("div", null, !dead(i) && histogram(feature), !dead(i) && densityChart("Density", L.density[i]),
         effects.length > 0 && h("div", null, h("h3", null, "What it does to the next token"), effects),
