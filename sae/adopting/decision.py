@@ -155,10 +155,10 @@ def _taken(figures: dict[str, float], tie: float, said: str, own: str) -> tuple[
     if len(figures) == 1:
         return best, "given, or the only one"
     if len(tied) > 1:
-        value, source = (
-            (said, "as the files say") if said in tied else (own, "as the model is used") if own in tied else (best, "")
-        )
-        return value, f"undecided ({compared}); {source or 'the best'}"
+        for value, source in ((said, "as the files say"), (own, "as the model is used")):
+            if value in tied:
+                return value, f"undecided ({compared}); {source}"
+        return best, f"undecided ({compared}); the best"
     return best, f"fits best ({compared})" + (f", though the files say {said}" if said and said != best else "")
 
 
