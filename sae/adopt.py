@@ -94,6 +94,8 @@ def run(config: AdoptConfig, runtime: Runtime) -> None:
     source = locate(config.source)
     if (source.path / MANIFEST).is_file():
         raise ValueError(f"{config.source}: a folder of ours already; every stage takes it as it is")
+    if config.out.is_dir() and not (config.out / MANIFEST).exists() and any(config.out.iterdir()):
+        raise ValueError(f"{config.out}: not empty and not the output of a stage; choose another --out")
     sae = finding.read(source.path).to(runtime.device)
     reader = _reader(config, runtime.device)
     said = stated(sae, config.given, config.l0)

@@ -31,6 +31,7 @@ from sae.evaluate import EvaluateConfig, Subject, evaluate_batch
 from sae.evaluate import run as evaluate
 from sae.evaluation import Baselines
 from sae.formats import FORMATS
+from sae.formats.plain import PLAIN, unfolded
 from sae.model import SAE, load
 from tests.made_saes import HIDDEN, LAYOUTS, SITE, WRITERS, K, in_raw_units, make, noise, rows, threshold_of, trained
 from tests.published import PUBLISHED
@@ -71,21 +72,13 @@ def test_noise_is_undecided(layout: str, tmp_path: Path, capsys: pytest.CaptureF
 def test_two_norms_that_fit_alike_are_undecided_until_the_user_says(tmp_path: Path) -> None:
     """On the embedded model an SAE with thresholds explains as much of rows of either normalisation."""
     sae = trained()
-    plain = sae.plain() | {}
-    raw = in_raw_units(sae)._replace(b_enc=plain["b_enc"], b_dec=plain["b_pre"])
-    z = sae.normalised_rows(rows("none", "plain"))
-    threshold = torch.full((len(raw.W_enc),), threshold_of(raw, _none(), z))
-    path = WRITERS["params.npz"](raw.absorbed(), threshold, tmp_path, True)
+    plain, z = unfolded(sae), sae.normalised_rows(rows("none", "plain"))
+    threshold = torch.full((len(plain.W_enc),), threshold_of(plain, PLAIN, z))
+    path = WRITERS["params.npz"](plain.absorbed(), threshold, tmp_path, True)
     with pytest.raises(Undecided, match=r"norm layer.*norm dataset|norm dataset.*norm layer") as raised:
         adopted(path, tmp_path / "out")
     assert "--norm" in str(raised.value)
     assert adopted(path, tmp_path / "out", norm="dataset").cfg.norm == "dataset"
-
-
-def _none() -> Any:
-    from sae.formats.plain import PLAIN
-
-    return PLAIN
 
 
 @pytest.mark.parametrize("scaled", [False, True])
@@ -94,7 +87,7 @@ def test_the_unit_of_llama_scopes_threshold_is_measured(scaled: bool, tmp_path: 
     plain, d = in_raw_units(sae), sae.cfg.d_model
     mean = float(x.norm(dim=1).mean())
     a = d**0.5 / mean
-    threshold = threshold_of(plain, _none(), x)  # of raw rows
+    threshold = threshold_of(plain, PLAIN, x)  # of raw rows
     made = PUBLISHED["Llama Scope"]
     facts = made.files["hyperparams.json"] | {
         "d_model": d, "d_sae": len(plain.W_enc), "top_k": K, "jump_relu_threshold": threshold * (a if scaled else 1),
@@ -128,22 +121,23 @@ def corpus(tmp_path: Path) -> Path:
 def test_every_stage_takes_what_is_adopted(tmp_path: Path) -> None:
     """Evaluation, top sentences straight from the model, and steering, of an SAE that no stage of ours trained."""
     made = make("norm", "saelens", tmp_path)
-    adopted(made.path, tmp_path / "sae")
-    verify(tmp_path / "sae")
-    where: dict[str, Any] = {"sae": tmp_path / "sae", "model": "demo", "corpus": corpus(tmp_path)}
+    adopted(made.path, tmp_path / "ours")
+    verify(tmp_path / "ours")
+    where: dict[str, Any] = {"sae": tmp_path / "ours", "model": "demo", "corpus": corpus(tmp_path)}
     evaluate(EvaluateConfig(**where, out=tmp_path / "evaluation", sentences=20), ALONE)
     figures = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     assert figures["fvu"]["value"] < 0.8
     assert figures["fvu"]["conditions"]["site"] == SITE
     find_top(TopSentencesConfig(**where, out=tmp_path / "top", n=3, n_promoted=2), ALONE)
-    session = open_session(InferenceConfig(model="demo", sae=(tmp_path / "sae",), top=(tmp_path / "top",)), CPU)
+    session = open_session(InferenceConfig(model="demo", sae=(tmp_path / "ours",), top=(tmp_path / "top",)), CPU)
     known = session.needs_features()
     latent = int(known.max_values.argmax())
-    hooks = known.steering.hooks_for([Recipe((Edit(latent=latent, strength=4.0),), known.sae.weights_hash)], [1])
     tokens = torch.tensor([session.tokenizer.encode("The keeper of the old harbour")])
+    hooks_for = known.steering.hooks_for([Recipe((Edit(latent=latent, strength=4.0),), known.sae.weights_hash)], [1])
+    assert hooks_for is not None
     with torch.no_grad():
         plain = session.model(tokens)
-        with session.model.hooks(hooks(0, tokens.shape[1])) if callable(hooks) else session.model.hooks(hooks):
+        with session.model.hooks(hooks_for(torch.arange(tokens.shape[1])[None])):
             steered = session.model(tokens)
     assert float((plain - steered).abs().max()) > 0.1
 
@@ -262,7 +256,7 @@ def test_an_l0_that_is_not_the_stated_one_is_no_fit() -> None:
     dense, sparse = measured(0.2, l0=100.0, convention=OTHER), measured(0.3, l0=17.0)
     assert decision(dense, sparse, l0=16.0).chosen is sparse
     assert decision(dense, sparse).chosen is dense
-    with pytest.raises(Undecided, match="3 active latents per token are stated.*--l0 0"):
+    with pytest.raises(Undecided, match=r"3 active latents per token are stated.*--l0 0"):
         decision(dense, sparse, l0=3.0)
 
 
