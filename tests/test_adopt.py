@@ -143,8 +143,8 @@ def test_every_stage_takes_what_is_adopted(tmp_path: Path) -> None:
 
 
 def test_what_was_done_is_recorded_and_done_again_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    made = make("site", "params.npz", tmp_path)
-    (made.path.parent / "average_l0_16" / "README.md").write_text("A card.")
+    made = make("bos", "params.npz", tmp_path)
+    (made.path / "README.md").write_text("A card.")
     sae = adopted(made.path, tmp_path / "out")
     assert capsys.readouterr().out.count("*") == 1
     how = sae.cfg.provenance["adopted"]
@@ -167,7 +167,9 @@ def test_later_stages_capture_as_capture_does() -> None:
 
 
 def test_k_is_the_measured_l0_where_the_layout_has_none(tmp_path: Path) -> None:
-    path = WRITERS["params.npz"](in_raw_units(trained()).absorbed(), torch.full((512,), 20.0), tmp_path, True)
+    plain = in_raw_units(trained())
+    threshold = torch.full((512,), threshold_of(plain, PLAIN, rows("none", "plain")))
+    path = WRITERS["params.npz"](plain.absorbed(), threshold, tmp_path, True)
     bare = tmp_path / "layer_4-res" / "params"
     bare.mkdir(parents=True)
     (path / "params.npz").rename(bare / "params.npz")
@@ -181,7 +183,7 @@ REFUSED: list[tuple[Callable[[Path], Path], dict[str, Any], str]] = [
     (lambda root: make("norm", "saelens", root).path, {"site": "layers.3.ffn_hidden"}, "width 256, but layers.3.ffn_hidden"),
     (lambda root: Path("demo/sae").resolve(), {}, "ours already"),
     (lambda root: root / "nothing", {}, "no such folder"),
-    (lambda root: make("norm", "params.npz", root).path, {"l0": 200.0}, "200 active latents per token are stated"),
+    (lambda root: make("norm", "params.npz", root).path, {"l0": 1.5}, "1.5 active latents per token are stated"),
     (lambda root: make("site", "saelens", root).path, {"site": "layers.0.attn_out"}, "--site|than chance"),
 ]
 
@@ -293,7 +295,8 @@ def test_sites_are_those_of_the_files_and_their_neighbours() -> None:
     assert both[:2] == ["layers.2.resid_post", "layers.2.resid_pre"]
     everywhere = sites_of({}, widths, 8)
     assert "layers.1.resid_pre" not in everywhere, "what leaves layer 0 is there by that name"
-    assert {"embed", "layers.0.resid_post", "layers.3.ffn_out"} < set(everywhere)
+    assert {"layers.0.resid_pre", "layers.0.resid_post", "layers.3.ffn_out"} < set(everywhere)
+    assert "embed" not in everywhere, "which is what enters layer 0"
     assert sites_of({}, widths, 32) == ["layers.1.ffn_hidden"]
     assert sites_of({"site": "layers.0.ffn_out"}, widths, 8, "embed") == ["embed"]
 

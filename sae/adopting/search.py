@@ -12,7 +12,7 @@ from sae.adopting.measuring import Batch, Reader, ce_recovered, fit
 from sae.model import SAE
 
 SCREEN_ROWS = 512
-FINALISTS = 6
+BIASES_OF, FINALISTS = 12, 6
 FEWEST_FIRST = 20
 """First tokens without which nothing is said of them: where BOS is missing they may all be of abnormal norm."""
 CE_CANDIDATES, CE_TOKENS = 3, 2000
@@ -78,14 +78,26 @@ def _readings(reader: Reader, given: Given) -> list[tuple[str, str]]:
 
 
 def _screened(reader: Reader, sae: SAE, sites: Sequence[str], reading: tuple[str, str], given: Given, seed: int) -> list[Use]:
-    """Sites and conventions, the best first."""
-    found: list[tuple[float, int, Use]] = []
+    """Sites and conventions, the best first: the meanings of the bias are compared for the best of the others alone."""
     rows = reader.rows(sites, *reading, SCREEN_ROWS, seed)
-    for convention in conventions(sae, given.convention):
-        for site in sites:
-            fvu = fit(meant(sae, convention, rows[site]), rows[site].x).fvu
-            found.append((fvu, len(found), (site, convention)))
-    return [use for _, _, use in sorted(found)]
+
+    def ranked(uses: Sequence[Use]) -> list[tuple[float, int, Use]]:
+        fvus = [fit(meant(sae, convention, rows[site]), rows[site].x).fvu for site, convention in uses]
+        return sorted(
+            (fvu, convention.departures, (site, convention)) for fvu, (site, convention) in zip(fvus, uses, strict=True)
+        )
+
+    every = conventions(sae, given.convention)
+    simple = [convention for convention in every if convention.bias == every[0].bias]
+    first = ranked([(site, convention) for convention in simple for site in sites])
+    best = [use for _, _, use in first[:BIASES_OF]]
+    others = [
+        (site, other)
+        for site, convention in best
+        for other in every
+        if other._replace(bias=convention.bias) == convention != other
+    ]
+    return [use for _, _, use in sorted(first + ranked(others))]
 
 
 def _measured(sae: SAE, candidate: Candidate, rows: Rows, seed: int) -> Measured:
