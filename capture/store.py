@@ -17,7 +17,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -25,6 +24,7 @@ from torch import Tensor
 from capture import tensorfile
 from capture.storage import DTYPES, dequantise
 from core.artifact import Artifact, open_artifact
+from core.tables import read_table
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ class Corpus:
         assert self._starts[-1] == self.n_sentences
 
     def _read(self, index: int) -> pa.Table:
-        return pq.read_table(self.artifact.file(self.files[index]), memory_map=True)
+        return read_table(self.artifact.file(self.files[index]), memory_map=True)
 
     def table(self, index: int) -> pa.Table:
         """The rows of `files[index]`: sentence_id, document_id, text, label."""
@@ -96,7 +96,7 @@ class Corpus:
         """The name of each document."""
         ids = _checked(document_ids, self.n_documents, f"{self.artifact.path}: document")
         if self._names is None:
-            self._names = pq.read_table(self.artifact.file("documents.parquet"), columns=["name"])["name"]
+            self._names = read_table(self.artifact.file("documents.parquet"), columns=["name"])["name"]
         return self._names.take(pa.array(ids)).to_pylist()  # type: ignore[no-any-return]
 
     def _column(self, name: str, sentence_ids: Sequence[int] | np.ndarray | Tensor) -> list[Any]:

@@ -5,6 +5,7 @@ A session is read by all requests and changed by none.
 
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,7 +21,7 @@ from core import shipped
 from core.artifact import open_artifact
 from core.cli import StageConfig, machine
 from inference.steering import Steering
-from interpretability.opening import check_sae, open_explanations_of, open_top_of
+from interpretability.opening import check_sae, fvu_on, open_explanations_of, open_top_of
 from interpretability.records import Explanation, TopSentences
 from llama3.model import Transformer
 from llama3.tokenizer import Tokenizer
@@ -29,6 +30,8 @@ from sae.model import load as load_sae
 
 log = logging.getLogger("inference")
 
+FVU_SENTENCES = 64
+"""On which FVU is measured where the model's weights are not those of training."""
 BEST_STRENGTHS = "best_strengths.json"
 """In a folder of kind `steering`: an object of latents with the best strength of each."""
 
@@ -49,6 +52,9 @@ class InferenceConfig(StageConfig):
     """Explanations of its latents, in the same order. None: those that ship, else latents go by number."""
     strengths: tuple[Path, ...] = machine(())
     """Folders of inference.steering_eval, in any order, whose best strengths are offered first. None: the one that ships."""
+    other_weights: bool = False
+    """Accept a model whose weights are not those that the SAE was trained on, such as the unquantised copy of a quantised
+    model. The FVU on stored sentences is measured and printed."""
 
     def __post_init__(self) -> None:
         if len(self.top) > len(self.sae) and (self.sae or not shipped.is_word(self.model)):
@@ -198,7 +204,7 @@ def open_features(config: InferenceConfig, model: Transformer, tokenizer: Tokeni
     """The SAEs of `config`, each with its top sentences, explanations and best strengths; empty where it names none."""
     found: list[Features] = []
     for folders in folders_of(config):
-        features = _checked(folders, model, tokenizer, device)
+        features = _checked(folders, model, tokenizer, device, config.other_weights)
         if features.site in [other.site for other in found]:
             raise ValueError(f"--sae {folders.sae}: a second SAE at {features.site}; expected each at a site of its own")
         found.append(features)
@@ -213,16 +219,27 @@ def open_features(config: InferenceConfig, model: Transformer, tokenizer: Tokeni
     return found
 
 
+def stored_texts(top: TopSentences, n: int) -> list[str]:
+    """`n` different sentences at most, from latents all over the SAE."""
+    latents = range(0, top.n_latents, max(1, top.n_latents // (4 * n)))
+    found = {sentence.text: None for latent in latents for sentence in top.sentences(latent, n=1)}
+    return list(found)[:n]
+
+
 def read_strengths(path: Path) -> dict[int, float]:
     """The best strength of each latent that `inference.steering_eval` could raise, the strongest effect first."""
     text = open_artifact(path, "steering").file(BEST_STRENGTHS).read_text(encoding="utf-8")
     return {int(latent): float(strength) for latent, strength in json.loads(text).items()}
 
 
-def _checked(folders: Folders, model: Transformer, tokenizer: Tokenizer, device: torch.device) -> Features:
+def _checked(folders: Folders, model: Transformer, tokenizer: Tokenizer, device: torch.device, other_weights: bool) -> Features:
     autoencoder = load_sae(folders.sae, device)
-    site = check_sae(autoencoder, folders.sae, model, tokenizer)
+    site = check_sae(autoencoder, folders.sae, model, tokenizer, other_weights)
     top = open_top_of(autoencoder, folders.top)
+    if autoencoder.cfg.provenance.get("model_hash") != model.weights_hash:
+        texts = stored_texts(top, FVU_SENTENCES)
+        fvu = fvu_on(autoencoder, model, tokenizer, texts) if texts else math.nan
+        log.warning("%s: trained on other weights; FVU %.3f on %d stored sentences", folders.sae, fvu, len(texts))
     explanations = open_explanations_of(autoencoder, folders.explanations) if folders.explanations is not None else {}
     log.info("%s: %d latents at %s, %d with a label", folders.sae, len(top.max_values), site, len(explanations))
     return Features(autoencoder, site, top, explanations)

@@ -22,6 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from core.artifact import Artifact, open_artifact
+from core.tables import read_table
 from core.text import parse_json
 from interpretability.parquet import parquet_bytes as parquet_bytes
 
@@ -236,7 +237,7 @@ class TopSentences:
         self.aggregations: tuple[str, ...] = tuple(artifact.manifest.config["aggregations"])
         self.n_tokens: int = artifact.manifest.counts["tokens"]
         self.n_sentences: int = artifact.manifest.counts["sentences"]
-        self._latents = pq.read_table(artifact.file(LATENTS_FILE))
+        self._latents = read_table(artifact.file(LATENTS_FILE))
         self.max_values: npt.NDArray[np.float32] = self._latents["max"].to_numpy()
         self.firing_counts: npt.NDArray[np.int64] = self._latents["firing_count"].to_numpy()
         shown = "shown_count" if "shown_count" in self._latents.column_names else "sentence_count"
@@ -245,7 +246,7 @@ class TopSentences:
         self._file = pq.ParquetFile(artifact.file(TOP_FILE))
         groups = [self._file.metadata.row_group(i).column(0).statistics for i in range(self._file.num_row_groups)]
         self._last_latent_of_group = np.array([group.max for group in groups], dtype=np.int64)
-        shared = pq.read_table(artifact.file(SHARED_FILE)) if SHARED_FILE in artifact.names else None
+        shared = read_table(artifact.file(SHARED_FILE)) if SHARED_FILE in artifact.names else None
         self._shared: pa.Table | None = shared
         self._lock = Lock()
         self._group = lru_cache(maxsize=8)(self._read_group)
@@ -312,7 +313,7 @@ class TopSentences:
         """Sentences drawn from the whole corpus, by id; empty in folders without them."""
         if BACKGROUND_FILE not in self.artifact.names:
             return []
-        columns = pq.read_table(self.artifact.file(BACKGROUND_FILE)).to_pydict()
+        columns = read_table(self.artifact.file(BACKGROUND_FILE)).to_pydict()
         arrays = {"latents": np.int32, "positions": np.int32, "activations": np.float32}
         columns |= {name: [np.array(row, kind) for row in columns[name]] for name, kind in arrays.items()}
         return [BackgroundSentence(*row) for row in zip(*(columns[name] for name in BACKGROUND_SCHEMA.names), strict=True)]

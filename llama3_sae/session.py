@@ -42,6 +42,7 @@ def open(
     explanations: Paths = (),
     strengths: Paths = (),
     device: str = "auto",
+    other_weights: bool = False,
 ) -> "Session":
     """A session with a model and SAEs of it.
 
@@ -49,12 +50,19 @@ def open(
     `demo`, the embedded model; for these two words the SAE that ships is taken. `sae` names folders
     of SAEs, each at a site of its own, `top` their top sentences, where the maxima of the latents
     are read, and `explanations` their labels, both in the order of `sae`; `strengths` names folders
-    of `inference.steering_eval`. Without `sae` a session captures and completes.
+    of `inference.steering_eval`. Without `sae` a session captures and completes. `other_weights`
+    accepts a model whose weights are not those of training, such as the unquantised copy of a
+    quantised one; the FVU on stored sentences is then logged.
 
     ValueError where a part is missing or belongs to another model or SAE.
     """
     config = InferenceConfig(
-        model=str(model), sae=_paths(sae), top=_paths(top), explanations=_paths(explanations), strengths=_paths(strengths)
+        model=str(model),
+        sae=_paths(sae),
+        top=_paths(top),
+        explanations=_paths(explanations),
+        strengths=_paths(strengths),
+        other_weights=other_weights,
     )
     return Session(open_session(config, pick_device(device, 0)), config.model)
 

@@ -52,6 +52,9 @@ class EvaluateConfig(StageConfig):
     """Sentences evaluated, drawn at random, and as many others for the mean and PCA; 0: all."""
     batch_tokens: int = 4096
     """Token slots of a forward pass, padding included. Part of the result: the last bits differ with the shape of a batch."""
+    other_weights: bool = False
+    """Accept a model whose weights are not those that the SAE was trained on, such as the unquantised copy of a quantised
+    model: the evaluation then says what the SAE is worth there."""
 
     def __post_init__(self) -> None:
         if self.sentences < 0 or self.batch_tokens < 1:
@@ -100,6 +103,7 @@ def run(config: EvaluateConfig, runtime: Runtime) -> None:
     subject = open_subject(config, runtime.device)
     provenance = {name: subject.sae.cfg.provenance.get(name) for name in ("model", "model_hash", "tokenizer_hash", "site")}
     provenance |= {"sae_hash": subject.sae.weights_hash, "corpus_hash": corpus.manifest_hash}
+    provenance["model_hash"] = subject.model.weights_hash
     recorded = replace(config, model=str(provenance["model"]))
     inputs = [sae_artifact, corpus.artifact]
     with building(config.out, "evaluation", recorded, runtime, inputs, provenance) as builder:
@@ -140,7 +144,8 @@ def open_subject(config: EvaluateConfig, device: torch.device) -> Subject:
     wanted = sae.cfg.provenance | {"d_model": sae.cfg.d_model}
     check_provenance(f"--model {config.model}", wanted, {"tokenizer_hash": tokenizer.hash}, ["tokenizer_hash"])
     model = load_model(config.model, device)
-    check_provenance(f"--model {config.model}", wanted, {"model_hash": model.weights_hash}, ["model_hash"])
+    if not config.other_weights:
+        check_provenance(f"--model {config.model}", wanted, {"model_hash": model.weights_hash}, ["model_hash"])
     check_provenance(f"--model {config.model}", wanted, {"d_model": model.width(sae.site)}, ["d_model"])
     return Subject(sae, model, tokenizer, config.batch_tokens)
 

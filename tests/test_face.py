@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import inference.chat
@@ -407,3 +409,31 @@ def test_a_repository_in_the_cache_needs_no_network(paths: Features, tmp_path: P
     monkeypatch.setattr("huggingface_hub.list_repo_files", offline)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repository, **how: str(tmp_path))
     assert ls.load_sae("owner/name").site
+
+
+def test_a_copy_with_other_weights_is_accepted_on_request_and_measured(
+    paths: Features, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = tmp_path / "unquantised"
+    shutil.copytree(paths.model, other)
+    weights = load_file(other / "consolidated.safetensors")
+    name = "layers.0.attention.wq.weight"
+    save_file(weights | {name: weights[name] * 1.01}, other / "consolidated.safetensors")
+    folders = (paths.sae, paths.top)
+    with pytest.raises(ValueError, match="model_hash is "):
+        ls.open(other, *folders, device="cpu")
+    session = ls.open(other, *folders, device="cpu", other_weights=True)
+    reported = re.search(r"other weights; FVU ([\d.]+) on (\d+) stored sentences", caplog.text)
+    assert reported
+    # The slow twin: row by row, on the sentences that it says.
+    texts = list(
+        dict.fromkeys(s.text for latent in range(session.sae.cfg.n_latents) for s in session.saes[0].top.sentences(latent, n=1))
+    )
+    rows = torch.cat([session.capture(text)[1:] for text in texts])
+    residual = sum(float((row - session.sae(row[None])[0]).square().sum()) for row in rows)
+    variance = sum(float((row - rows.mean(0)).square().sum()) for row in rows)
+    assert int(reported[2]) == len(texts) > 3
+    assert float(reported[1]) == pytest.approx(residual / variance, abs=6e-4)
+    caplog.clear()
+    ls.open(paths.model, *folders, device="cpu", other_weights=True)
+    assert "other weights" not in caplog.text

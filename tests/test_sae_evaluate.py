@@ -253,6 +253,14 @@ def test_what_does_not_belong_together_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_other_weights_are_accepted_on_request_and_recorded(house: House, tmp_path: Path) -> None:
+    sae_of(house, tmp_path / "sae", model_hash="elsewhere")
+    run(config(house, tmp_path / "sae", tmp_path / "out", other_weights=True), ALONE)
+    manifest = open_artifact(tmp_path / "out", "evaluation").manifest
+    assert manifest.provenance["model_hash"] == load_model(house.model).weights_hash
+    assert values(tmp_path / "out")["fvu"] is not None
+
+
 def test_one_sentence_can_be_evaluated(tmp_path: Path) -> None:
     house = make_house(tmp_path, n_documents=1)
     sae_of(house, tmp_path / "sae", validation_fraction=0.0)

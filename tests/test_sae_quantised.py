@@ -38,6 +38,7 @@ def test_rows_equal_a_plain_loop_and_keep_their_norm() -> None:
 
 @pytest.mark.parametrize("architecture", ["topk", "jumprelu", "relu"])
 def test_a_folder_is_a_quarter_and_reads_like_any_other(tmp_path: Path, architecture: str) -> None:
+    torch.manual_seed(0)
     sae = SAE(SAEConfig(d_model=64, n_latents=512, k=8, architecture=architecture))
     with torch.no_grad():
         for name, tensor in sae.state_dict().items():
@@ -53,7 +54,9 @@ def test_a_folder_is_a_quarter_and_reads_like_any_other(tmp_path: Path, architec
     assert torch.allclose(found.W_dec.norm(dim=1), torch.ones(512), atol=1e-6)
     x = torch.randn(50, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        assert float((found(x) - sae(x)).norm() / sae(x).norm()) < 0.1
+        errors = (found(x) - sae(x)).norm(dim=1) / sae(x).norm(dim=1)
+    # Of nearly equal latents another may be among the k: a few rows differ by more, and how many depends on the weights.
+    assert float(errors.median()) < 0.01
     manifest = open_artifact(tmp_path / "int8", "sae").manifest
     assert found.weights_hash == manifest.provenance["sae_hash"] != sae.weights_hash
     found.save(tmp_path / "back")

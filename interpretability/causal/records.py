@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from core.artifact import check_provenance, open_artifact
+from core.tables import read_table
 
 ATTRIBUTION_FILE = "attribution.json"
 NODES_FILE = "attributions.parquet"
@@ -98,7 +98,7 @@ def read_steerability(path: Path, sae_hash: str) -> Steerability:
     """A folder of interpretability.steerability; ValueError, with both values, where it is not of the SAE `sae_hash`."""
     artifact = open_artifact(Path(path), "steerability")
     check_provenance(f"steerability {path}", {"sae_hash": sae_hash}, artifact.manifest.provenance, ["sae_hash"])
-    table = pq.read_table(artifact.file(STEERABILITY_FILE))
+    table = read_table(artifact.file(STEERABILITY_FILE))
     return Steerability(*(table[name].to_numpy() for name in MEASURES))
 
 
