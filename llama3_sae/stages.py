@@ -24,6 +24,8 @@ STAGES = (
     Stage("sae.evaluate", "FVU, L0, dead latents and loss recovered on held-out sentences"),
     Stage("sae.adopt", "a published SAE, measured on its model, as one of ours"),
     Stage("sae.convert", "an SAE to and from the formats of other libraries"),
+    Stage("sae.push", "an SAE to the Hugging Face Hub, with a model card"),
+    Stage("sae.pull", "an SAE from the Hugging Face Hub, verified"),
     Stage("interpretability.top_sentences", "the sentences in which each latent fires most"),
     Stage("interpretability.explain", "a title and an explanation for each latent"),
     Stage("interpretability.score", "how well explanations predict sentences their explainer did not see"),

@@ -33,6 +33,7 @@ from sae.adopting.measuring import Reader
 from sae.adopting.search import Found, Given, search, stated
 from sae.adopting.source import Source, locate
 from sae.formats import finding
+from sae.loading import is_ours
 from sae.model import SAE
 
 CAPTURE = {"dtype": "bf16", "chunk_sentences": 2048, "batch_tokens": 8192, "max_padding": 0.05}
@@ -92,7 +93,7 @@ def run(config: AdoptConfig, runtime: Runtime) -> None:
     if runtime.world_size > 1:
         raise ValueError("sae.adopt is the work of one process; start it without torchrun")
     source = locate(config.source)
-    if (source.path / MANIFEST).is_file():
+    if is_ours(source.path):
         raise ValueError(f"{config.source}: a folder of ours already; every stage takes it as it is")
     if config.out.is_dir() and not (config.out / MANIFEST).exists() and any(config.out.iterdir()):
         raise ValueError(f"{config.out}: not empty and not the output of a stage; choose another --out")
@@ -121,7 +122,7 @@ def run(config: AdoptConfig, runtime: Runtime) -> None:
 def _reader(config: AdoptConfig, device: torch.device) -> Reader:
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model, device).eval()
-    texts = _texts(config.corpus, config.sentences, config.seed)
+    texts = tuple(_texts(config.corpus, config.sentences, config.seed))
     longest = min(config.max_length, model.params.max_seq_len - 1)
     return Reader(model, tokenizer, texts, longest, batch_tokens=4096)
 

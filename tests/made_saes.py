@@ -21,7 +21,7 @@ from sae.formats.plain import Norm, Plain, sae_of, unfolded
 from sae.loss import LossConfig
 from sae.model import SAE, SAEConfig, best_encoder_norm
 
-LAYER, K, N_LATENTS, STEPS = 4, 16, 512, 400
+LAYER, K, N_LATENTS, STEPS, BATCH = 4, 16, 512, 200, 256
 SITE = f"layers.{LAYER}.resid_post"
 HIDDEN = ("site", "bos", "text", "norm", "bias")
 LAYOUTS = ("saelens", "sparsify", "dictionary_learning", "params.npz")
@@ -31,27 +31,34 @@ LAYOUTS = ("saelens", "sparsify", "dictionary_learning", "params.npz")
 def rows(bos: str, text: str) -> Tensor:
     """Rows [N, d] of sentences that are read so, without those of abnormal norm."""
     passages = [json.loads(line)["text"] for line in PASSAGES.read_text(encoding="utf-8").splitlines()]
-    sentences = [sentence for passage in passages[::3] for sentence in passage.split(". ")[:4] if len(sentence) > 20]
+    sentences = [sentence for passage in passages[::8] for sentence in passage.split(". ")[:4] if len(sentence) > 20]
     reader = Reader(load_model("demo", torch.device("cpu")), load_tokenizer("demo"), sentences, 64, 4096)
     return reader.rows([SITE], bos, text, 20_000, 0)[SITE].x
 
 
 @cache
 def trained(bos: str = "none", text: str = "plain", norm: str = "dataset") -> SAE:
-    """A topk SAE of rows that are read so. Its rows of the encoder are trained too, so that `b_pre` matters."""
+    """A topk SAE of rows that are read so. Its rows of the encoder are trained too, so that `b_pre` matters. Those of other
+    rows go on from that of plain text, which saves most of the steps.
+    """
     x = rows(bos, text)
     d = x.shape[1]
     scale = math.sqrt(d) / float(x.norm(dim=1).mean()) if norm == "dataset" else 1.0
     sae = SAE(SAEConfig(d_model=d, n_latents=N_LATENTS, k=K, norm=norm, scale=scale, norm_eps=1e-5))
+    first = (bos, text, norm) == ("none", "plain", "dataset")
+    begun = None if first else trained().state_dict()
     generator = torch.Generator().manual_seed(0)
-    sae.initialise_("tied", generator, encoder_norm=best_encoder_norm(N_LATENTS, K, d))
     z = sae.normalised_rows(x)
     with torch.no_grad():
+        sae.initialise_("tied", generator, encoder_norm=best_encoder_norm(N_LATENTS, K, d))
+        if begun:
+            sae.load_state_dict(begun)
         sae.b_pre.copy_(z.mean(0))
+    steps = STEPS if first else STEPS // 2
     adam = torch.optim.Adam(sae.parameters(), lr=2e-3)
-    for step in range(STEPS):
-        adam.param_groups[0]["lr"] = 2e-3 * (1 - step / STEPS)
-        batch = z[torch.randint(len(z), (512,), generator=generator)]
+    for step in range(steps):
+        adam.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
+        batch = z[torch.randint(len(z), (BATCH,), generator=generator)]
         adam.zero_grad()
         (sae.losses(batch, LossConfig(K)).objective / batch.numel()).backward()
         adam.step()

@@ -1,8 +1,9 @@
 """sae.adopt: what a foreign SAE is, found by measuring it on the embedded model, or said to be undecided."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from inference.steering import Edit, Recipe
 from interpretability.top_sentences import TopSentencesConfig
 from interpretability.top_sentences import run as find_top
 from llama3 import load_model, load_tokenizer
+from sae import adopt
 from sae.accumulator import Accumulator
 from sae.adopt import CAPTURE, AdoptConfig, run
 from sae.adopting import source
-from sae.adopting.candidates import Candidate, Convention, Reading, conventions, meant, shuffled, sites_of
+from sae.adopting.candidates import Candidate, Convention, Reading, Rows, conventions, meant, shuffled, sites_of
 from sae.adopting.decision import Decision, Measured, Stated, Undecided, decide, table
-from sae.adopting.measuring import Reader, ce_recovered, fit
+from sae.adopting.measuring import Losses, Reader, fit
 from sae.convert import dense_codes
 from sae.evaluate import Batch as EvaluatedBatch
 from sae.evaluate import EvaluateConfig, Subject, evaluate_batch
@@ -42,13 +44,50 @@ SMALL: dict[str, Any] = {"model": "demo", "sentences": 80, "rows": 1000, "max_le
 AS_READ = Convention()
 
 
+class Remembering(Reader):
+    """A reader whose model runs once for each way to read."""
+
+    def rows(self, sites: Sequence[str], bos: str, text: str, n: int, seed: int) -> dict[str, Rows]:
+        known = _all_rows(self, bos, text, n, seed)
+        return {site: known[site] for site in sites}
+
+
+@cache
+def _all_rows(reader: Reader, bos: str, text: str, n: int, seed: int) -> dict[str, Rows]:
+    own = [site for site, width in reader.widths.items() if width == reader.model.params.dim]
+    return Reader.rows(reader, own, bos, text, n, seed)
+
+
+@cache
+def _remembering() -> Remembering:
+    own = adopt._reader(AdoptConfig(source="", out=Path(), **SMALL), CPU)
+    return Remembering(own.model, own.tokenizer, own.texts, own.max_length, own.batch_tokens)
+
+
+@pytest.fixture
+def one_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cases on the same texts share what the model gave, and their losses are measured on few tokens."""
+    reader = _remembering()
+    monkeypatch.setattr("sae.adopt._reader", lambda config, device: reader)
+    monkeypatch.setattr("sae.adopting.search.CE_TOKENS", 200)
+
+
 def adopted(path: Path, out: Path, **flags: Any) -> SAE:
     run(AdoptConfig(source=str(path), out=out, **SMALL | flags), ALONE)
     return load(out)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("hidden", HIDDEN)
+IN_CI = dict(zip(HIDDEN, ("saelens", "sparsify", "dictionary_learning", "params.npz", "saelens"), strict=True))
+"""One layout for each thing hidden; all twenty cases take minutes."""
+CASES = [
+    pytest.param(hidden, layout, marks=[] if IN_CI[hidden] == layout else pytest.mark.real, id=f"{hidden}-{layout}")
+    for hidden in HIDDEN
+    for layout in LAYOUTS
+]
+
+
+@pytest.mark.usefixtures("one_reader")
+@pytest.mark.parametrize(("hidden", "layout"), CASES)
 def test_what_the_files_do_not_say_is_found(hidden: str, layout: str, tmp_path: Path) -> None:
     made = make(hidden, layout, tmp_path)
     sae = adopted(made.path, tmp_path / "out")
@@ -61,6 +100,7 @@ def test_what_the_files_do_not_say_is_found(hidden: str, layout: str, tmp_path: 
     torch.testing.assert_close(sae(x), original(x), rtol=0.05, atol=3.0 if "sae" in layout or layout == "sparsify" else 60.0)
 
 
+@pytest.mark.usefixtures("one_reader")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_noise_is_undecided(layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(Undecided, match="than chance"):
@@ -69,6 +109,7 @@ def test_noise_is_undecided(layout: str, tmp_path: Path, capsys: pytest.CaptureF
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("one_reader")
 def test_two_norms_that_fit_alike_are_undecided_until_the_user_says(tmp_path: Path) -> None:
     """On the embedded model an SAE with thresholds explains as much of rows of either normalisation."""
     sae = trained()
@@ -81,6 +122,7 @@ def test_two_norms_that_fit_alike_are_undecided_until_the_user_says(tmp_path: Pa
     assert adopted(path, tmp_path / "out", norm="dataset").cfg.norm == "dataset"
 
 
+@pytest.mark.usefixtures("one_reader")
 @pytest.mark.parametrize("scaled", [False, True])
 def test_the_unit_of_llama_scopes_threshold_is_measured(scaled: bool, tmp_path: Path) -> None:
     sae, x = trained(), rows("none", "plain")
@@ -121,10 +163,10 @@ def corpus(tmp_path: Path) -> Path:
 def test_every_stage_takes_what_is_adopted(tmp_path: Path) -> None:
     """Evaluation, top sentences straight from the model, and steering, of an SAE that no stage of ours trained."""
     made = make("norm", "saelens", tmp_path)
-    adopted(made.path, tmp_path / "ours")
+    adopted(made.path, tmp_path / "ours", sentences=40)
     verify(tmp_path / "ours")
     where: dict[str, Any] = {"sae": tmp_path / "ours", "model": "demo", "corpus": corpus(tmp_path)}
-    evaluate(EvaluateConfig(**where, out=tmp_path / "evaluation", sentences=20), ALONE)
+    evaluate(EvaluateConfig(**where, out=tmp_path / "evaluation", sentences=10), ALONE)
     figures = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     assert figures["fvu"]["value"] < 0.8
     assert figures["fvu"]["conditions"]["site"] == SITE
@@ -142,6 +184,7 @@ def test_every_stage_takes_what_is_adopted(tmp_path: Path) -> None:
     assert float((plain - steered).abs().max()) > 0.1
 
 
+@pytest.mark.usefixtures("one_reader")
 def test_what_was_done_is_recorded_and_done_again_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = make("bos", "params.npz", tmp_path)
     (made.path / "README.md").write_text("A card.")
@@ -166,6 +209,7 @@ def test_later_stages_capture_as_capture_does() -> None:
     assert AdoptConfig.max_length == defaults.max_length
 
 
+@pytest.mark.usefixtures("one_reader")
 def test_k_is_the_measured_l0_where_the_layout_has_none(tmp_path: Path) -> None:
     plain = in_raw_units(trained())
     threshold = torch.full((512,), threshold_of(plain, PLAIN, rows("none", "plain")))
@@ -188,6 +232,7 @@ REFUSED: list[tuple[Callable[[Path], Path], dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.usefixtures("one_reader")
 @pytest.mark.parametrize("case", range(len(REFUSED)))
 def test_what_does_not_fit_is_refused_in_a_line(case: int, tmp_path: Path) -> None:
     path, flags, message = REFUSED[case]
@@ -197,6 +242,7 @@ def test_what_does_not_fit_is_refused_in_a_line(case: int, tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("one_reader")
 def test_a_folder_of_several_sites_lists_them(tmp_path: Path) -> None:
     for name in ("layers.3", "layers.4"):
         (tmp_path / "run" / name).mkdir(parents=True)
@@ -346,8 +392,10 @@ def test_figures_are_those_of_an_evaluation(bos: str, reader: Reader) -> None:
             evaluate_batch(subject, EvaluatedBatch(tokens, real), rivals, sums)
     ours = fit(sae, found.x)
     assert ours.fvu == pytest.approx(sums.fvu(), rel=1e-4)
-    recovered = ce_recovered(reader, sae, Reading(SITE, bos, "plain"), sae.cfg.provenance["max_norm"], batches)
-    assert recovered == pytest.approx(sums.recovered("zero"), rel=1e-4)
+    losses = Losses(reader, batches)
+    for _ in range(2):
+        recovered = losses.recovered(sae, SITE, sae.cfg.provenance["max_norm"])
+        assert recovered == pytest.approx(sums.recovered("zero"), rel=1e-4)
     active = (dense_codes(sae, found.x) > 0).sum(1).float().mean()
     assert ours.l0 == pytest.approx(float(active))
 

@@ -16,7 +16,7 @@ from core.norms import row_norms
 from llama3 import Message, Tokenizer, Transformer, encode_dialog
 from llama3.sites import LAYER_SITES, MODEL_SITES
 from sae.accumulator import Accumulator
-from sae.adopting.candidates import Reading, Rows
+from sae.adopting.candidates import Rows
 from sae.model import SAE
 
 MAX_NORM_RATIO = 10.0
@@ -135,12 +135,25 @@ def fit(sae: SAE, x: Tensor) -> Fit:
     return Fit(sums.fvu(), l0)
 
 
-def ce_recovered(reader: Reader, sae: SAE, reading: Reading, max_norm: float, batches: Sequence[Batch]) -> float:
-    """`(ce_zero - ce_sae) / (ce_zero - ce_clean)` over `batches` of the texts, rows above `max_norm` as they are."""
-    clean = reader.ce(batches, {})
+class Losses:
+    """What the model loses on the same batches with an SAE at a site; what no SAE changes is computed once."""
 
-    def spliced(stand_in: Callable[[Tensor], Tensor]) -> float:
-        of_passes = iter(batches)
+    def __init__(self, reader: Reader, batches: Sequence[Batch]) -> None:
+        self._reader, self._batches = reader, batches
+        self._clean: float | None = None
+        self._zero: dict[str, float] = {}
+
+    def recovered(self, sae: SAE, site: str, max_norm: float) -> float:
+        """`(ce_zero - ce_sae) / (ce_zero - ce_clean)`; rows above `max_norm`, which belongs to the site, stay as they are."""
+        if self._clean is None:
+            self._clean = self._reader.ce(self._batches, {})
+        if site not in self._zero:
+            self._zero[site] = self._spliced(torch.zeros_like, site, max_norm)
+        clean, zero = self._clean, self._zero[site]
+        return (zero - self._spliced(sae, site, max_norm)) / (zero - clean) if zero != clean else float("nan")
+
+    def _spliced(self, stand_in: Callable[[Tensor], Tensor], site: str, max_norm: float) -> float:
+        of_passes = iter(self._batches)
 
         def hook(x: Tensor) -> Tensor:
             kept = next(of_passes).counts & (row_norms(x) <= max_norm)
@@ -148,7 +161,4 @@ def ce_recovered(reader: Reader, sae: SAE, reading: Reading, max_norm: float, ba
             x[kept] = stand_in(x[kept].float()).to(x.dtype)
             return x
 
-        return reader.ce(batches, {reading.site: hook})
-
-    zero = spliced(torch.zeros_like)
-    return (zero - spliced(sae)) / (zero - clean) if zero != clean else float("nan")
+        return self._reader.ce(self._batches, {site: hook})

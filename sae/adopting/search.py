@@ -3,12 +3,12 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from llama3.chat import has_chat
 from sae.adopting.candidates import Candidate, Convention, Reading, Rows, conventions, meant, shuffled, sites_of
 from sae.adopting.decision import Measured, Stated, with_ce
-from sae.adopting.measuring import Batch, Reader, ce_recovered, fit
+from sae.adopting.measuring import Batch, Losses, Reader, fit
 from sae.model import SAE
 
 SCREEN_ROWS = 512
@@ -111,15 +111,18 @@ def _measured(sae: SAE, candidate: Candidate, rows: Rows, seed: int) -> Measured
 def _with_ce(reader: Reader, sae: SAE, measured: list[Measured], rows: dict[Reading, Rows]) -> list[Measured]:
     """Cross-entropy recovered of the best site and convention, and of the next ones, each at its best reading."""
     order = sorted(range(len(measured)), key=lambda i: measured[i].fvu)
-    seen: set[Any] = set()
+    seen: set[Use] = set()
+    losses: dict[tuple[str, str], Losses] = {}
     for i in order:
         (reading, convention), use = measured[i].candidate, (measured[i].site, measured[i].candidate.convention)
         if use in seen or len(seen) == CE_CANDIDATES:
             continue
         seen.add(use)
+        text = (reading.bos, reading.text)
+        if text not in losses:
+            losses[text] = Losses(reader, _some(list(reader.batches(*text))))
         this = meant(sae, convention, rows[reading])
-        batches = _some(list(reader.batches(reading.bos, reading.text)))
-        measured[i] = with_ce(measured[i], ce_recovered(reader, this, reading, rows[reading].max_norm, batches))
+        measured[i] = with_ce(measured[i], losses[text].recovered(this, reading.site, rows[reading].max_norm))
     return measured
 
 

@@ -16,14 +16,21 @@ def locate(source: str | Path) -> Path:
     """The folder or file at `source`, fetched where that is a Hub id: `owner/name`, with the SAE's place behind it where there
     are several, `owner/name/layers.10` or `owner/name:layers.10`. ValueError lists the SAEs of a repository that holds several.
     """
-    path, on_the_hub = Path(source), ON_THE_HUB.fullmatch(str(source))
-    if path.exists() or not on_the_hub:
-        return path
-    return _fetched(on_the_hub[1], on_the_hub[2] or "")
+    path = Path(source)
+    return path if path.exists() or not ON_THE_HUB.fullmatch(str(source)) else fetched(str(source))
 
 
-def _fetched(repository: str, place: str) -> Path:
-    """Where the SAE at `place` of a Hub repository lies once it is fetched; an empty place is its only one."""
+def parted(address: str) -> tuple[str, str]:
+    """The repository of a Hub id and the place in it, empty where none is named. ValueError where it is no Hub id."""
+    found = ON_THE_HUB.fullmatch(address)
+    if not found:
+        raise ValueError(f"{address}: expected a Hub id, owner/name or owner/name:folder")
+    return found[1], found[2] or ""
+
+
+def fetched(address: str) -> Path:
+    """Where the SAE of a Hub id lies once it is fetched; without a place, the repository's only one. ValueError as `locate`."""
+    repository, place = parted(address)
     names = file_names(repository)
     if not place:
         place = _only(repository, names)
