@@ -33,7 +33,7 @@ class PullConfig:
 
 
 def pull(source: str, out: Path) -> Manifest:
-    """Fetch into the Hub's cache, verify, copy. ValueError where it is no SAE of ours or damaged, or `out` holds something else."""
+    """Fetch into the Hub's cache, verify, copy. ValueError where it is no SAE of ours, or damaged, or `out` is taken."""
     found = fetched(source)
     if not is_ours(found):
         raise ValueError(f"{source}: an SAE of another library; `python -m sae.adopt {source} --model M --out {out}` reads it")

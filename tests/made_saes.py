@@ -39,7 +39,7 @@ def rows(bos: str, text: str) -> Tensor:
 @cache
 def trained(bos: str = "none", text: str = "plain", norm: str = "dataset") -> SAE:
     """A topk SAE of rows that are read so. Its rows of the encoder are trained too, so that `b_pre` matters. Those of other
-    rows go on from that of plain text, which saves most of the steps.
+    rows go on from that of plain text.
     """
     x = rows(bos, text)
     d = x.shape[1]
@@ -54,10 +54,9 @@ def trained(bos: str = "none", text: str = "plain", norm: str = "dataset") -> SA
         if begun:
             sae.load_state_dict(begun)
         sae.b_pre.copy_(z.mean(0))
-    steps = STEPS if first else STEPS // 2
     adam = torch.optim.Adam(sae.parameters(), lr=2e-3)
-    for step in range(steps):
-        adam.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
+    for step in range(STEPS):
+        adam.param_groups[0]["lr"] = 2e-3 * (1 - step / STEPS)
         batch = z[torch.randint(len(z), (BATCH,), generator=generator)]
         adam.zero_grad()
         (sae.losses(batch, LossConfig(K)).objective / batch.numel()).backward()
