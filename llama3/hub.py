@@ -117,7 +117,7 @@ def _answer(repository: str, ask: Callable[[ModuleType], T], writing: bool = Fal
 
     try:
         return ask(huggingface_hub)
-    except Exception as error:  # the errors of the HTTP library below change with the version of huggingface_hub
+    except Exception as error:  # those of the HTTP library below, too
         reason = _why_not_written(error) if writing else _why_not_read(error, f"https://huggingface.co/{repository}")
     raise ValueError(f"{repository}: {reason}")
 
@@ -129,7 +129,8 @@ def _why_not_read(error: Exception, page: str) -> str:
         return f"access is granted by its owner alone. Ask for it at {page}, then {LOG_IN}"
     if isinstance(error, errors.RepositoryNotFoundError):
         return f"no such folder here and no such repository on the Hub, or a private one: check the name, or {LOG_IN}"
-    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+    unreachable = "Connect" in type(error).__name__  # of the HTTP library below, which changes with the version
+    if unreachable or isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
         cause = _first_line(error.__cause__ or error)
         return (
             f"no such folder here, not in the Hub's cache, and the Hub does not answer ({cause}). Check the network, or fetch "
