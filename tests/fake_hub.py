@@ -71,7 +71,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer([{"type": "file", "path": p, "size": len(c), "oid": _oid(c)} for p, c in files.items()])
         if api:
             siblings = [{"rfilename": path} for path in files]
-            return self._answer({"id": name, "sha": COMMIT, "siblings": siblings, "private": self.server.private.get(name, False)})
+            return self._answer(
+                {"id": name, "sha": COMMIT, "siblings": siblings, "private": self.server.private.get(name, False)}
+            )
         content = files.get("/".join(parts[4:]))
         if content is None:
             return self._answer({}, 404, {"X-Error-Code": "EntryNotFound"})
