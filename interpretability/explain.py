@@ -27,6 +27,7 @@ from core.runtime import Runtime
 from core.terminal import say
 from interpretability.labels.llm_explainer import LLMExplainer
 from interpretability.labels.prompts import Style
+from interpretability.labels.readings import Read, read_readings
 from interpretability.labels.token_statistics import TokenStatistics
 from interpretability.llm.backends import KeptAsker, LLMBackend, asker_of
 from interpretability.llm.client import AskConfig, check_failures
@@ -67,6 +68,9 @@ class ExplainConfig(AskConfig):
     backend: Literal["token_statistics"] | LLMBackend = "token_statistics"
     """Who explains. token_statistics: counts alone, no model. anthropic: Message Batches. openai: any server that speaks its
     chat completions. llama: a Llama in this process."""
+    readings: Path | None = None
+    """token_statistics: a file of titles and explanations that a reader wrote (interpretability/labels/readings.py), which
+    stand in place of the counted ones and are scored like them."""
     style: Style = "semantic"
     """What a language model is asked for. semantic: what the sentences share, and how certain that is. title: dominant tokens,
     patterns, summary, context and title."""
@@ -83,6 +87,8 @@ class ExplainConfig(AskConfig):
             raise ValueError(f"--others and --examples must be at least 1; found {self.others} and {self.examples}")
         if self.action != "run" and self.backend != "anthropic":
             raise ValueError(f"{self.action}: only the backend anthropic works in steps; give run for {self.backend}")
+        if self.readings and self.backend != "token_statistics":
+            raise ValueError(f"--readings: a reader takes the place of --backend {self.backend}; leave one of them out")
 
 
 class Backend(Protocol):
@@ -137,8 +143,10 @@ def run(config: ExplainConfig, runtime: Runtime) -> None:
     latents = chosen(config.latents, top.n_latents)
     corpus = open_corpus(config.corpus) if config.corpus else None
     rest = sentences_to_compare(top, corpus) if runtime.is_main and config.backend == "token_statistics" else []
+    readings = read_readings(config.readings, top.provenance["sae_hash"], top.n_latents) if config.readings else None
     inputs = [top.artifact, *([corpus.artifact] if corpus else [])]
-    with building(config.out, "explanations", config, runtime, inputs, top.provenance) as builder:
+    provenance = top.provenance | ({"readings_hash": readings.hash} if readings else {})
+    with building(config.out, "explanations", config, runtime, inputs, provenance) as builder:
         if builder.complete:
             log.info("%s: already complete", config.out)
             _check_failures(config, runtime)
@@ -147,7 +155,8 @@ def run(config: ExplainConfig, runtime: Runtime) -> None:
         names = [EXPLANATIONS_FILE]
         if runtime.is_main:
             if config.backend == "token_statistics":
-                explanations = TokenStatistics(top, rest, config.others, config.seed).explain(latents)
+                counted = TokenStatistics(top, rest, config.others, config.seed)
+                explanations = (Read(counted, readings) if readings else counted).explain(latents)
             else:
                 asker = asker_of(config.backend, config, builder, runtime.device)
                 found = _asked(config, asker, top, latents)

@@ -95,6 +95,11 @@ class TokenStatistics:
             shown, held_out = split(sentences)
             yield self._explain(Evidence(self._top.statistics(latent), shown, held_out))
 
+    def score_of(self, latent: int, words: Sequence[str]) -> Score | None:
+        """How well the presence of one of `words` (in lower case) predicts firing, on the latent's sentences of odd rank."""
+        shown, held_out = split(self._top.sentences(latent, "max"))
+        return self._score(Pattern("word", tuple(words)), Evidence(self._top.statistics(latent), shown, held_out))
+
     def _explain(self, evidence: Evidence) -> Explanation:
         sentences = list(_firing_sentences(evidence.shown))
         found = best_pattern(sentences, self._sample)
