@@ -76,7 +76,7 @@ class Rows(NamedTuple):
 def conventions(sae: SAE, fixed: Convention | None = None) -> list[Convention]:
     """What may be meant, the simplest first; `fixed` holds what the user decided (`as-read` is no decision)."""
     fixed = fixed or Convention()
-    norms: list[NormName] = ["as-read", *(name for name in ("none", "dataset", "unit", "layer") if name != sae.cfg.norm)]  # type: ignore[list-item]
+    norms: list[NormName] = ["as-read", *(name for name in ("none", "dataset", "unit", "layer") if name != sae.cfg.norm)]
     biases: list[BiasName] = ["as-read", "added", "removed"] if bool(sae.b_pre.any()) else ["as-read"]
     scaled = THRESHOLD_FACTOR in sae.cfg.provenance
     thresholds: list[ThresholdName] = ["as-read", "scaled"] if scaled else ["as-read"]

@@ -172,7 +172,7 @@ def table(measured: Sequence[Measured], chosen: Measured | None, n: int = 12) ->
     order = sorted(measured, key=lambda one: one.fvu)[:n]
     if chosen is not None and chosen not in order:
         order.append(chosen)
-    rows = [("", "site", "BOS", "text", "tensors", "FVU", "chance", "first", "L0", "CE recovered")]
+    rows: list[tuple[str, ...]] = [("", "site", "BOS", "text", "tensors", "FVU", "chance", "first", "L0", "CE recovered")]
     for one in order:
         reading, convention = one.candidate
         figures = (f"{value:.3f}" if math.isfinite(value) else "-" for value in (one.fvu, one.chance, one.fvu_first))

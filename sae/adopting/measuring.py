@@ -93,7 +93,7 @@ class Reader:
         chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))[:n]] = True
         found: dict[str, list[Tensor]] = {site: [] for site in sites}
         firsts = []
-        for batch, mine in zip(batches, chosen.split(sizes), strict=True):
+        for batch, mine in zip(batches, torch.split(chosen, sizes), strict=True):
             firsts.append((batch.counts.cumsum(1) == 1)[batch.counts].cpu()[mine])
             for site, x in self.model.capture(batch.tokens, sites).items():
                 found[site].append(x[batch.counts][mine.to(x.device)].float().cpu())
