@@ -1,5 +1,6 @@
 """sae.push and sae.pull against a stand-in of the Hub, through huggingface_hub's own client; the card; what is refused."""
 
+import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -11,14 +12,15 @@ import pytest
 import torch
 
 import sae
-from core.artifact import verify
-from core.cli import parse
+from core.artifact import building, verify
+from core.cli import StageConfig, parse
 from sae import push as push_module
 from sae.card import Subject, card
 from sae.formats import FORMATS
 from sae.pull import pull
 from sae.push import PushConfig, push
 from tests.fake_hub import FakeHub, fake_hub
+from tests.sae_folders import ALONE
 
 DEMO = Path("demo/sae").resolve()
 EVALUATED = {
@@ -139,6 +141,25 @@ def test_a_damaged_or_occupied_folder_is_refused(hub: FakeHub, tmp_path: Path) -
         pull("owner/name", tmp_path / "other")
 
 
-def test_an_evaluation_of_another_sae_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="expected a folder of kind evaluation"):
-        push(config("owner/name", evaluation=DEMO, plan=True))
+def evaluation(folder: Path, sae_hash: str) -> Path:
+    with building(folder, "evaluation", StageConfig(), ALONE, provenance={"sae_hash": sae_hash}) as builder:
+        builder.finish([builder.publish("evaluation.json", json.dumps(EVALUATED).encode()).name], {})
+    return folder
+
+
+def test_only_an_evaluation_of_this_sae_is_taken(tmp_path: Path) -> None:
+    own = evaluation(tmp_path / "own", sae.load(DEMO).weights_hash)
+    assert "| kl | 0.25 |" in push(config("owner/name", evaluation=own, plan=True))
+    other = evaluation(tmp_path / "other", "0123")
+    for folder, message in ((other, "of another SAE: its weights' hash is 0123"), (DEMO, "of kind evaluation")):
+        with pytest.raises(ValueError, match=message):
+            push(config("owner/name", evaluation=folder, plan=True))
+
+
+def test_the_card_of_an_adopted_sae_says_where_it_comes_from() -> None:
+    made = sae.load(DEMO)
+    how = {"source": "owner/theirs:layers.4", "revision": "abc", "norm": "none", "fvu": 0.3, "sentences": 300}
+    made.cfg = replace(made.cfg, provenance=made.cfg.provenance | {"adopted": how})
+    text = card(Subject(made, "owner/name"))
+    assert "| source | owner/theirs:layers.4 |" in text
+    assert "over 300 sentences" in text
