@@ -77,7 +77,7 @@ def adopted(path: Path, out: Path, **flags: Any) -> SAE:
     return load(out)
 
 
-IN_CI = ("norm-params.npz", "bias-saelens")
+IN_CI = ("site-dictionary_learning", "norm-params.npz", "bias-saelens")
 """Those that need one SAE trained; all twenty take minutes."""
 CASES = [
     pytest.param(hidden, layout, marks=() if f"{hidden}-{layout}" in IN_CI else pytest.mark.real, id=f"{hidden}-{layout}")
