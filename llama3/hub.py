@@ -3,7 +3,7 @@ on the Hugging Face Hub."""
 
 import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
@@ -16,6 +16,7 @@ T = TypeVar("T")
 
 REPOSITORY = re.compile(r"[A-Za-z0-9_][\w.-]*/[\w.-]+")
 """How an id on the Hub reads."""
+LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 DEMO = Path(__file__).resolve().parent.parent / "demo" / "model"
 
 WEIGHT_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
@@ -87,28 +88,69 @@ def file_names(repository: str) -> list[str]:
     return _answer(repository, ask)
 
 
-def _answer(repository: str, ask: Callable[[ModuleType], T]) -> T:
+def upload(repository: str, files: Mapping[str, Path | bytes], message: str, private: bool = False) -> str:
+    """Put files into a Hub repository, made where there is none, in one commit: all of them or none. Its address.
+
+    ValueError saying why that cannot be done.
+    """
+    if not REPOSITORY.fullmatch(repository):
+        raise ValueError(f"{repository}: expected the id of a repository on the Hub, owner/name")
+    from huggingface_hub import get_token
+
+    if not get_token():
+        raise ValueError(f"{repository}: writing to the Hub needs a token: {LOG_IN}")
+
+    def ask(hub: ModuleType) -> str:
+        hub.create_repo(repository, private=private, exist_ok=True)
+        adds = [
+            hub.CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
+            for name, content in files.items()
+        ]
+        return str(hub.create_commit(repository, adds, commit_message=message).commit_url)
+
+    return _answer(repository, ask, writing=True)
+
+
+def _answer(repository: str, ask: Callable[[ModuleType], T], writing: bool = False) -> T:
     """What the Hub's library says on `repository`; its errors as a ValueError in one line that says what to do."""
     import huggingface_hub
-    from huggingface_hub import errors
 
-    page = f"https://huggingface.co/{repository}"
-    log_in = "log in with `hf auth login` or set HF_TOKEN"
     try:
         return ask(huggingface_hub)
-    except errors.GatedRepoError:
-        reason = f"access is granted by its owner alone. Ask for it at {page}, then {log_in}"
-    except errors.RepositoryNotFoundError:
-        reason = f"no such folder here and no such repository on the Hub, or a private one: check the name, or {log_in}"
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        cause = f"{error.__cause__ or error}".splitlines()[0][:100]
-        reason = (
+    except Exception as error:  # those of the HTTP library below, too
+        reason = _why_not_written(error) if writing else _why_not_read(error, f"https://huggingface.co/{repository}")
+    raise ValueError(f"{repository}: {reason}")
+
+
+def _why_not_read(error: Exception, page: str) -> str:
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return f"access is granted by its owner alone. Ask for it at {page}, then {LOG_IN}"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"no such folder here and no such repository on the Hub, or a private one: check the name, or {LOG_IN}"
+    unreachable = "Connect" in type(error).__name__  # of the HTTP library below, which changes with the version
+    if unreachable or isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        cause = _first_line(error.__cause__ or error)
+        return (
             f"no such folder here, not in the Hub's cache, and the Hub does not answer ({cause}). Check the network, or fetch "
             f"{page} elsewhere and give the folder"
         )
-    except Exception as error:  # the errors of the HTTP library below, which changes with the version of huggingface_hub
-        reason = f"the download failed ({type(error).__name__}: {str(error).splitlines()[0][:100]}); give the command again"
-    raise ValueError(f"{repository}: {reason}")
+    return f"the download failed ({type(error).__name__}: {_first_line(error)}); give the command again"
+
+
+def _why_not_written(error: Exception) -> str:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return f"the Hub does not let this token write there: check the owner's name and the token's rights, or {LOG_IN}"
+    if status is not None or isinstance(error, ValueError):
+        return f"the Hub refuses this ({_first_line(error)}); nothing was written"
+    cause = f"{type(error).__name__}: {_first_line(error)}"
+    return f"the Hub does not answer ({cause}); nothing was written. Check the network, and give the command again"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:100]
 
 
 def model_name(path: str | Path) -> str:

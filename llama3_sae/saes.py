@@ -1,80 +1,22 @@
 """SAEs from wherever they lie: what ships here, our folders, those of other libraries, the Hub."""
 
-import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from core.shipped import absence, is_word, shipped_for
-from llama3.hub import REPOSITORY, fetch, file_names
-from sae.convert import read
-from sae.formats.finding import FOLDERS, SUFFIXES
-from sae.model import SAE
-
-ON_THE_HUB = re.compile(rf"({REPOSITORY.pattern})(?:/(.+?))?/?")
-"""A repository, and a folder or file in it."""
-N_LISTED = 12
+from sae import SAE, load
 
 
 def load_sae(source: str | Path, device: torch.device | str = "cpu") -> SAE:
-    """The SAE at `source`: `demo` or `smollm2` (those that ship), a folder of ours (`run/sae`), a folder or file of another
-    library (its layout is seen from its files), or a Hub id: `owner/name`, with the SAE's folder behind it where
-    there are several, `owner/name/layers.10`.
+    """The SAE at `source`: `demo` or `smollm2` (those that ship), or whatever `sae.load` takes: a folder of ours (`run/sae`), a
+    folder or file of another library, a Hub id (`owner/name`, `owner/name:layers.10`).
 
-    ValueError says what lies there where it is no SAE, and lists the SAEs where there are several.
+    ValueError as `sae.load` raises it.
     """
     if is_word(str(source)):
         found = shipped_for(str(source))
         if found is None:
             raise ValueError(absence(str(source)))
         source = found.sae
-    path, on_the_hub = Path(source), ON_THE_HUB.fullmatch(str(source))
-    if not path.exists() and on_the_hub:
-        path = _fetched(on_the_hub[1], on_the_hub[2] or "")
-    return read(path).to(device)
-
-
-def _fetched(repository: str, place: str) -> Path:
-    """Where the SAE at `place` of a Hub repository lies once it is fetched; an empty place is its only one."""
-    names = file_names(repository)
-    if not place:
-        place = _only(repository, names)
-    # What describes a run lies above its SAEs (sparsify).
-    above = f"{place.rpartition('/')[0]}/config.json".lstrip("/")
-    wanted = [name for name in names if name in (place, above) or name.startswith(f"{place}/")]
-    if place == ".":
-        wanted = [name for name in names if "/" not in name or name.startswith("checkpoints/")]
-    if not set(wanted) - {above}:
-        known = _listed(repository, held(names)) or "no SAE of a known layout"
-        raise ValueError(f"{repository}: holds no {place}; it holds {known}")
-    return fetch(repository, wanted) / place
-
-
-def _only(repository: str, names: Sequence[str]) -> str:
-    places = held(names)
-    if not places:
-        some = ", ".join(names[:8]) or "nothing"
-        raise ValueError(f"{repository}: holds no SAE of a known layout. It holds {some}")
-    if len(places) > 1:
-        raise ValueError(f"{repository}: holds {len(places)} SAEs; give one of {_listed(repository, places)}")
-    return places[0]
-
-
-def held(names: Sequence[str]) -> list[str]:
-    """The folders, and files that are a whole SAE, among the files of a repository; "." is its top."""
-    known, found = set(names), dict[str, None]()
-    for layout in FOLDERS:
-        first, *others = layout.files
-        for name in names:
-            if name == first or name.endswith(f"/{first}"):
-                folder = name.removesuffix(first)
-                if all(f"{folder}{other}" in known for other in others):
-                    found[folder.rstrip("/") or "."] = None
-    inside = [name for name in names if name.endswith(SUFFIXES)]
-    return list(found) or inside
-
-
-def _listed(repository: str, places: Sequence[str]) -> str:
-    more = f" and {len(places) - N_LISTED} more" if len(places) > N_LISTED else ""
-    return ", ".join(f"{repository}/{place}" for place in places[:N_LISTED]) + more
+    return load(source, device)

@@ -11,6 +11,9 @@ from core import lazy_exports
 __all__ = ["SAE", "Latents", "Normalised", "SAEConfig", "load"]
 
 if TYPE_CHECKING:
-    from sae.model import SAE, Latents, Normalised, SAEConfig, load
+    from sae.loading import load
+    from sae.model import SAE, Latents, Normalised, SAEConfig
 else:
-    __getattr__, __dir__ = lazy_exports(__name__, {"sae.model": __all__})
+    __getattr__, __dir__ = lazy_exports(
+        __name__, {"sae.loading": ("load",), "sae.model": ("SAE", "Latents", "Normalised", "SAEConfig")}
+    )

@@ -20,12 +20,13 @@ from typing import Literal
 import torch
 
 from capture.store import Activations, open_activations
-from core.artifact import MANIFEST, Manifest, building, open_artifact
+from core.artifact import building, open_artifact
 from core.cli import StageConfig, run_stage
 from core.norms import row_norms
 from core.runtime import Runtime
-from sae.formats import FORMATS, finding
-from sae.model import SAE, load
+from sae.formats import FORMATS
+from sae.loading import load, read
+from sae.model import SAE
 
 log = logging.getLogger("sae.convert")
 
@@ -41,7 +42,7 @@ class ConvertConfig(StageConfig):
     """Flags of the stage."""
 
     sae: Path
-    """Folder or file of an SAE: ours, or one of the other layouts."""
+    """Folder or file of an SAE: ours, or one of the other layouts; or a Hub id, owner/name or owner/name:folder."""
     to: Literal["sae", "saelens", "sparsify", "dictionary_learning"]
     """The format to write; sae is ours."""
     out: Path
@@ -64,7 +65,7 @@ def run(config: ConvertConfig, runtime: Runtime) -> None:
     """Read, write, read back, compare. One process does it all."""
     if runtime.world_size > 1:
         raise ValueError("sae.convert is the work of one process; start it without torchrun")
-    sae = read(config.sae)
+    sae = load(config.sae)
     inputs = []
     if config.activations:
         activations = _read_by(sae, config.activations)
@@ -101,14 +102,6 @@ def _read_by(sae: SAE, path: Path) -> Activations:
     if activations.d_model != sae.cfg.d_model:
         raise ValueError(f"--activations {path}: width {activations.d_model}, but the SAE's is {sae.cfg.d_model}")
     return activations
-
-
-def read(path: Path) -> SAE:
-    """The SAE in a folder or file, ours or of any known layout. ValueError where it is none of them."""
-    folder = path if path.is_dir() else path.parent
-    if (folder / MANIFEST).is_file() and Manifest.read(folder).kind == "sae":
-        return load(folder)
-    return finding.read(path)
 
 
 @torch.no_grad()

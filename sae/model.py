@@ -327,7 +327,7 @@ class SAE(nn.Module):
         """The hook site that it reads. ValueError where its provenance names none."""
         if site := self.cfg.provenance.get("site"):
             return str(site)
-        raise ValueError("the SAE's provenance names no site; sae.convert --activations adds that of the folder it is given")
+        raise ValueError("the SAE's provenance names no site; sae.adopt finds it, or give --activations to sae.convert")
 
     def _tensors(self, dtype: torch.dtype | None) -> dict[str, Tensor]:
         return {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}

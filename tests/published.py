@@ -197,7 +197,7 @@ PUBLISHED: dict[str, Published] = {
     "Llama Scope": Published(
         "Llama3_1-8B-Base-L15R-8x",
         {"hyperparams.json": SCOPE, "checkpoints/final.safetensors": AUTO},
-        llama_scope, LLAMA8B, "jumprelu", 5,
+        llama_scope, LLAMA8B | {"threshold_factor": 1 / A}, "jumprelu", 5,
     ),
     "Llama Scope R1": Published(
         "800M-Slimpajama-0-OpenR1-Math-220k/L15R",

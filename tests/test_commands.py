@@ -22,14 +22,14 @@ HEAVY = ("torch", "numpy", "pyarrow", "tyro", "gradio", "llama3", "sae.model")
 
 
 def test_the_table_holds_every_stage() -> None:
-    """A stage is a module that ends in `run_stage`."""
+    """A stage is a module that ends in `run_stage`; besides, there are the ways to and from the Hub, and the demo."""
     found = {
         path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
         for package in ("capture", "sae", "interpretability", "inference")
         for path in (ROOT / package).rglob("*.py")
         if "    run_stage(" in path.read_text(encoding="utf-8")
     }
-    assert {stage.module for stage in STAGES} == found | {"demo"}
+    assert {stage.module for stage in STAGES} == found | {"demo", "sae.push", "sae.pull"}
     assert find_spec("demo.__main__") is not None
     lines = listing().splitlines()
     for stage in STAGES:

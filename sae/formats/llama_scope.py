@@ -67,6 +67,7 @@ def read(folder: Path) -> SAE:
     facts = Facts(cfg)
     norms = cfg.object(AVERAGE)
     a, o = (math.sqrt(facts.d_model) / norms.positive(name) for name in ("in", "out"))
+    facts.provenance["threshold_factor"] = 1 / a  # were it one of normalised rows; sae.adopt measures which
     threshold = torch.full((facts.n_latents,), cfg.need("jump_relu_threshold", float))
     return _read(facts, path, taken(read_safetensors(path), path, NAMES), (a, o), threshold)
 

@@ -95,7 +95,7 @@ def read(folder: Path) -> SAE:
     rescales = cfg.one_of("rescale_acts_by_decoder_norm", False, *[True] * (kind in RESCALED), default=False)
     norm = _norm(cfg, folder)
     shape = (cfg.need("d_in", int), cfg.need("d_sae", int))
-    provenance = metadata.object("llama3_sae").values or {"site": site_of_hook(hook), "model": model}
+    provenance = metadata.object("llama3_sae").values or {"site": site_of_hook(hook), "model": model} | _bos(cfg, metadata)
     if not early:  # its own loader drops other keys of earlier files, which held every flag of the training
         cfg.skip("dtype", "device", *TRAINING)
         cfg.refuse_others()
@@ -107,6 +107,12 @@ def read(folder: Path) -> SAE:
     if not subtracts:
         plain = plain.absorbed(sign=1)
     return sae_of(plain, _ours()[kind], k, provenance, norm)
+
+
+def _bos(cfg: Keys, metadata: Keys) -> dict[str, str]:
+    """Whether BOS stood before the texts of its training, where the file says."""
+    said = metadata.note("prepend_bos") if "prepend_bos" in metadata else cfg.note("prepend_bos")
+    return {"bos": "feed" if said else "none"} if isinstance(said, bool) else {}
 
 
 def _version(cfg: Keys, metadata: Keys) -> int:
