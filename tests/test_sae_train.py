@@ -411,6 +411,25 @@ def _whole_runs_agree(batches: Path, together: Path) -> None:
             assert mine[name] == theirs[name]
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({}, ""),
+        ({"dead_after_tokens": 720}, "--dead-after-tokens 720 is not below the 720 rows of the run"),
+        ({"dead_after_tokens": 719}, ""),
+        ({"dead_after_tokens": 720, "aux_coefficient": 0}, ""),
+        ({"warmup_steps": 13}, "--warmup-steps 13 exceeds the 12 steps of the run"),
+        ({"warmup_steps": 12}, ""),
+        ({"k_anneal_steps": 13}, ""),
+        ({"k_start": 5, "k_anneal_steps": 13}, "--k-anneal-steps 13 exceeds"),
+    ],
+)
+def test_a_flag_that_the_run_never_reaches_is_named(flags: dict[str, Any], said: str) -> None:
+    found = Hyperparameters(**SMALL | flags).never_reached(12)
+    assert said in found
+    assert bool(said) == bool(found)
+
+
 def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(batches: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"step \d+: loss and gradient must be finite.*lower --lr"):
         run(config(batches, tmp_path / "run", lr=1e30, checkpoint_every=1), ALONE)
