@@ -9,7 +9,6 @@ import re
 import select
 import signal
 import sys
-import tomllib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
@@ -23,14 +22,13 @@ from core.progress import Progress as Progress
 from core.progress import progress as progress
 from core.runtime import Runtime, environment_rank, open_runtime
 from core.terminal import PrintableFormatter, printable
-from core.text import read_text
+from core.text import parse_toml, read_text
 
 ConfigT = TypeVar("ConfigT")
 
 log = logging.getLogger("core.cli")
 
 STDOUT = 1
-MOST_DOTS = 2000  # in a line of a preset
 
 
 def machine(default: Any = MISSING) -> Any:
@@ -170,7 +168,7 @@ def _take_preset(config_class: type[Any], argv: list[str]) -> tuple[list[str], P
     if len(paths) > 1 or not path:
         raise ValueError("--config: expected one TOML file behind it, once")
     try:
-        values = _parse_toml(read_text(Path(path), "the file"))
+        values = parse_toml(read_text(Path(path), "the file"))
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}; expected a TOML file") from None
     except ValueError as error:
@@ -180,17 +178,6 @@ def _take_preset(config_class: type[Any], argv: list[str]) -> tuple[list[str], P
     except ValueError as error:
         raise ValueError(f"--config {path}: {error}") from None
     return given, Preset(path, scalars + lists)
-
-
-def _parse_toml(text: str) -> dict[str, Any]:
-    """ValueError where `text` is no TOML, or nested more deeply than any preset."""
-    deep = max(line.count(".") for line in text.split("\n")) > MOST_DOTS  # tomllib's memory is quadratic in a.b.c.d
-    try:
-        if not deep:
-            return tomllib.loads(text)
-    except RecursionError:
-        pass
-    raise ValueError("it is nested too deeply")
 
 
 def _as_flags(config_class: type[Any], values: dict[str, Any], prefix: str) -> tuple[list[str], list[str]]:

@@ -5,7 +5,7 @@ python -m scripts.reading_sheets write --top demo/smollm2/top --sample 100 --con
 python -m scripts.reading_sheets judge --key docs/reading/key.json --judgments docs/reading/a.json docs/reading/b.json
 
 A sheet shows the sentences of even rank, from which explanations are made; those of odd rank score them. The tokens that fire
-stand in brackets, [[ ]] around those above half the latent's maximum. A control has the sentences of one latent each, so
+stand in brackets, [[ ]] around those above half the sentence's maximum. A control has the sentences of one latent each, so
 that they share nothing but chance. `key.json` says which item is which; readers do not get it.
 """
 
@@ -70,9 +70,10 @@ def shown(top: TopSentences, latent: int) -> list[TopSentence]:
     return split(top.sentences(latent, "max"))[0][:SENTENCES]
 
 
-def marked(sentence: TopSentence, maximum: float) -> str:
+def marked(sentence: TopSentence) -> str:
     """The tokens around the peak, those that fire in brackets."""
-    peak = max(range(len(sentence.tokens)), key=sentence.activations.__getitem__)
+    maximum = max(sentence.activations)
+    peak = sentence.activations.index(maximum)
     first, last = max(0, peak - AROUND), min(len(sentence.tokens), peak + AROUND + 1)
     pieces = []
     for token, value in zip(sentence.tokens[first:last], sentence.activations[first:last], strict=True):
@@ -119,7 +120,7 @@ def write(config: WriteConfig) -> None:
     for number, (item, sentences) in enumerate(items, 1):
         name = str(item["latent"]) if config.latents else str(number)
         key["items"][name] = item
-        lines = [f"{i}. {marked(s, float(top.max_values[s.latent]))}" for i, s in enumerate(sentences, 1)]
+        lines = [f"{i}. {marked(s)}" for i, s in enumerate(sentences, 1)]
         texts.append(f"## {name}\n\n" + "\n".join(lines) + "\n")
     config.out.mkdir(parents=True, exist_ok=True)
     for i in range(0, len(texts), PER_SHEET):

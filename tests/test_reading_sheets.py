@@ -38,8 +38,8 @@ def items_of(folder: Path) -> dict[str, list[str]]:
 
 def test_tokens_that_fire_are_marked_and_long_sentences_are_cut_around_the_peak() -> None:
     tokens = [" a"] * 60 + [" storm", "\n", " at", " sea"] + [" b"] * 60
-    values = [0.0] * 60 + [4.0, 0.5, 1.0, 3.0] + [0.0] * 60
-    line = marked(TopSentence(0, "max", 0, 4.0, 0, "d", None, "".join(tokens), tokens, values), 5.0)
+    values = [0.0] * 60 + [4.0, 0.5, 2.0, 3.0] + [0.0] * 60
+    line = marked(TopSentence(0, "max", 0, 4.0, 0, "d", None, "".join(tokens), tokens, values))
     assert line == "..." + "a " * 24 + "[[storm]][ ] [at] [[sea]]" + " b" * 21 + "..."
 
 
