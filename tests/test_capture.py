@@ -274,13 +274,13 @@ def test_two_ranks_write_what_one_does(tiny: Path, tmp_path: Path, clean: dict[s
 
 
 def test_killed_and_continued_by_another_number_of_ranks(
-    tiny: Path, tmp_path: Path, clean: dict[str, bytes], fork_server: ForkServer, launch: Launch
+    tiny: Path, tmp_path: Path, clean: dict[str, bytes], fork_server: ForkServer
 ) -> None:
     assert fork_server.run(capture, tiny / "model", tiny / "corpus", tmp_path / "acts", exit_at=40) == 9
     begun = contents(tmp_path / "acts")
     assert 0 < sum(name.endswith(".safetensors") for name in begun) < sum(name.endswith(".safetensors") for name in clean)
     flags = ("--model", tiny / "model", "--corpus", tiny / "corpus", *FLAGS)
-    done = launch("-m", "capture.activations", *flags, "--out", tmp_path / "acts", ranks=2, limit=400)
+    done = fork_server.ranks(2, "capture.activations", *flags, "--out", tmp_path / "acts")
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "acts") == clean
 

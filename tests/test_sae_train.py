@@ -341,7 +341,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_state(
 
 @pytest.mark.parametrize(("ranks", "steps"), [(2, 200), (4, 30), pytest.param(4, 200, marks=pytest.mark.faults)])
 def test_any_layout_of_ranks_gives_what_one_gives(
-    launch: Launch, batches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, steps: int
+    fork_server: ForkServer, batches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, steps: int
 ) -> None:
     """Rows shared out, latents shared out, and both. In float64 for as long as you like; in float32 trajectories drift apart.
 
@@ -349,7 +349,7 @@ def test_any_layout_of_ranks_gives_what_one_gives(
     """
     if ranks == 4:
         _stop_at(5, double_run(batches, tmp_path / "resumed"), monkeypatch)
-    done = launch("-m", "tests.sae_ranks", batches, tmp_path, steps, ranks=ranks, limit=300)
+    done = fork_server.ranks(ranks, "tests.sae_ranks", batches, tmp_path, steps)
     assert done.returncode == 0, done.stderr
     alone: dict[str, dict[str, Tensor]] = {}
     for name, (_, settings, n) in layouts(ranks, steps).items():
