@@ -175,8 +175,11 @@ def test_a_finished_grid_is_left_alone_and_a_table_and_curves_are_there(
     assert page.count("<svg") == 4
     assert "wide" in page
     before = contents(tmp_path / "runs/wide")
+    for name in ("results.md", "results.json", "training.html"):
+        (tmp_path / "runs" / f".{name}.0a1b2c3d.tmp").write_text("left by a kill")
     run(settings, ALONE)
     assert contents(tmp_path / "runs/wide") == before
+    assert not list((tmp_path / "runs").glob("*.tmp"))
 
 
 def test_a_run_that_diverges_does_not_stop_the_others(house: Path, tmp_path: Path) -> None:
