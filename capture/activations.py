@@ -77,6 +77,9 @@ class ActivationsConfig(StageConfig):
     """s3://BUCKET/FOLDER and the like: the files go there, --out keeps what is needed to continue. capture.remote fetches."""
     plan: bool = machine(False)
     """Write nothing; print tokens, bytes, free space and, from a probe of some 20 s, hours. Code 2 if it cannot fit."""
+    finish: bool = machine(False)
+    """Run nothing more and close the folder that was begun, as if the corpus ended where the first chunk is missing. Chunks
+    after that one are removed, and the folder cannot be continued."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sites", as_sites(self.sites))
@@ -90,6 +93,12 @@ class ActivationsConfig(StageConfig):
         part, of = self.part_of
         if not 1 <= part <= of:
             raise ValueError(f"--part {self.part}: expected I/N with I from 1 to N, such as 1/3")
+        if self.finish and self.part:
+            raise ValueError(
+                f"--finish --part {self.part}: capture.merge needs the whole of each part; leave out one of the two"
+            )
+        if self.finish and self.plan:
+            raise ValueError("--finish --plan: --finish runs nothing that could be planned; leave out one of the two")
 
     @property
     def part_of(self) -> tuple[int, int]:
@@ -115,7 +124,7 @@ def run(config: ActivationsConfig, runtime: Runtime) -> None:
     if config.plan:
         rates = runtime.gather_objects(plan.probe(corpus, tokenizer, how, config.max_length, config.chunk_sentences))
         runtime.on_main(lambda: say(plan.describe(needed, plan.free(config.out), rates, corpus.n_sentences)))
-    if not config.remote:
+    if not config.remote and not config.finish:
         runtime.on_main(lambda: plan.check_room(needed, config.out))
     if config.plan:
         return
@@ -126,18 +135,24 @@ def run(config: ActivationsConfig, runtime: Runtime) -> None:
         inputs=[corpus.artifact], provenance=provenance, builder=RemoteBuilder.at(config.remote) if config.remote else Builder,
     ) as builder:  # fmt: skip
         if builder.complete:
-            log.info("%s: already complete", config.out)
+            log.info("%s: already complete%s", config.out, _closed_early(builder.counts["sentences"], corpus))
             return
         stage = _Stage(config, runtime, chunks)
-        names = stage.write(builder)
+        names, n_sentences = stage.close(builder) if config.finish else (stage.write(builder), corpus.n_sentences)
         counts = total_counts(config.sites, names, builder, runtime)
-        builder.finish(names, {"sentences": corpus.n_sentences} | counts)
+        builder.finish(names, {"sentences": n_sentences} | counts)
     log.info(
-        "%s: %s tokens of %s sentences at %s; padding %.1f%%; truncated %d, empty %d, non-finite %d; abnormal norms %s",
-        config.out, f"{counts['tokens']:,}", f"{corpus.n_sentences:,}", ", ".join(config.sites), 100 * counts["padding_share"],
+        "%s: %s tokens of %s sentences%s at %s; padding %.1f%%; truncated %d, empty %d, non-finite %d; abnormal norms %s",
+        config.out, f"{counts['tokens']:,}", f"{n_sentences:,}", _closed_early(n_sentences, corpus),
+        ", ".join(config.sites), 100 * counts["padding_share"],
         counts["truncated_sentences"], counts["empty_sentences"], counts["nonfinite_sentences"],
         ", ".join(f"{share:.2%}" for share in counts["abnormal_norm_share"].values()),
     )  # fmt: skip
+
+
+def _closed_early(n_sentences: int, corpus: Corpus) -> str:
+    without = corpus.n_sentences - n_sentences
+    return f" (closed with --finish before the other {without:,})" if without else ""
 
 
 def _chunks(config: ActivationsConfig, model: Transformer, tokenizer: Tokenizer, corpus: Corpus) -> CorpusChunks:
@@ -195,6 +210,27 @@ class _Stage:
                 bar.update((place + 1 - seen) * total // len(todo), **notes)
                 seen = place + 1
         return mine
+
+    def close(self, builder: Builder) -> tuple[list[str], int]:
+        """Keep the chunks that earlier runs finished without a gap, and nothing else: the names of the files that this rank
+        answers for, and the number of sentences. ValueError where not even the first chunk is there.
+        """
+
+        def keep() -> tuple[list[str], int]:
+            missing, there = self._survey(builder)
+            n_chunks = min(missing, default=len(self.chunks))
+            if not n_chunks:
+                raise ValueError(
+                    f"--finish: {self.config.out} holds no whole chunk of {self.config.chunk_sentences:,} sentences that could "
+                    "be closed; leave out --finish, and the same command goes on"
+                )
+            kept = {chunk_name(site, index) for site in self.chunks.how.sites for index in range(n_chunks)}
+            builder.keep_only(kept)
+            n_sentences = min(n_chunks * self.config.chunk_sentences, self.chunks.corpus.n_sentences)
+            return [name for name in there if name in kept], n_sentences
+
+        names, n_sentences = self.runtime.on_main(keep)
+        return (names if self.runtime.is_main else []), n_sentences
 
     def _survey(self, builder: Builder) -> tuple[dict[int, list[str]], list[str]]:
         """The sites still to be written of each chunk that lacks some, and the files that are there."""

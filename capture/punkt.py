@@ -270,7 +270,7 @@ def main() -> None:
         config = parse(PunktConfig, __doc__)
         documents = (document for spec in config.text for document in open_source(spec, config.encoding))
         parameters = train(documents, config.max_bytes)
-        files.publish(config.out, (json.dumps(_as_json(parameters), ensure_ascii=False, indent=1) + "\n").encode())
+        files.replace(config.out, (json.dumps(_as_json(parameters), ensure_ascii=False, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -62,6 +62,14 @@ class Store:
             raise OSError(f"{self.url}/{name}: wrote {size:,} bytes, {self.size(name)} arrived; give the same command again")
         return Written(size, digest.hexdigest())
 
+    def remove(self, name: str) -> None:
+        self._system.delete_file(self._path(name))
+
+    def names(self) -> Iterator[str]:
+        """All objects in the folder, as paths below it."""
+        found = self._system.get_file_info(fs.FileSelector(self._folder, recursive=True, allow_not_found=True))
+        return (posixpath.relpath(one.path, self._folder) for one in found if one.is_file)
+
     def _path(self, name: str) -> str:
         return posixpath.join(self._folder, name)
 
@@ -95,6 +103,12 @@ class RemoteBuilder(Builder):
 
     def _size(self, name: str) -> int | None:
         return self._store.size(name)
+
+    def _there(self) -> Iterator[str]:
+        return (name for name in self._store.names() if name != MANIFEST)
+
+    def _remove(self, name: str) -> None:
+        self._store.remove(name)
 
     def _write(self, name: str, content: Content) -> Written:
         return self._store.write(name, content)

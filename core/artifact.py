@@ -223,6 +223,19 @@ class Builder:
     def forget(self, name: str) -> None:
         """Remove a scratch file that is no part of the result."""
         self._disown(name)
+        self._remove(name)
+
+    def keep_only(self, names: Iterable[str]) -> None:
+        """Remove all other files of the artifact, whether an earlier run came to journal them or not. For rank 0 alone."""
+        for name in sorted(set(self._there()) - set(names)):
+            self.forget(name)
+
+    def _there(self) -> Iterator[str]:
+        """The files that lie in the folder, whole under their final names."""
+        paths = (path.relative_to(self.path) for path in self.path.rglob("*") if path.is_file())
+        return (path.as_posix() for path in paths if not path.name.startswith(".") and path.name not in (MANIFEST, *UNLISTED))
+
+    def _remove(self, name: str) -> None:
         files.remove(self.path / name)
 
     def _disown(self, name: str) -> None:

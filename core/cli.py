@@ -9,8 +9,6 @@ import re
 import select
 import signal
 import sys
-import time
-import tomllib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
@@ -18,20 +16,19 @@ from types import UnionType
 from typing import Any, NamedTuple, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
-from tqdm import tqdm
 
 from core.ending import INTERRUPTED, end_at_sigterm, lack_of_memory
+from core.progress import Progress as Progress
+from core.progress import progress as progress
 from core.runtime import Runtime, environment_rank, open_runtime
 from core.terminal import PrintableFormatter, printable
-from core.text import read_text
+from core.text import parse_toml, read_text
 
-T = TypeVar("T")
 ConfigT = TypeVar("ConfigT")
 
 log = logging.getLogger("core.cli")
 
 STDOUT = 1
-MOST_DOTS = 2000  # in a line of a preset
 
 
 def machine(default: Any = MISSING) -> Any:
@@ -171,7 +168,7 @@ def _take_preset(config_class: type[Any], argv: list[str]) -> tuple[list[str], P
     if len(paths) > 1 or not path:
         raise ValueError("--config: expected one TOML file behind it, once")
     try:
-        values = _parse_toml(read_text(Path(path), "the file"))
+        values = parse_toml(read_text(Path(path), "the file"))
     except OSError as error:
         raise ValueError(f"--config {path}: {error.strerror}; expected a TOML file") from None
     except ValueError as error:
@@ -181,17 +178,6 @@ def _take_preset(config_class: type[Any], argv: list[str]) -> tuple[list[str], P
     except ValueError as error:
         raise ValueError(f"--config {path}: {error}") from None
     return given, Preset(path, scalars + lists)
-
-
-def _parse_toml(text: str) -> dict[str, Any]:
-    """ValueError where `text` is no TOML, or nested more deeply than any preset."""
-    deep = max(line.count(".") for line in text.split("\n")) > MOST_DOTS  # tomllib's memory is quadratic in a.b.c.d
-    try:
-        if not deep:
-            return tomllib.loads(text)
-    except RecursionError:
-        pass
-    raise ValueError("it is nested too deeply")
 
 
 def _as_flags(config_class: type[Any], values: dict[str, Any], prefix: str) -> tuple[list[str], list[str]]:
@@ -376,48 +362,3 @@ def run_stage(config_class: type[ConfigT], run: Callable[[ConfigT, Runtime], Any
         with open_runtime(config.device, config.threads, config.seed, config.timeout_s) as runtime:
             run(config, runtime)
     raise SystemExit(0)
-
-
-class Progress:
-    """A progress bar with rate and time left on rank 0; a log line every ten seconds where stderr is no terminal."""
-
-    def __init__(self, label: str, total: int | None, unit: str, runtime: Runtime | None = None) -> None:
-        self._label, self._total, self._unit = label, total, unit
-        self._shown = runtime is None or runtime.is_main
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            desc=label, total=total, unit=unit, unit_scale=True, disable=not (self._shown and terminal), leave=False
-        )
-        self._logged = self._shown and not terminal
-        self._began = self._spoke = time.monotonic()
-        self.done = 0
-
-    def update(self, n: int, **notes: Any) -> None:
-        """Count `n` more units; `notes` (name=value) are shown beside the rate."""
-        self.done += n
-        notes = {name: printable(str(value)) for name, value in notes.items()}
-        self._bar.update(n)
-        if notes:
-            self._bar.set_postfix(notes, refresh=False)
-        now = time.monotonic()
-        if self._logged and now - self._spoke > 10:
-            self._spoke = now
-            rate = self.done / (now - self._began)
-            left = f", {max(self._total - self.done, 0) / rate:.0f} s left" if self._total and rate else ""
-            of = f" of {self._total:,}" if self._total else ""
-            extra = "".join(f", {name} {value}" for name, value in notes.items())
-            logging.getLogger(self._label).info("%s%s %s, %.0f/s%s%s", f"{self.done:,}", of, self._unit, rate, left, extra)
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._bar.close()
-
-
-def progress(items: Iterable[T], label: str, total: int | None, unit: str, runtime: Runtime | None = None) -> Iterator[T]:
-    """Iterate over `items` with a progress bar."""
-    with Progress(label, total, unit, runtime) as bar:
-        for item in items:
-            yield item
-            bar.update(1)

@@ -5,11 +5,13 @@ Whatever a user hands over as text or JSON is read through here. (Documents of a
 """
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
 MARK = "\ufeff"
 """The byte order mark, which some editors put first."""
+MOST_DOTS = 2000  # in a line of TOML
 
 
 def decode(data: bytes, what: str) -> str:
@@ -39,6 +41,17 @@ def parse_json(text: str | bytes, **options: Any) -> Any:
         return json.loads(text, **options)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """ValueError where `text` is no TOML, or nested more deeply than any preset."""
+    deep = max(line.count(".") for line in text.split("\n")) > MOST_DOTS  # tomllib's memory is quadratic in a.b.c.d
+    try:
+        if not deep:
+            return tomllib.loads(text)
+    except RecursionError:
+        pass
+    raise ValueError("it is nested too deeply")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import nltk
 import torch
 
 from core.artifact import Manifest
+from core.contention import core_quota, usable_cores
 from core.version import VERSION
 from llama3 import smollm2
 
@@ -27,7 +28,6 @@ NEEDED = (
 )  # fmt: skip
 OPTIONAL = {
     "umap-learn": "the map of features: pip install -e '.[viz]'",
-    "plotly": "the map of features: pip install -e '.[viz]'",
     "pytest": "the tests: `make test` installs it",
     "playwright": "the test of the app in a browser: `make test` installs it",
     "transformers": "the tests of parity: `make test` installs it",
@@ -90,8 +90,7 @@ def _package(name: str, remedy: str, needed: bool) -> Finding:
 
 
 def machine() -> list[Finding]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    findings = [Finding("CPU cores", f"{cores}, {torch.get_num_threads()} of them used by PyTorch"), _memory()]
+    findings = [*_cores(), _memory()]
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         name = torch.cuda.get_device_name(index)
@@ -102,6 +101,21 @@ def machine() -> list[Finding]:
     room = f"free some room, or choose another disk with --out: the demo needs {DISK_GB} GB"
     short = free_disk < DISK_GB
     return [*findings, Finding("free disk", f"{free_disk:.1f} GB in {Path.cwd()}", room if short else "", short)]
+
+
+def _cores() -> list[Finding]:
+    """Cores, and how many of them other programs use or a container withholds."""
+    cores, threads, quota = usable_cores(), torch.get_num_threads(), core_quota()
+    found = [Finding("CPU cores", f"{cores}, {threads} of them used by PyTorch")]
+    if quota is not None and quota < threads:
+        advice = f"give --threads {max(1, int(quota))}, so that threads do not wait for one another"
+        found.append(Finding("CPU quota", f"{quota:g} cores' worth of time; {advice}"))
+    try:
+        load = os.getloadavg()[0]
+    except OSError:
+        return found
+    rest = f"{max(0.0, cores - load):.1f} cores are free" if load < cores else "contended: stages get a share of the cores"
+    return [*found, Finding("load of the last minute", f"{load:.1f} on {cores} cores; {rest}")]
 
 
 def _memory() -> Finding:

@@ -34,8 +34,9 @@ REAL = Scale(300, 128, (), 4096, 32, epochs=1, evaluated=20, tried=6)
 """With a real model, whose SAE ships and is trained further, on passages as long as those it was trained on; its latents and k
 hold in place of those here."""
 
-FROM_SCRATCH = ("--lr", "1e-3", "--lr-end", "1e-4", "--warmup-steps", "50")
-FURTHER = ("--lr", "1e-4", "--lr-end", "1e-5", "--warmup-steps", "10", "--batch-size", "512")
+FROM_SCRATCH = ("--lr", "1e-3", "--lr-end", "1e-4", "--warmup-steps", "50", "--dead-after-tokens", "200000")
+FURTHER = ("--lr", "1e-4", "--lr-end", "1e-5", "--warmup-steps", "10", "--batch-size", "512", "--aux-coefficient", "0")
+"""Too few rows to tell which latents are dead: none is revived."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Plan:
     def _sae(self) -> list[Stage]:
         out, scale = self.out, self.scale
         title = "Train the SAE that ships further" if self.base else "Train a sparse autoencoder"
-        epochs = ("--epochs", str(scale.epochs), "--dead-after-tokens", "200000", "--wandb", "off", *self._threads)
+        epochs = ("--epochs", str(scale.epochs), "--wandb", "off", *self._threads)
         evaluated = ("--sentences", str(scale.evaluated), *self._threads)
         return [
             Stage(title, "sae.train", ("--batches", str(out / "batches"), *self._shape, *epochs), out / "run"),

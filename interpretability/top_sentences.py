@@ -236,7 +236,7 @@ def _pass(config: TopSentencesConfig, runtime: Runtime, sae: SAE, activations: A
     # Without BOS the first token is the attention sink; training left out rows of such norm, so what fires there means nothing.
     max_norm = sae.cfg.provenance.get("max_norm") or math.inf
     has_sink = activations.provenance.get("bos") != "feed"
-    with Progress("top sentences", activations.n_sentences // runtime.world_size, "sentences", runtime) as bar:
+    with Progress("top sentences", activations.n_sentences, "sentences", runtime) as bar:
         for index in runtime.share(len(activations)):
             for part in parts_of(activations.chunk(index)):
                 keep = usable_tokens(part, max_norm, has_sink)
@@ -247,7 +247,7 @@ def _pass(config: TopSentencesConfig, runtime: Runtime, sae: SAE, activations: A
                 table.add(pairs, sentences)
                 sampler.add(hits, sentences)
                 left_out += int((~keep).sum())
-                bar.update(len(part.sentence_ids))
+                bar.update(runtime.world_size * len(part.sentence_ids))  # all ranks are about as far
     table.merge()
     totals.combine(runtime)
     return _Found(table, totals, sampler.gathered(runtime), int(runtime.comm.sum_(left_out)))

@@ -3,6 +3,10 @@
 Knows no SAE, no rank and no stage; everything else in this repository stands on it.
 """
 
+# isort: off
+import core  # before PyTorch: it says how OpenMP's threads wait  # noqa: F401
+# isort: on
+
 from llama3.args import ModelArgs, RopeScaling
 from llama3.cache import KVCache
 from llama3.chat import encode_dialog

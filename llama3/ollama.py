@@ -1,11 +1,12 @@
 """Models that Ollama has pulled: `ollama:llama3.2:1b` is a GGUF file among its blobs, which a manifest names."""
 
-import json
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from core.text import read_json
 
 REGISTRY, NAMESPACE, TAG = "registry.ollama.ai", "library", "latest"
 """What Ollama takes for the parts of a name that are not given."""
@@ -76,7 +77,7 @@ def _blob(name: str, folder: Path, manifest: Path) -> Path:
 
 def _layers(manifest: Path) -> list[dict[str, Any]]:
     try:
-        found = json.loads(manifest.read_text(encoding="utf-8"))["layers"]
+        found = read_json(manifest)["layers"]
     except (ValueError, KeyError, TypeError):
         found = None
     if not isinstance(found, list) or not all(isinstance(layer, dict) for layer in found):

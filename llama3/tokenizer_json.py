@@ -6,7 +6,7 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
 
-from core.text import read_json
+from core.text import read_json, read_text
 from llama3.tokenizer import SPLIT_PATTERN, TextRules
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -165,10 +165,7 @@ def _chat_template(path: Path, settings: dict[str, Any]) -> str:
     if file.is_file():
         if file.stat().st_size > MAX_TEMPLATE:
             raise ValueError(f"{file}: has {file.stat().st_size:,} bytes; a chat template has {MAX_TEMPLATE:,} at most")
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}: is not UTF-8 text: {error}") from None
+        return read_text(file)
     found = settings.get("chat_template")
     if isinstance(found, list):
         found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}.get("default")

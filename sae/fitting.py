@@ -86,6 +86,8 @@ class Run:
             step, total = f"{trainer.step:,}", f"{trainer.total_steps:,}"
             log.info("%s: continuing after step %s of %s", config.out, step, total)
         trainer.check_replicas()
+        if runtime.is_main and (said := config.never_reached(trainer.total_steps)):
+            log.warning("%s: %s", config.out, said)
         if runtime.is_main:
             builder.claim()  # checkpoints and metrics lie beside the folder
         self.metrics = _open_metrics(config, runtime, trainer.step)

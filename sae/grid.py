@@ -13,13 +13,13 @@ What decides the rows is the same for all, since all learn from the same rows.
 
 import itertools
 import re
-import tomllib
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from core.cli import typed
+from core.text import parse_toml, read_text
 from sae.hyperparameters import Hyperparameters
 
 ConfigT = TypeVar("ConfigT")
@@ -37,7 +37,7 @@ def read_runs(config: ConfigT, path: Path) -> list[ConfigT]:
     ValueError in one line for what the file should not hold.
     """
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = parse_toml(read_text(path, "the file"))
     except OSError as error:
         raise ValueError(f"--runs {path}: {error.strerror}; expected a TOML file") from None
     except ValueError as error:

@@ -131,3 +131,22 @@ class Hyperparameters:
         extra = max(0, self.k_start - self.k)
         left = max(0.0, 1 - step / self.k_anneal_steps) if self.k_anneal_steps else 0.0
         return self.k + round(extra * left)
+
+    def never_reached(self, total_steps: int) -> str:
+        """Which flags speak of a moment after the end of a run of so many steps, in one line; empty where none does."""
+        rows = total_steps * self.batch_size
+        found = []
+        if self.aux_coefficient and self.dead_after_tokens >= rows:
+            found.append(
+                f"--dead-after-tokens {self.dead_after_tokens:,} is not below the {rows:,} rows of the run, so no latent can "
+                f"count as dead and none is revived; a fifth of the run is {max(1, rows // 5):,}"
+            )
+        for name, why in (
+            ("warmup_steps", "the learning rate never gets to its peak"),
+            ("sparsity_warmup_steps", "the penalty never gets to its weight"),
+            ("k_anneal_steps", "k never gets to --k"),
+        ):
+            steps, used = getattr(self, name), name != "k_anneal_steps" or self.k_start
+            if used and steps > total_steps:
+                found.append(f"--{name.replace('_', '-')} {steps:,} exceeds the {total_steps:,} steps of the run: {why}")
+        return "; ".join(found)

@@ -35,7 +35,7 @@ class Plan:
     """Lower bound: the encoder's forward product alone, at the speed measured here, times 2."""
     advice: str
     notes: tuple[str, ...] = ()
-    """Lines of their own, on where the rows come from."""
+    """Lines of their own: on flags that the run never comes to, and on where the rows come from."""
 
     def text(self) -> str:
         """One line for each need, and what to turn."""
@@ -80,6 +80,7 @@ def describe(runs: Sequence[Any], rows: Rows, runtime: Runtime) -> str:
         disk=sum(part.disk for part in plans),
         seconds=sum(part.seconds for part in plans),
         advice="; ".join(dict.fromkeys(part.advice for part in plans if part.advice)),
+        notes=tuple(dict.fromkeys(note for part in plans for note in part.notes)),
     )
     if len(plans) > 1 and not together.advice and held + step > first.memory_free:
         together = replace(together, advice=f"memory does not fit: {len(plans)} runs at once are too many; split --runs")
@@ -108,7 +109,9 @@ def plan(config: Hyperparameters, amount: Amount, runtime: Runtime, latent: int,
             advice.append(f"memory does not fit: raise --accumulate to {parts}, or lower --batch-size")
     if disk > disk_free:
         advice.append(f"disk does not fit: lower --keep {keep}, or choose another --out")
-    return Plan(steps, memory, memory_free, disk, disk_free, seconds, "; ".join(advice))
+    unreached = config.never_reached(steps)
+    notes = (f"flags   {unreached}",) if unreached else ()
+    return Plan(steps, memory, memory_free, disk, disk_free, seconds, "; ".join(advice), notes)
 
 
 def free_memory(device: torch.device) -> int:

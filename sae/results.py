@@ -30,9 +30,9 @@ def write_results(out: Path, runs: Sequence[Any]) -> str:
         for run in runs
     ]
     table = _markdown(records)
-    files.publish(out / "results.md", table.encode())
-    files.publish(out / "results.json", (json.dumps(records, indent=1) + "\n").encode())
-    files.publish(out / "training.html", _page(lines, table).encode())
+    files.replace(out / "results.md", table.encode())
+    files.replace(out / "results.json", (json.dumps(records, indent=1) + "\n").encode())
+    files.replace(out / "training.html", _page(lines, table).encode())
     return table
 
 

@@ -8,9 +8,12 @@ import errno
 import importlib
 import json
 import os
+import runpy
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -92,11 +95,52 @@ class ForkServer:
         self._process.stdin.flush()
         return int(self._process.stdout.readline())
 
+    def ranks(self, n: int, module: str, *arguments: Any, limit: float = 300) -> "subprocess.CompletedProcess[str]":
+        """`python -m module arguments...` on `n` ranks, which torchrun would start with all their imports. Where one fails, the
+        others are ended; after `limit` seconds all are.
+        """
+        with tempfile.NamedTemporaryFile("r", errors="replace") as said:
+            status = self.run(run_ranks, n, limit, said.name, module, *arguments)
+            return subprocess.CompletedProcess([module, *map(str, arguments)], status, "", said.read())
+
+
+def run_ranks(n: str, limit: str, said: str, module: str, *arguments: str) -> None:
+    """For `ForkServer.ranks`: ends with the status of the first rank that failed, or 0. What they say goes to a file."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = set()
+    for rank in range(int(n)):
+        if child := os.fork():
+            ranks.add(child)
+            continue
+        os.environ.update(group | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        log = os.open(said, os.O_WRONLY | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        sys.argv = [module, *arguments]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        return  # to the end of a child of the server
+    ends, failed = time.monotonic() + float(limit), 0
+    while ranks:
+        ended, status = os.waitpid(-1, os.WNOHANG)
+        ranks.discard(ended)
+        if time.monotonic() > ends or (ended and status and not failed):
+            failed = failed or (os.waitstatus_to_exitcode(status) if ended else 124)
+            for rank in ranks:
+                os.kill(rank, signal.SIGKILL)
+        if not ended:
+            time.sleep(0.01)
+    raise SystemExit(failed)
+
 
 def serve() -> None:
     for line in sys.stdin:
         module, name, arguments, n, kill_after, kill_with = json.loads(line)
         function = getattr(importlib.import_module(module), name)
+        if function.__name__ == run_ranks.__name__:
+            importlib.import_module(arguments[3])  # once, for all ranks of all calls
         child = os.fork()
         if child == 0:
             files.before_operation = exit_at(n)

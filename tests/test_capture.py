@@ -274,13 +274,13 @@ def test_two_ranks_write_what_one_does(tiny: Path, tmp_path: Path, clean: dict[s
 
 
 def test_killed_and_continued_by_another_number_of_ranks(
-    tiny: Path, tmp_path: Path, clean: dict[str, bytes], fork_server: ForkServer, launch: Launch
+    tiny: Path, tmp_path: Path, clean: dict[str, bytes], fork_server: ForkServer
 ) -> None:
     assert fork_server.run(capture, tiny / "model", tiny / "corpus", tmp_path / "acts", exit_at=40) == 9
     begun = contents(tmp_path / "acts")
     assert 0 < sum(name.endswith(".safetensors") for name in begun) < sum(name.endswith(".safetensors") for name in clean)
     flags = ("--model", tiny / "model", "--corpus", tiny / "corpus", *FLAGS)
-    done = launch("-m", "capture.activations", *flags, "--out", tmp_path / "acts", ranks=2, limit=400)
+    done = fork_server.ranks(2, "capture.activations", *flags, "--out", tmp_path / "acts")
     assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "acts") == clean
 
@@ -298,6 +298,50 @@ def test_a_fault_at_many_file_operations_then_the_same_bytes(tiny: Path, tmp_pat
         files.before_operation = fail_at(0)
         capture(*paths, out)
         assert contents(out) == clean, f"fault at file operation {n}"
+
+
+# --- closed early ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lacks", [1, 2, 3])
+def test_an_unfinished_folder_is_closed_and_read(
+    tiny: Path, tmp_path: Path, clean: dict[str, bytes], caplog: pytest.LogCaptureFixture, lacks: int
+) -> None:
+    """Without `lacks`, the first chunk of which a site is missing; those after it go, journaled or not."""
+    out, stray = tmp_path / "acts", tmp_path / "acts" / SITES[1] / "chunk-000004.safetensors"
+    gone = out / SITES[0] / f"chunk-{lacks:06d}.safetensors"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Builder, "finish", lambda *_: None)
+        capture(tiny / "model", tiny / "corpus", out)
+    gone.unlink()
+    stray.write_bytes(b"published, but not journaled")
+    flags = ("--model", tiny / "model", "--corpus", tiny / "corpus", "--out", out, *FLAGS)
+    command(*flags, "--finish")
+    manifest = verify(out)
+    assert manifest.counts["sentences"] == lacks * CHUNK
+    assert [record.name for record in manifest.files] == sorted(
+        f"{site}/chunk-{i:06d}.safetensors" for site in SITES for i in range(lacks)
+    )
+    kept = contents(out)
+    for name in kept.keys() - {"manifest.json"}:
+        assert kept[name] == clean[name]
+    store, whole = open_activations(out, SITES[0]), open_activations(tiny / "clean", SITES[0])
+    assert (len(store), store.n_sentences) == (lacks, lacks * CHUNK)
+    assert store.n_tokens == manifest.counts["tokens"] == sum(whole.rows(i) for i in range(lacks))
+    caplog.set_level("INFO")
+    command(*flags)
+    left_out = open_corpus(tiny / "corpus").n_sentences - lacks * CHUNK
+    assert f"already complete (closed with --finish before the other {left_out:,})" in caplog.text
+    assert contents(out) == kept
+
+
+def test_what_cannot_be_closed(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no whole chunk of 16 sentences"):
+        capture(tiny / "model", tiny / "corpus", tmp_path / "acts", finish=True)
+    assert not (tmp_path / "acts").exists()
+    for other in ({"part": "1/2"}, {"plan": True}):
+        with pytest.raises(ValueError, match=f"--finish --{next(iter(other))}"):
+            capture(tiny / "model", tiny / "corpus", tmp_path / "acts", finish=True, **other)
 
 
 # --- the writer ------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from core.cli import one_line_errors, parse
 from core.runtime import open_runtime
 from tests.conftest import ROOT, Launch
 from tests.faults import ForkServer, fail_at
+from tests.processes import abandoned, group_members, shared_memory
 from tests.test_capture import FLAGS, capture, command, contents, write_corpus
 from tests.tiny import tiny_llama
 
@@ -65,10 +66,6 @@ def n_operations(tiny: Path, out: Path) -> int:
     files.before_operation = fail_at(0, operations)
     capture(tiny / "model", tiny / "corpus", out)
     return len(operations)
-
-
-def shared_memory() -> set[str]:
-    return {name for name in os.listdir("/dev/shm") if not name.startswith("tmp")} if Path("/dev/shm").is_dir() else set()
 
 
 # --- every file operation --------------------------------------------------------------------------------------------------
@@ -280,7 +277,7 @@ def test_a_rank_killed_at_fifty_moments(tiny: Path, memory_path: Path, fork_serv
             assert seconds < 60
             assert re.search(r"a rank ended \(see its own message\) or did not answer", said), said
         resume(tiny, out, writers=2)
-        assert shared_memory() == before
+        assert not abandoned(before)
         shutil.rmtree(out)
         return statuses[victim] == -9 and statuses[1 - victim] == 2
 
@@ -349,18 +346,5 @@ def test_a_killed_job_leaves_no_process_and_no_shared_memory(
     job.send_signal(signal.SIGKILL)
     job.wait()
     assert not group_members(job.pid)
-    assert shared_memory() <= before
+    assert not abandoned(before)
     resume(tiny, tmp_path / "acts")
-
-
-def group_members(group: int) -> list[int]:
-    """Processes of a process group that are still there."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[2]) == group and fields[0] != "Z":
-            found.append(int(stat.parent.name))
-    return found

@@ -15,7 +15,7 @@ from capture import merge
 from capture.merge import MergeConfig
 from capture.remote import Store, fetch
 from capture.store import open_activations
-from core.artifact import verify
+from core.artifact import Builder, verify
 from tests.faults import ForkServer
 from tests.test_capture import capture, contents, solo, write_corpus
 from tests.tiny import tiny_llama
@@ -98,6 +98,18 @@ def test_captured_to_a_store_killed_continued_and_fetched(
     (tmp_path / "acts" / "layers.1.resid_post" / "chunk-000001.safetensors").unlink()
     fetch(url, tmp_path / "acts")  # the one that is missing
     assert contents(tmp_path / "acts") == contents(tiny / "clean")
+
+
+def test_an_unfinished_store_is_closed(tiny: Path, tmp_path: Path) -> None:
+    url, work = (tmp_path / "store").as_uri(), tmp_path / "work"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Builder, "finish", lambda *_: None)
+        capture(tiny / "model", tiny / "corpus", work, remote=url)
+    (tmp_path / "store" / "layers.1.resid_post" / "chunk-000002.safetensors").unlink()
+    capture(tiny / "model", tiny / "corpus", work, remote=url, finish=True)
+    fetch(url, tmp_path / "acts")
+    assert len(open_activations(tmp_path / "acts", "layers.1.resid_post")) == 2
+    assert len(list((tmp_path / "store").rglob("*.safetensors"))) == len(verify(tmp_path / "acts").files)
 
 
 def test_a_damaged_object_is_refused(tiny: Path, tmp_path: Path) -> None:

@@ -1,36 +1,26 @@
 """The whole chain, text to top sentences: two gloo ranks give what one process gives."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from core.artifact import Manifest, verify
 from demo.corpus import passages
+from tests.faults import ForkServer
 from tests.tiny import tiny_llama
 
 
-def launch(ranks: int, model: Path, out: Path, source: Path) -> None:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *torchrun, "-m", "tests.chain", str(model), str(out), str(source)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> dict[int, Path]:
     root = tmp_path_factory.mktemp("chain")
     model = tiny_llama(root / "model")
     source = root / "documents.jsonl"
     chosen = [document for document in passages() if document.label in ("war", "bread", "chess", "sea")]
     source.write_text("".join(json.dumps(document._asdict()) + "\n" for document in chosen))
     for ranks in (1, 2):
-        launch(ranks, model, root / str(ranks), source)
+        done = fork_server.ranks(ranks, "tests.chain", model, root / str(ranks), source)
+        assert done.returncode == 0, done.stderr[-3000:]
     return {ranks: root / str(ranks) for ranks in (1, 2)}
 
 

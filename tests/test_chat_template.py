@@ -162,7 +162,7 @@ def test_where_the_template_is_read(tmp_path: Path) -> None:
         tmp_path, trained("smollm"), chat_template=[{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     )
     assert load_tokenizer(tmp_path).rules.chat_template == "d"
-    (tmp_path / "chat_template.jinja").write_text("file")
+    (tmp_path / "chat_template.jinja").write_text("\ufefffile")
     assert load_tokenizer(tmp_path).rules.chat_template == "file"
 
 
@@ -170,7 +170,7 @@ def test_a_template_file_that_is_none(tmp_path: Path) -> None:
     save(tmp_path, trained("smollm"))
     for content, message in ((b"\xff\xfe", "is not UTF-8"), (b"x" * 1_000_001, "1,000,001 bytes")):
         (tmp_path / "chat_template.jinja").write_bytes(content)
-        with pytest.raises(ValueError, match=f"chat_template.jinja: .*{message}"):
+        with pytest.raises(ValueError, match=f"chat_template.jinja.*{message}"):
             load_tokenizer(tmp_path)
 
 

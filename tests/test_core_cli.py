@@ -370,7 +370,7 @@ def test_only_rank_0_logs_what_is_no_warning(capsys: pytest.CaptureFixture[str])
 
 def test_progress_counts_and_speaks_now_and_then(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(0, 10_000, 4))
-    monkeypatch.setattr("core.cli.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("core.progress.time.monotonic", lambda: next(clock))
     caplog.set_level(logging.INFO)
     assert list(progress(iter("abcdefg"), "letters", 7, "letter")) == list("abcdefg")
     assert [record.getMessage() for record in caplog.records] == [

@@ -25,7 +25,7 @@ from capture.sources import Document
 from capture.store import open_corpus
 from llama3 import load_tokenizer
 from tests.conftest import ROOT
-from tests.test_capture_kills import group_members
+from tests.processes import abandoned, group_members, shared_memory
 from tests.test_sentences import contents, stage
 
 TOKENIZER = load_tokenizer("demo")
@@ -197,13 +197,8 @@ def test_marks_of_scripts_without_spaces_end_sentences(text: str, expected: list
     assert list(load_splitter().sentences(text)) == expected
 
 
-def semaphores() -> set[str]:
-    """Those of this machine's processes that Python made."""
-    return {name for name in os.listdir("/dev/shm") if name.startswith("sem.mp-")}
-
-
 def test_a_killed_job_leaves_nothing_even_while_its_processes_start(tmp_path: Path) -> None:
-    before = semaphores()
+    before = shared_memory()
     (tmp_path / "t.jsonl").write_text(json.dumps({"text": "A sentence. " * 3000}) + "\n")
     job = subprocess.Popen(
         [sys.executable, "-m", "capture.sentences", "--source", tmp_path / "t.jsonl", "--out", tmp_path / "c", "--processes=2"],
@@ -215,4 +210,4 @@ def test_a_killed_job_leaves_nothing_even_while_its_processes_start(tmp_path: Pa
     job.kill()
     job.wait()
     wait_until_gone(job, 5)
-    assert not (semaphores() - before)
+    assert not abandoned(before)

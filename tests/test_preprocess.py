@@ -17,7 +17,7 @@ from sae.batches import Batches
 from sae.preprocess import PreprocessConfig, run
 from sae.running_statistics import RunningStatistics, geometric_median
 from sae.split import held_out, is_held_out
-from tests.conftest import Launch
+from tests.faults import ForkServer
 from tests.sae_folders import ALONE, SITE, make_activations
 
 D = 6
@@ -108,11 +108,11 @@ def test_order_is_a_global_permutation(tmp_path: Path) -> None:
     assert not torch.equal(read(tmp_path / "one", "train"), read(tmp_path / "other", "train"))
 
 
-def test_same_bytes_for_any_number_of_processes(launch: Launch, activations: Path, tmp_path: Path) -> None:
+def test_same_bytes_for_any_number_of_processes(fork_server: ForkServer, activations: Path, tmp_path: Path) -> None:
     flags = ("--batch-rows", 16, "--memory", SMALL, "--validation-fraction", 0.2, "--activations", activations, "--threads", 1)
     flags += ("--drop-duplicates", "--median-rows", 100)
     for ranks in (1, 2, 4):
-        done = launch("-m", "sae.preprocess", *flags, "--out", tmp_path / str(ranks), ranks=ranks, limit=300)
+        done = fork_server.ranks(ranks, "sae.preprocess", *flags, "--out", tmp_path / str(ranks))
         assert done.returncode == 0, done.stderr
     assert "training and" in done.stderr
     assert digests(tmp_path / "1") == digests(tmp_path / "2") == digests(tmp_path / "4")

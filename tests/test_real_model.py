@@ -46,6 +46,7 @@ def theirs(smollm2_file: Path) -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(**place)
 
 
+@pytest.mark.smoke
 def test_the_name_alone_loads_it(smollm2_file: Path, ours: Transformer) -> None:
     assert locate("smollm2") == smollm2_file
     assert ours.weights_hash == "b8951aa641e75aa1"
@@ -69,6 +70,7 @@ def test_one_tensor_in_memory_at_a_time(smollm2_file: Path) -> None:
     assert total <= peak <= total + 1.1 * largest
 
 
+@pytest.mark.smoke
 def test_logits_are_those_of_transformers(ours: Transformer, theirs: tuple[Any, Any]) -> None:
     model, tokenizer = theirs
     for prompt in (*PROMPTS, " ".join(PROMPTS)):

@@ -71,6 +71,7 @@ def test_the_model_says_that_digits_stand_alone(smollm2_file: Path, ours: Tokeni
     assert loss(ours.encode(NUMBERED)) < loss(cut_by_gpt2) - 10
 
 
+@pytest.mark.smoke
 def test_200_dialogues(ours: Tokenizer, oracle: Any) -> None:
     for messages in made_dialogues(200, [*BITS, *HOLED], tools=False):
         assert encode_dialog(ours, messages) == theirs(oracle, messages)

@@ -175,8 +175,11 @@ def test_a_finished_grid_is_left_alone_and_a_table_and_curves_are_there(
     assert page.count("<svg") == 4
     assert "wide" in page
     before = contents(tmp_path / "runs/wide")
+    for name in ("results.md", "results.json", "training.html"):
+        (tmp_path / "runs" / f".{name}.0a1b2c3d.tmp").write_text("left by a kill")
     run(settings, ALONE)
     assert contents(tmp_path / "runs/wide") == before
+    assert not list((tmp_path / "runs").glob("*.tmp"))
 
 
 def test_a_run_that_diverges_does_not_stop_the_others(house: Path, tmp_path: Path) -> None:
@@ -200,6 +203,7 @@ def test_a_run_that_diverges_does_not_stop_the_others(house: Path, tmp_path: Pat
         ("k = 1", "unknown table 'k'"),
         ("", "no run"),
         ("[grid", "not valid TOML"),
+        ("k = " + "[" * 100_000, "nested"),
     ],
 )
 def test_what_a_file_of_runs_should_not_hold_is_named(house: Path, tmp_path: Path, text: str, found: str) -> None:
@@ -207,3 +211,11 @@ def test_what_a_file_of_runs_should_not_hold_is_named(house: Path, tmp_path: Pat
         read_runs(from_batches(house, tmp_path), write(tmp_path, text))
     assert str(tmp_path / "grid.toml") in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_file_of_runs_may_begin_with_a_byte_order_mark(house: Path, tmp_path: Path) -> None:
+    (tmp_path / "grid.toml").write_bytes(b"\xef\xbb\xbf[grid]\nk = [1, 2]\n")
+    assert [one.k for one in read_runs(from_batches(house, tmp_path), tmp_path / "grid.toml")] == [1, 2]
+    (tmp_path / "grid.toml").write_bytes(b"[grid]\nk = [1, 2] # \xff\n")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        read_runs(from_batches(house, tmp_path), tmp_path / "grid.toml")

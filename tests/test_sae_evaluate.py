@@ -22,7 +22,7 @@ from sae.model import SAE, SAEConfig, load
 from sae.preprocess import PreprocessConfig
 from sae.preprocess import run as preprocess
 from sae.split import held_out
-from tests.conftest import Launch
+from tests.faults import ForkServer
 from tests.sae_folders import ALONE
 from tests.tiny import tiny_llama
 
@@ -223,13 +223,13 @@ def test_only_held_out_documents_are_evaluated(house: House, tmp_path: Path) -> 
     assert nothing.split == "all documents of the training corpus"
 
 
-def test_two_ranks_write_the_same_bytes(launch: Launch, house: House, tmp_path: Path) -> None:
+def test_two_ranks_write_the_same_bytes(fork_server: ForkServer, house: House, tmp_path: Path) -> None:
     sae_of(house, tmp_path / "sae")
     settings = config(house, tmp_path / "sae", tmp_path / "one", threads=1)
     run(settings, ALONE)
     flags = ("--sae", tmp_path / "sae", "--model", house.model, "--corpus", house.corpus, "--out", tmp_path / "two")
     more = ("--batch-tokens", 60, "--device", "cpu", "--threads", 1)
-    done = launch("-m", "sae.evaluate", *flags, *more, ranks=2, limit=300)
+    done = fork_server.ranks(2, "sae.evaluate", *flags, *more)
     assert done.returncode == 0, done.stderr
     assert "CE recovered" in done.stderr
     for name in ("evaluation.json", "evaluation.md", "densities.png", "manifest.json"):

@@ -341,7 +341,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_state(
 
 @pytest.mark.parametrize(("ranks", "steps"), [(2, 200), (4, 30), pytest.param(4, 200, marks=pytest.mark.faults)])
 def test_any_layout_of_ranks_gives_what_one_gives(
-    launch: Launch, batches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, steps: int
+    fork_server: ForkServer, batches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, steps: int
 ) -> None:
     """Rows shared out, latents shared out, and both. In float64 for as long as you like; in float32 trajectories drift apart.
 
@@ -349,7 +349,7 @@ def test_any_layout_of_ranks_gives_what_one_gives(
     """
     if ranks == 4:
         _stop_at(5, double_run(batches, tmp_path / "resumed"), monkeypatch)
-    done = launch("-m", "tests.sae_ranks", batches, tmp_path, steps, ranks=ranks, limit=300)
+    done = fork_server.ranks(ranks, "tests.sae_ranks", batches, tmp_path, steps)
     assert done.returncode == 0, done.stderr
     alone: dict[str, dict[str, Tensor]] = {}
     for name, (_, settings, n) in layouts(ranks, steps).items():
@@ -409,6 +409,25 @@ def _whole_runs_agree(batches: Path, together: Path) -> None:
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
         for name in ("dead_fraction", "tokens", "since_fired_histogram", "density_histogram"):
             assert mine[name] == theirs[name]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({}, ""),
+        ({"dead_after_tokens": 720}, "--dead-after-tokens 720 is not below the 720 rows of the run"),
+        ({"dead_after_tokens": 719}, ""),
+        ({"dead_after_tokens": 720, "aux_coefficient": 0}, ""),
+        ({"warmup_steps": 13}, "--warmup-steps 13 exceeds the 12 steps of the run"),
+        ({"warmup_steps": 12}, ""),
+        ({"k_anneal_steps": 13}, ""),
+        ({"k_start": 5, "k_anneal_steps": 13}, "--k-anneal-steps 13 exceeds"),
+    ],
+)
+def test_a_flag_that_the_run_never_reaches_is_named(flags: dict[str, Any], said: str) -> None:
+    found = Hyperparameters(**SMALL | flags).never_reached(12)
+    assert said in found
+    assert bool(said) == bool(found)
 
 
 def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(batches: Path, tmp_path: Path) -> None:

@@ -24,8 +24,7 @@ from capture.store import open_corpus
 from core import files
 from core.cli import one_line_errors, parse
 from core.runtime import Runtime, Solo
-from tests.conftest import Launch
-from tests.faults import fail_at
+from tests.faults import ForkServer, fail_at
 
 SPLITTER = load_splitter()
 
@@ -432,9 +431,9 @@ def test_another_source_under_the_same_name_is_refused(texts: Path, tmp_path: Pa
     assert contents(tmp_path / "c") == before
 
 
-def test_two_ranks_write_what_one_does(texts: Path, tmp_path: Path, launch: Launch) -> None:
+def test_two_ranks_write_what_one_does(texts: Path, tmp_path: Path, fork_server: ForkServer) -> None:
     flags = ("--source", texts, "--threads", 1, "--device", "cpu")
-    done = launch("-m", "capture.sentences", *flags, "--out", tmp_path / "two", ranks=2, limit=400)
+    done = fork_server.ranks(2, "capture.sentences", *flags, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
     stage(*flags, "--out", tmp_path / "one")
     assert contents(tmp_path / "two") == contents(tmp_path / "one")

@@ -35,7 +35,7 @@ from sae.streaming.reader import Piece, Storage, StreamReader
 from sae.streaming.supply import FromModel
 from sae.train import TrainConfig, run
 from sae.trainer import Trainer
-from tests.conftest import ROOT, Launch
+from tests.conftest import ROOT
 from tests.faults import ForkServer
 from tests.sae_folders import ALONE
 from tests.test_plan import peak_bytes
@@ -434,7 +434,7 @@ def test_it_learns_as_much_as_from_batches(house: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.faults)])
-def test_any_number_of_ranks_gives_what_one_gives(launch: Launch, house: Path, tmp_path: Path, ranks: int) -> None:
+def test_any_number_of_ranks_gives_what_one_gives(fork_server: ForkServer, house: Path, tmp_path: Path, ranks: int) -> None:
     """The same rows to the bit in every step; in float64 the same SAE, rows or latents shared out."""
     alone = tmp_path / "alone"
     taken: list[Tensor] = []
@@ -447,7 +447,7 @@ def test_any_number_of_ranks_gives_what_one_gives(launch: Launch, house: Path, t
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StreamReader, "take", noted)
         run(config(house, alone, dtype="float64"), ALONE)
-    done = launch("-m", "tests.stream_ranks", house, tmp_path, ranks=ranks, limit=300)
+    done = fork_server.ranks(ranks, "tests.stream_ranks", house, tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "rows/rows.bin").read_bytes() == torch.stack(taken).numpy().tobytes()
     run(config(house, tmp_path / "stopped", dtype="float64", checkpoint_every=0), ALONE)

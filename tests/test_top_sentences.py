@@ -4,10 +4,7 @@ import hashlib
 import json
 import logging
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +42,7 @@ from interpretability.report import run as run_report
 from interpretability.top_sentences import TopSentencesConfig, parts_of, run
 from llama3 import Transformer, load_model, load_tokenizer
 from sae.model import load
+from tests.faults import ForkServer
 from tests.interp_folders import SITE, ChunkConfig, Folders, make_corpus, make_folders, make_sae, random_texts, solo
 from tests.tiny import tiny_llama
 
@@ -282,16 +280,13 @@ def digest(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.is_file()}
 
 
-def on_two_ranks(*flags: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "interpretability.top_sentences", *flags, "--device", "cpu", "--threads", "1"]
-    root = Path(__file__).parents[1]
-    done = subprocess.run(command, cwd=root, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+def on_two_ranks(fork_server: ForkServer, *flags: str) -> None:
+    done = fork_server.ranks(2, "interpretability.top_sentences", *flags, "--device", "cpu", "--threads", "1")
     assert done.returncode == 0, done.stderr
 
 
-def test_two_ranks_write_the_same_bytes_as_one(folders: Folders, top: Path, tmp_path: Path) -> None:
-    on_two_ranks(*folders.flags(), "--out", str(tmp_path / "two"), "--n-sentences", "5")
+def test_two_ranks_write_the_same_bytes_as_one(fork_server: ForkServer, folders: Folders, top: Path, tmp_path: Path) -> None:
+    on_two_ranks(fork_server, *folders.flags(), "--out", str(tmp_path / "two"), "--n-sentences", "5")
     assert digest(tmp_path / "two") == digest(top)
     verify(tmp_path / "two")
 
@@ -571,7 +566,9 @@ def run_live(folders: Folders, out: Path) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else value,
 )
-def test_straight_from_the_model_gives_the_same_folder(tmp_path: Path, storage: str, flags: list[str]) -> None:
+def test_straight_from_the_model_gives_the_same_folder(
+    fork_server: ForkServer, tmp_path: Path, storage: str, flags: list[str]
+) -> None:
     """Stored by capture.activations and read back, or never stored, by one rank or two: the same tables to the last bit."""
     folders = captured(tmp_path, "--storage", storage, *flags)
     run(config(folders, tmp_path / "from-disk"), solo())
@@ -584,7 +581,7 @@ def test_straight_from_the_model_gives_the_same_folder(tmp_path: Path, storage: 
     assert (left.counts, left.provenance) == (right.counts, right.provenance)
     assert left.provenance["dtype"] == storage
     if not flags:
-        on_two_ranks(*live_flags(folders), "--out", str(tmp_path / "two"))
+        on_two_ranks(fork_server, *live_flags(folders), "--out", str(tmp_path / "two"))
         assert digest(tmp_path / "two") == other
 
 

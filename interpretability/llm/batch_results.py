@@ -41,7 +41,7 @@ def first_id(content: bytes) -> str:
     for line in content.splitlines():
         try:
             return str(json.loads(line)["custom_id"])
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             continue
     return ""
 

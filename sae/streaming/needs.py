@@ -132,6 +132,7 @@ def with_rows(plan: Plan, config: Any, runs: Sequence[Any], needs: Needs, runtim
     if not advice and sum(whole) > plan.memory_free:
         advice = f"memory does not fit: lower --buffer-rows {config.buffer_rows}"
     notes = (
+        *plan.notes,
         f"rows    {needs.rows:,} an epoch; the buffer holds {config.buffer_rows:,}",
         f"passes  {passes / 3600:,.2f} h at {rate:,.0f} tokens/s through the model",
         f"or      {gib(on_disk)} of activations and as much of batches, {gib(plan.disk_free)} free; "
