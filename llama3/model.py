@@ -209,13 +209,29 @@ class Transformer(nn.Module):
         `mask` (B, T), bool, is False at padding, on whichever side; positions count real tokens only. With `cache`, `tokens`
         continue the sequences stored there. Raises ValueError where a sequence is longer than the context.
         """
+        x = self.hidden(tokens, mask, cache)
+        return cast(Tensor, self.output(x[:, -1:] if last_only else x))
+
+    def hidden(self, tokens: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """What the head, `output`, reads: (B, T, D). Arguments as in `forward`."""
         hooks = self._hooks.current()
         rope, attn_mask = self._positions(tokens, mask, cache)
         x = hooks.at("embed", self.tok_embeddings(tokens))
-        for i, layer in enumerate(self.layers):
-            x = layer(x, rope, attn_mask, cache and cache.layer(i), hooks.layer(i))
-        x = hooks.at("final_norm", self.norm(x))
-        return cast(Tensor, self.output(x[:, -1:] if last_only else x))
+        return self._layers_from(0, x, rope, attn_mask, cache, hooks)
+
+    def resume(self, x: Tensor, layer: int) -> Tensor:
+        """`hidden` from layer `layer` on (0 to n_layers), given what enters it: `x` (B, T, D) of the first T positions.
+
+        Padding may stand on the right. Hooks act at the sites from there on.
+        """
+        return self._layers_from(layer, x, self._factors(slice(0, x.shape[1]), x.shape[1]), None, None, self._hooks.current())
+
+    def _layers_from(
+        self, first: int, x: Tensor, rope: Tensor, mask: Tensor | None, cache: KVCache | None, hooks: SiteHooks
+    ) -> Tensor:
+        for i in range(first, len(self.layers)):
+            x = self.layers[i](x, rope, mask, cache and cache.layer(i), hooks.layer(i))
+        return hooks.at("final_norm", self.norm(x))
 
     def _positions(self, tokens: Tensor, mask: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:
         """RoPE factors for these tokens (see `as_factors`), and the folded attention mask if one is needed."""

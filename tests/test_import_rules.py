@@ -31,7 +31,7 @@ ALLOWED = {
 """The table of DESIGN.md, section 1: beside itself, a package imports these modules and what lies below them."""
 ABOVE = ("llama3_sae", "demo", "scripts")
 """Packages on top of the stages: they may import one."""
-ALSO = {"sae/evaluate.py": ("llama3",), "sae/streaming/": ("llama3", "capture")}
+ALSO = {"sae/evaluate.py": ("llama3",), "sae/evaluating/": ("llama3",), "sae/streaming/": ("llama3", "capture")}
 """By the beginning of a path: what runs the model may import more."""
 
 RANK_NAMES = {"RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
