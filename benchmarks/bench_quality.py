@@ -14,9 +14,9 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +61,8 @@ class QualityConfig:
     """Names from the table to train; empty: all."""
     plan: bool = False
     """Print what is to be done and the hours that it takes, and stop."""
+    runs: int = 0
+    """Stop after so many trainings; 0: when all are done. For a machine that is shared: others get their turn in between."""
     threads: int = 1
 
 
@@ -125,10 +127,11 @@ def fvu_and_l0(contestant: Contestant, batches: Batches, most: int) -> tuple[flo
 
 
 def installed(config: QualityConfig, batches: Batches, makers: dict[str, Maker]) -> dict[str, float]:
-    """Seconds of a step of each contestant that can be made; those that cannot are named."""
-    found = {}
+    """Seconds of a step of each contestant that can be made; those that cannot are named. Timed once for an --out."""
+    path = config.out / "seconds.json"
+    found: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for name, make in makers.items():
-        if config.only and name not in config.only:
+        if name in found:
             continue
         try:
             contestant = make(setup_of(config, batches, Run(name, 0.0, config.search_rows, 0)))
@@ -141,7 +144,8 @@ def installed(config: QualityConfig, batches: Batches, makers: dict[str, Maker])
             contestant.step(x)
             times.append(time.monotonic() - began)
         found[name] = statistics.median(times)
-    return found
+    path.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    return {name: found[name] for name in makers if name in found and (not config.only or name in config.only)}
 
 
 def best_rate(config: QualityConfig, name: str) -> float | None:
@@ -158,6 +162,14 @@ def finals(config: QualityConfig, batches: Batches, name: str, own: bool) -> lis
     return [] if rate is None else [Run(name, rate, rows, seed) for seed in range(1 if own else config.seeds)]
 
 
+def finals_of_seed(
+    config: QualityConfig, batches: Batches, names: Iterable[str], theirs: Container[str], seed: int
+) -> Iterator[Run]:
+    """Every library's run with this seed, before anyone's with the next: what is not finished is still comparable."""
+    for name in names:
+        yield from finals(config, batches, name, name in theirs)[seed : seed + 1]
+
+
 def main(config: QualityConfig) -> None:
     torch.set_num_threads(config.threads)
     batches = Batches(config.batches)
@@ -170,13 +182,12 @@ def main(config: QualityConfig) -> None:
     search = [Run(name, rate, config.search_rows, 0) for rate, name in product(outwards, seconds) if name in ours]
     rows = min(config.final_rows or len(batches.train), len(batches.train))
     announce(config, seconds, search, {name: rows * (1 if name in theirs else config.seeds) for name in seconds})
-    if not config.plan:
-        for run in search:
-            perform(config, batches, makers[run.name], run)
-        for seed in range(config.seeds):
-            for name in seconds:
-                for run in finals(config, batches, name, name in theirs)[seed : seed + 1]:
-                    perform(config, batches, makers[name], run)
+    done = 0
+    last = (run for seed in range(config.seeds) for run in finals_of_seed(config, batches, seconds, theirs, seed))
+    for run in chain(search, last):
+        if config.plan or 0 < config.runs <= done:
+            break
+        done += perform(config, batches, makers[run.name], run)
     report(config, batches, {name: finals(config, batches, name, name in theirs) for name in seconds})
 
 
@@ -193,14 +204,17 @@ def announce(config: QualityConfig, seconds: dict[str, float], search: list[Run]
     )
 
 
-def perform(config: QualityConfig, batches: Batches, make: Maker, run: Run) -> None:
-    if run.result(config.out) is None:
-        found = train_and_measure(config, batches, make, run)
-        path = run.path(config.out)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(found) + "\n", encoding="utf-8")
-        temporary.rename(path)
-        print(f"{run}: FVU {found['fvu']:.4f}, dead {found['dead']:.2%}, {found['seconds']:.0f} s", flush=True)
+def perform(config: QualityConfig, batches: Batches, make: Maker, run: Run) -> bool:
+    """Whether there was anything left to do."""
+    if run.result(config.out) is not None:
+        return False
+    found = train_and_measure(config, batches, make, run)
+    path = run.path(config.out)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    temporary.rename(path)
+    print(f"{run}: FVU {found['fvu']:.4f}, dead {found['dead']:.2%}, {found['seconds']:.0f} s", flush=True)
+    return True
 
 
 def report(config: QualityConfig, batches: Batches, runs: dict[str, list[Run]]) -> None:

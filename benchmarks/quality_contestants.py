@@ -99,6 +99,7 @@ VARIANTS: dict[str, Callable[[Setup], dict[str, Any]]] = {
     "ours, free decoder norms": lambda setup: {"architecture": "free_norms"},
     "ours, gradients clipped": lambda setup: {"clip_norm": 1 / setup.d},
     "ours, free norms and clipped": lambda setup: {"architecture": "free_norms", "clip_norm": 1 / setup.d},
+    "ours, beta2 0.99": lambda setup: {"betas": (0.9, 0.99)},
 }
 """Flags of `sae.train`. SAELens clips at 1 a loss that is summed over the d entries, where ours takes their mean."""
 
