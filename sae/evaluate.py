@@ -249,14 +249,15 @@ def evaluate_batch(
     clean, found = losses(subject.model.output, read(spliced.hidden), hidden, batch.tokens[:, 1:][predicted])
     groups = of_tokens[:, 1:][predicted]
     for contender in contenders:
+        own = "mean" if contender.name == "mean" else f"sae of {contender.name}"
+        if own not in found:
+            continue
         sums = parts[contender.name]
         sums.add("targets", torch.ones_like(clean), groups)
         sums.add("ce_clean", clean, groups)
-        own = "mean" if contender.name == "mean" else f"sae of {contender.name}"
         for name, key in (("zero", "zero"), ("mean", "mean"), ("sae", own)):
-            if key in found:
-                sums.add(f"ce_{name}", found[key][0], groups)
-                sums.add(f"kl_{name}", found[key][1], groups)
+            sums.add(f"ce_{name}", found[key][0], groups)
+            sums.add(f"kl_{name}", found[key][1], groups)
 
 
 def _contents(

@@ -1,6 +1,7 @@
 """The parts of an evaluation against their slow twins, and baselines against what theory says of them."""
 
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from llama3.sites import LAYER_SITES
 from sae.accumulator import Accumulator
 from sae.evaluate import name_of
 from sae.evaluating import bootstrap, splicing
-from sae.evaluating.bootstrap import groups_of, intervals
+from sae.evaluating.bootstrap import groups_of, interval, intervals
 from sae.evaluating.contenders import of_sae, random_sae
 from sae.evaluating.figures import density_histogram, figures_of, measures
 from sae.evaluating.splicing import Spliced, losses
@@ -124,10 +125,24 @@ def test_intervals_are_percentiles_over_resampled_documents(monkeypatch: pytest.
         chosen = torch.cat([(documents == document).nonzero()[:, 0] for document in resample])
         centred = x[chosen].double() - x[chosen].double().mean(0)
         fvu.append((x - x_hat)[chosen].double().square().sum() / centred.square().sum())
-    low, high = torch.stack(fvu).quantile(torch.tensor((0.025, 0.975), dtype=torch.float64)).tolist()
     bounds = intervals(found.sums, measures, 60, 3)
+    low, high = interval(value(found, "fvu"), torch.stack(fvu)) or (0.0, 0.0)
     assert bounds["fvu"] == pytest.approx((low, high), rel=1e-6)
     assert low < value(found, "fvu") < high
+
+
+def test_an_interval_is_moved_by_the_resamples_bias() -> None:
+    """Where half of the resamples lie below the figure, plain percentiles; otherwise further to the figure's side."""
+    resampled = torch.arange(1, 1001, dtype=torch.float64)
+    assert interval(500.5, resampled) == pytest.approx((25.975, 975.025), abs=0.01)
+    low, high = interval(400.5, resampled) or (0.0, 0.0)
+    z0 = NormalDist().inv_cdf(0.4)
+    levels = [NormalDist().cdf(2 * z0 + z) for z in (-1.959964, 1.959964)]
+    assert (low, high) == pytest.approx([1 + 999 * level for level in levels], abs=0.01)
+    assert low < 25.9
+    assert interval(0.5, resampled) is None, "the resamples say nothing of this figure"
+    assert interval(5.0, torch.tensor([5.0] * 9)) == (5, 5)
+    assert interval(5.0, torch.tensor([5.0, torch.nan, 5.0])) is None
 
 
 def test_few_documents_have_no_interval() -> None:
