@@ -13,8 +13,10 @@ from demo.corpus import all_passages, documents, write_documents
 class Scale:
     """The sizes of one version of the demo."""
 
-    sentences: int
-    """Cut from the text, at most; 0: all."""
+    units: int
+    """Sentences or passages cut from the text, at most; 0: all."""
+    passage: int
+    """Length of a passage in tokens; 0: single sentences."""
     packages: tuple[str, ...]
     """Packages whose documentation joins the embedded corpus."""
     n_latents: int
@@ -26,10 +28,11 @@ class Scale:
     """Features among which the showcase chooses."""
 
 
-FULL = Scale(0, ("python", "numpy", "networkx", "sympy", "torch"), 4096, 32, epochs=2, evaluated=1000, tried=40)
-QUICK = Scale(9000, ("python",), 1024, 16, epochs=2, evaluated=400, tried=40)
-REAL = Scale(1600, (), 4096, 32, epochs=1, evaluated=100, tried=6)
-"""With a real model, whose SAE ships and is trained further; its latents and k hold in place of those here."""
+FULL = Scale(0, 0, ("python", "numpy", "networkx", "sympy", "torch"), 4096, 32, epochs=2, evaluated=1000, tried=40)
+QUICK = Scale(9000, 0, ("python",), 1024, 16, epochs=2, evaluated=400, tried=40)
+REAL = Scale(300, 128, (), 4096, 32, epochs=1, evaluated=20, tried=6)
+"""With a real model, whose SAE ships and is trained further, on passages of the length that it was trained on; its latents and k
+hold in place of those here."""
 
 FROM_SCRATCH = ("--lr", "1e-3", "--lr-end", "1e-4", "--warmup-steps", "50")
 FURTHER = ("--lr", "1e-4", "--lr-end", "1e-5", "--warmup-steps", "10", "--batch-size", "512")
@@ -54,18 +57,20 @@ class Plan:
         return [*self._to_batches(), *self._sae(), *self._features()]
 
     def _to_batches(self) -> list[Stage]:
-        out, most = self.out, self.scale.sentences
-        cut = ("--deduplicate", *(("--max-sentences", str(most)) if most else ()))
+        out, most, passage = self.out, self.scale.units, self.scale.passage
+        unit = ("--unit", "passage", "--tokens", str(passage), "--tokenizer", self.model) if passage else ()
+        cut = ("--deduplicate", *unit, *(("--max-sentences", str(most)) if most else ()))
         source = ("--source", self.source or str(self.documents), *cut)
         corpus = ("--corpus", str(out / "corpus"))
         acts = ("--activations", str(out / "activations"))
         site = ("--sites", self._site) if self._site else ()
+        chunk = ("--chunk-sentences", "128") if passage else ()
         return [
-            Stage("Cut the text into sentences", "capture.sentences", source, out / "corpus"),
+            Stage("Cut the text into passages" if passage else "Cut the text into sentences", "capture.sentences", source, out / "corpus"),
             Stage(
                 "Run the model, keep the residual stream",
                 "capture.activations",
-                (*self._model, *corpus, *site, *self._threads),
+                (*self._model, *corpus, *site, *chunk, *self._threads),
                 out / "activations",
             ),
             Stage("Shuffle the activations, measure mean and norm", "sae.preprocess", (*acts, *self._threads), out / "batches"),
