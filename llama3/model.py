@@ -209,15 +209,16 @@ class Transformer(nn.Module):
         `mask` (B, T), bool, is False at padding, on whichever side; positions count real tokens only. With `cache`, `tokens`
         continue the sequences stored there. Raises ValueError where a sequence is longer than the context.
         """
-        x = self.hidden(tokens, mask, cache)
-        return cast(Tensor, self.output(x[:, -1:] if last_only else x))
-
-    def hidden(self, tokens: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """What the head, `output`, reads: (B, T, D). Arguments as in `forward`."""
-        hooks = self._hooks.current()
+        hooks = self._hooks.current()  # here and not in `hidden`: torch.compile breaks its graph where the hooks are read
         rope, attn_mask = self._positions(tokens, mask, cache)
         x = hooks.at("embed", self.tok_embeddings(tokens))
-        return self._layers_from(0, x, rope, attn_mask, cache, hooks)
+        x = self._layers_from(0, x, rope, attn_mask, cache, hooks)
+        return cast(Tensor, self.output(x[:, -1:] if last_only else x))
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """What the head, `output`, reads: (B, T, D), for `tokens` (B, T) in causal order, which may be padded on the right."""
+        self._positions(tokens, None, None)  # refuses what is longer than the context
+        return self.resume(self._hooks.current().at("embed", self.tok_embeddings(tokens)), 0)
 
     def resume(self, x: Tensor, layer: int) -> Tensor:
         """`hidden` from layer `layer` on (0 to n_layers), given what enters it: `x` (B, T, D) of the first T positions.
