@@ -22,8 +22,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from capture import tensorfile
-from capture.storage import DTYPES, dequantise
+from capture.storage import DTYPES
 from core.artifact import Artifact, open_artifact
+from core.int8 import dequantise
 from core.tables import read_table
 
 T = TypeVar("T")

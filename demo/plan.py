@@ -31,7 +31,7 @@ class Scale:
 FULL = Scale(0, 0, ("python", "numpy", "networkx", "sympy", "torch"), 4096, 32, epochs=2, evaluated=1000, tried=40)
 QUICK = Scale(9000, 0, ("python",), 1024, 16, epochs=2, evaluated=400, tried=40)
 REAL = Scale(300, 128, (), 4096, 32, epochs=1, evaluated=20, tried=6)
-"""With a real model, whose SAE ships and is trained further, on passages of the length that it was trained on; its latents and k
+"""With a real model, whose SAE ships and is trained further, on passages as long as those it was trained on; its latents and k
 hold in place of those here."""
 
 FROM_SCRATCH = ("--lr", "1e-3", "--lr-end", "1e-4", "--warmup-steps", "50")
@@ -66,7 +66,12 @@ class Plan:
         site = ("--sites", self._site) if self._site else ()
         chunk = ("--chunk-sentences", "128") if passage else ()
         return [
-            Stage("Cut the text into passages" if passage else "Cut the text into sentences", "capture.sentences", source, out / "corpus"),
+            Stage(
+                "Cut the text into passages" if passage else "Cut the text into sentences",
+                "capture.sentences",
+                source,
+                out / "corpus",
+            ),
             Stage(
                 "Run the model, keep the residual stream",
                 "capture.activations",

@@ -55,6 +55,8 @@ class InferenceConfig(StageConfig):
     other_weights: bool = False
     """Accept a model whose weights are not those that the SAE was trained on, such as the unquantised copy of a quantised
     model. The FVU on stored sentences is measured and printed."""
+    int8: bool = False
+    """On a CPU, decode with weights in 8 bits: faster, by next-token distributions a little apart (docs/performance.md)."""
 
     def __post_init__(self) -> None:
         if len(self.top) > len(self.sae) and (self.sae or not shipped.is_word(self.model)):
@@ -174,6 +176,8 @@ def open_session(
     check(tokenizer)
     model = llama3.load_model(config.model, device=device)
     model.eval()
+    if config.int8:
+        model.decode_in_8_bits()
     name = "embedded model" if config.model == "demo" else Path(config.model).name or config.model
     return Session(model, tokenizer, name, tuple(open_features(config, model, tokenizer, device)))
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from core.product import linear
+from core.product import MOST_INT8_ROWS, Int8Weight, int8_linear, linear
 from llama3.args import ModelArgs
 from llama3.cache import KVCache, LayerCache, attention_mask, padded_right
 from llama3.rope import apply_rotary_emb, as_factors, precompute_freqs_cis
@@ -25,11 +25,16 @@ class Linear(nn.Module):
     W starts at zero: loading would overwrite random numbers, and making them on the meta device imports torch._dynamo.
     """
 
+    int8: Int8Weight | None = None
+    """A copy of W that products of a few rows read in its place (`Transformer.decode_in_8_bits`)."""
+
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
         self.weight: Tensor = nn.Parameter(torch.zeros(n_out, n_in))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.int8 is not None and x.numel() <= MOST_INT8_ROWS * x.shape[-1]:
+            return int8_linear(x, self.int8)
         return linear(x, self.weight)
 
 
@@ -182,6 +187,18 @@ class Transformer(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.freqs_cis = self.rope_table(len(self.freqs_cis)).to(self.freqs_cis.device)
         return self
+
+    def decode_in_8_bits(self) -> None:
+        """Let products of up to MOST_INT8_ROWS rows, decoding steps, read weights in 8 bits; prompts read the exact ones.
+
+        For a CPU, where a decoding step takes as long as the weights take to be read. ValueError elsewhere, and where the
+        model is not in float32.
+        """
+        if self.device.type != "cpu" or self.dtype != torch.float32:
+            raise ValueError(f"8-bit decoding is for a model in float32 on a CPU; found {self.dtype} on {self.device}")
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.int8 = Int8Weight.of(module.weight)
 
     @property
     def device(self) -> torch.device:

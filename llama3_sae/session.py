@@ -43,6 +43,7 @@ def open(
     strengths: Paths = (),
     device: str = "auto",
     other_weights: bool = False,
+    int8: bool = False,
 ) -> "Session":
     """A session with a model and SAEs of it.
 
@@ -52,7 +53,8 @@ def open(
     are read, and `explanations` their labels, both in the order of `sae`; `strengths` names folders
     of `inference.steering_eval`. Without `sae` a session captures and completes. `other_weights`
     accepts a model whose weights are not those of training, such as the unquantised copy of a
-    quantised one; the FVU on stored sentences is then logged.
+    quantised one; the FVU on stored sentences is then logged. `int8` decodes on a CPU with weights
+    in 8 bits.
 
     ValueError where a part is missing or belongs to another model or SAE.
     """
@@ -63,6 +65,7 @@ def open(
         explanations=_paths(explanations),
         strengths=_paths(strengths),
         other_weights=other_weights,
+        int8=int8,
     )
     return Session(open_session(config, pick_device(device, 0)), config.model)
 

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 from capture import tensorfile
 from capture.ahead import ahead
-from capture.storage import StoredRows, dequantise, quantise
+from capture.storage import StoredRows
 from capture.store import open_activations
 from core.artifact import verify
 from core.files import read_at
+from core.int8 import dequantise, quantise
 from tests.test_capture import SITES, capture, write_corpus
 from tests.tiny import tiny_llama
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import core.product
-from core.product import FEW_ROWS, LARGE_WEIGHT, _rounded, linear
+from core.product import FEW_ROWS, LARGE_WEIGHT, Int8Weight, _rounded, int8_linear, linear
 
 
 @pytest.fixture(autouse=True)
@@ -56,3 +56,19 @@ def test_rounding_the_rows_leaves_the_product(shape: tuple[int, ...]) -> None:
     assert found.shape == (*shape, 704)
     assert found.is_contiguous()
     torch.testing.assert_close(found, x @ weight.T + bias, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7])
+def test_8_bit_products_are_within_the_rounding_of_both_factors(rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    weight, x = torch.randn(96, 64, generator=generator), torch.randn(1, rows, 64, generator=generator)
+    weight[3] = 0
+    weight[4] *= 1e-39  # a scale that many processors would take for 0
+    small = Int8Weight.of(weight)
+    by_hand = x.double() @ (small.integers.double() * small.scales.double()[:, None]).T
+    product = int8_linear(x, small)
+    assert product.dtype == torch.float32
+    bound = 2**-8 * (x.abs() @ (small.integers.abs().float() * small.scales[:, None]).T) + 1e-30
+    assert ((product - by_hand).abs() <= bound).all()
+    exact = x @ weight.T
+    assert float((product - exact).norm() / exact.norm()) < 0.02

@@ -652,3 +652,21 @@ def test_hf_rope_settings_of_transformers_4_and_5() -> None:
 def test_unsupported_hf_configs_are_refused_by_name(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ModelArgs.from_hf_config(HF | change)
+
+
+def test_decoding_in_8_bits_leaves_prompts_exact() -> None:
+    exact, model = make_model(vocab_size=64), make_model(vocab_size=64)
+    model.decode_in_8_bits()
+    tokens = some_tokens(1, 12)
+    with torch.no_grad():
+        caches = exact.new_cache(1, 14), model.new_cache(1, 14)
+        assert torch.equal(exact(tokens, cache=caches[0]), model(tokens, cache=caches[1]))
+        step = tokens[:, :1]
+        expected, found = exact(step, cache=caches[0]), model(step, cache=caches[1])
+    assert not torch.equal(expected, found)
+    assert float((expected - found).norm() / expected.norm()) < 0.05
+
+
+def test_decoding_in_8_bits_needs_float32_on_a_cpu() -> None:
+    with pytest.raises(ValueError, match="bfloat16 on cpu"):
+        make_model(dtype=torch.bfloat16).decode_in_8_bits()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from llama3 import Transformer, load_model
+from llama3 import Transformer, load_model, load_tokenizer
 from llama3.gguf import read_header
 from llama3.hub import locate
 from tests.test_gguf_weights import PEAK
@@ -98,3 +98,16 @@ def test_greedy_text_is_that_of_transformers(ours: Transformer, theirs: tuple[An
     with torch.no_grad():
         logits = model(expected[:, :first]).logits[0, -1]
     assert abs(logits[found[0, first]] - logits[expected[0, first]]) <= 1e-3
+
+
+def test_decoding_in_8_bits_moves_the_next_token_little(smollm2_file: Path, ours: Transformer) -> None:
+    """KL against the exact weights, every token of a text read as a decoding step."""
+    model, tokenizer = load_model(smollm2_file), load_tokenizer(smollm2_file)
+    model.decode_in_8_bits()
+    tokens = torch.tensor([tokenizer.encode(" ".join(PROMPTS))])
+    cache = model.new_cache(1, tokens.shape[1])
+    with torch.no_grad():
+        found = torch.cat([model(token, cache=cache) for token in tokens.split(1, dim=1)], dim=1).log_softmax(-1)
+        exact = ours(tokens).log_softmax(-1)
+    kl = (exact.exp() * (exact - found)).sum(-1).mean()
+    assert 0 < kl < 0.02
