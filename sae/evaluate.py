@@ -25,7 +25,6 @@ from capture.store import Corpus, open_corpus
 from core.artifact import building, check_provenance, open_artifact
 from core.cli import Progress, StageConfig, run_stage
 from core.runtime import Runtime
-from llama3 import load_model, load_tokenizer
 from sae.accumulator import Accumulator, Covariance
 from sae.evaluating.bootstrap import groups_of
 from sae.evaluating.contenders import Contender, baselines, of_sae
@@ -33,7 +32,7 @@ from sae.evaluating.figures import Figure, described, figures_of, of_weights
 from sae.evaluating.pages import markdown, plot_densities
 from sae.evaluating.saebench import core_results
 from sae.evaluating.splicing import Spliced, losses
-from sae.evaluating.subject import Batch, Sample, Subject, batches, choose_sentences
+from sae.evaluating.subject import Batch, Sample, Subject, batches, choose_sentences, open_subject
 from sae.evaluating.weights import weight_figures
 from sae.model import SAE, load
 
@@ -83,7 +82,7 @@ class EvaluateConfig(StageConfig):
 def run(config: EvaluateConfig, runtime: Runtime) -> None:
     """Write the evaluation folder."""
     corpus = open_corpus(config.corpus)
-    subject = open_subject(config, runtime.device)
+    subject = open_subject(config.sae, config.model, runtime.device, config.batch_tokens, config.other_weights)
     saes = {name_of(config.sae, config.compare): subject.sae} | open_compared(config, subject.sae, runtime.device)
     provenance = {name: subject.sae.cfg.provenance.get(name) for name in ("model", "model_hash", "tokenizer_hash", "site")}
     provenance |= {"sae_hash": subject.sae.weights_hash, "corpus_hash": corpus.manifest_hash}
@@ -126,19 +125,6 @@ def name_of(path: Path, others: Sequence[Path]) -> str:
         if all(other[-n:] != parts[-n:] for other in rest):
             return "/".join(parts[-n:])
     return "/".join(parts)
-
-
-def open_subject(config: EvaluateConfig, device: torch.device) -> Subject:
-    """Load SAE, model and tokenizer; ValueError naming both values where they do not belong together."""
-    sae = load(config.sae, device)
-    tokenizer = load_tokenizer(config.model)
-    wanted = sae.cfg.provenance | {"d_model": sae.cfg.d_model}
-    check_provenance(f"--model {config.model}", wanted, {"tokenizer_hash": tokenizer.hash}, ["tokenizer_hash"])
-    model = load_model(config.model, device)
-    if not config.other_weights:
-        check_provenance(f"--model {config.model}", wanted, {"model_hash": model.weights_hash}, ["model_hash"])
-    check_provenance(f"--model {config.model}", wanted, {"d_model": model.width(sae.site)}, ["d_model"])
-    return Subject(sae, model, tokenizer, config.batch_tokens)
 
 
 def open_compared(config: EvaluateConfig, sae: SAE, device: torch.device) -> dict[str, SAE]:

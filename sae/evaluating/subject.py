@@ -6,15 +6,17 @@ Shapes: B sentences of a batch, T tokens of its longest, D width of the site.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from capture.store import Corpus
+from core.artifact import check_provenance
 from core.norms import row_norms
-from llama3 import Tokenizer, Transformer
-from sae.model import SAE
+from llama3 import Tokenizer, Transformer, load_model, load_tokenizer
+from sae.model import SAE, load
 from sae.split import held_out
 
 
@@ -42,6 +44,19 @@ class Subject:
         kept = real & (row_norms(x) <= self.max_norm)
         kept[:, : len(self.bos)] = False
         return kept
+
+
+def open_subject(path: Path, name: str, device: torch.device, batch_tokens: int, other_weights: bool = False) -> Subject:
+    """SAE, model and tokenizer; ValueError naming both values where they do not belong together."""
+    sae = load(path, device)
+    tokenizer = load_tokenizer(name)
+    wanted = sae.cfg.provenance | {"d_model": sae.cfg.d_model}
+    check_provenance(f"--model {name}", wanted, {"tokenizer_hash": tokenizer.hash}, ["tokenizer_hash"])
+    model = load_model(name, device)
+    if not other_weights:
+        check_provenance(f"--model {name}", wanted, {"model_hash": model.weights_hash}, ["model_hash"])
+    check_provenance(f"--model {name}", wanted, {"d_model": model.width(sae.site)}, ["d_model"])
+    return Subject(sae, model, tokenizer, batch_tokens)
 
 
 class Sample(NamedTuple):
