@@ -39,13 +39,16 @@ class Setup:
     dead_after: int = 10_000_000
     """Rows without firing after which a latent is dead."""
 
+    lr: float = 0.0
+    """Peak learning rate; 0: that of `sae.train`."""
+
     centre: Tensor | None = None
     """Mean of all rows that the library will see, [d]; None: the first batch's mean stands for it."""
 
     @property
     def hyperparameters(self) -> Hyperparameters:
-        """`sae.train` with no flag but the numbers of latents and k."""
-        return Hyperparameters(n_latents=self.n, k=self.k)
+        """`sae.train` with no flag but the numbers of latents and k, and the learning rate."""
+        return Hyperparameters(n_latents=self.n, k=self.k, lr=self.lr)
 
     def lr_at(self, step: int) -> float:
         """Our learning rate at `step`. The peaks of sparsify (Adam) and dictionary_learning are 2e-4 / sqrt(n / 16,384)."""

@@ -226,13 +226,30 @@ class Transformer(nn.Module):
         `mask` (B, T), bool, is False at padding, on whichever side; positions count real tokens only. With `cache`, `tokens`
         continue the sequences stored there. Raises ValueError where a sequence is longer than the context.
         """
-        hooks = self._hooks.current()
+        hooks = self._hooks.current()  # here and not in `hidden`: torch.compile breaks its graph where the hooks are read
         rope, attn_mask = self._positions(tokens, mask, cache)
         x = hooks.at("embed", self.tok_embeddings(tokens))
-        for i, layer in enumerate(self.layers):
-            x = layer(x, rope, attn_mask, cache and cache.layer(i), hooks.layer(i))
-        x = hooks.at("final_norm", self.norm(x))
+        x = self._layers_from(0, x, rope, attn_mask, cache, hooks)
         return cast(Tensor, self.output(x[:, -1:] if last_only else x))
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """What the head, `output`, reads: (B, T, D), for `tokens` (B, T) in causal order, which may be padded on the right."""
+        self._positions(tokens, None, None)  # refuses what is longer than the context
+        return self.resume(self._hooks.current().at("embed", self.tok_embeddings(tokens)), 0)
+
+    def resume(self, x: Tensor, layer: int) -> Tensor:
+        """`hidden` from layer `layer` on (0 to n_layers), given what enters it: `x` (B, T, D) of the first T positions.
+
+        Padding may stand on the right. Hooks act at the sites from there on.
+        """
+        return self._layers_from(layer, x, self._factors(slice(0, x.shape[1]), x.shape[1]), None, None, self._hooks.current())
+
+    def _layers_from(
+        self, first: int, x: Tensor, rope: Tensor, mask: Tensor | None, cache: KVCache | None, hooks: SiteHooks
+    ) -> Tensor:
+        for i in range(first, len(self.layers)):
+            x = self.layers[i](x, rope, mask, cache and cache.layer(i), hooks.layer(i))
+        return hooks.at("final_norm", self.norm(x))
 
     def _positions(self, tokens: Tensor, mask: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Tensor | None]:
         """RoPE factors for these tokens (see `as_factors`), and the folded attention mask if one is needed."""

@@ -56,6 +56,19 @@ def check_sites(sites: str | Iterable[str], n_layers: int) -> None:
         )
 
 
+def entry(site: str, n_layers: int) -> tuple[str, int]:
+    """The last place on the residual stream up to `site`, itself a site, and the layer that a pass resumes at from there.
+
+    A site on the residual stream is its own entry, so that its activation may be replaced and handed to `Transformer.resume`.
+    """
+    if site == "embed":
+        return site, 0
+    if site == "final_norm":
+        return f"layers.{n_layers - 1}.resid_post", n_layers
+    _, layer, name = site.split(".")
+    return (site, int(layer) + 1) if name == "resid_post" else (f"layers.{layer}.resid_pre", int(layer))
+
+
 class SiteHooks:
     """Hooks by site name, as one forward pass uses them: looked up once, so that the layers see plain Python objects."""
 

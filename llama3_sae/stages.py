@@ -22,6 +22,7 @@ STAGES = (
     Stage("sae.preprocess", "activations to batches in random order, with their statistics"),
     Stage("sae.train", "batches to a trained SAE"),
     Stage("sae.evaluate", "FVU, L0, dead latents and loss recovered on held-out sentences"),
+    Stage("sae.probe", "what a few latents know of labelled texts, and latents as alarms with error rates"),
     Stage("sae.adopt", "a published SAE, measured on its model, as one of ours"),
     Stage("sae.convert", "an SAE to and from the formats of other libraries"),
     Stage("sae.push", "an SAE to the Hugging Face Hub, with a model card"),

@@ -1,21 +1,17 @@
-"""Exact sums behind an evaluation, added up token by token and merged across lanes of work; no mean of means anywhere.
+"""Exact sums behind an evaluation, by group of documents, merged across lanes of work; no mean of means anywhere.
 
-Shapes: N tokens, d model width, n latents, K entries per token.
+Groups are there for the bootstrap (sae.evaluating.bootstrap): a resample weighs the groups and leaves the rest as it is.
+Shapes: N tokens, P predicted tokens, G groups, d model width, n latents, K entries per token.
 """
 
-import math
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from sae.model import Latents
-from sae.running_statistics import RunningStatistics
 
 COVARIANCE_ROWS = 4096  # at a time; each block costs one sum over [d, d]
-
-SPLICES = ("sae", "zero", "mean")
-"""What may stand in for x in the model: the reconstruction, zero, the mean."""
 
 
 @dataclass
@@ -54,73 +50,100 @@ class Covariance:
 
 @dataclass
 class Accumulator:
-    """Sums over the tokens seen so far."""
+    """Sums over the tokens seen so far: float64 or counts, the first dimension of each is G."""
 
-    statistics: RunningStatistics
-    """Of x."""
-    firing_counts: Tensor
-    """Tokens at which each latent fired: int64 [n]."""
-    l0_histogram: Tensor
-    """Tokens with 0, 1, ..., K active latents: int64 [K + 1]."""
+    n_groups: int
+    sums: dict[str, Tensor] = field(default_factory=dict)
     excluded: int = 0
     """Tokens left as they are and out of all sums over x, for their abnormal norm."""
-    targets: int = 0
-    """Tokens predicted, for cross-entropy and KL."""
-    sums: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def none(cls, d: int, n_latents: int, k: int) -> "Accumulator":
-        return cls(RunningStatistics.none(d), torch.zeros(n_latents, dtype=torch.long), torch.zeros(k + 1, dtype=torch.long))
+    def none(cls, d: int, n_latents: int, k: int, n_groups: int = 1) -> "Accumulator":
+        """For an SAE; `n_latents` 0: for what has no latents."""
+        sums = {"tokens": torch.zeros(n_groups, dtype=torch.long), "x": torch.zeros(n_groups, d, dtype=torch.float64)}
+        if n_latents:
+            sums["fired"] = torch.zeros(n_groups, n_latents, dtype=torch.int32)
+            sums["fired_sentences"] = torch.zeros(n_groups, n_latents, dtype=torch.int32)
+            sums["l0"] = torch.zeros(n_groups, k + 1, dtype=torch.int32)
+        return cls(n_groups, sums)
 
-    def add(self, name: str, values: Tensor) -> None:
-        """Add up `values`, in float64, under `name`."""
-        self.sums[name] = self.sums.get(name, 0.0) + float(values.double().sum())
+    def add(self, name: str, values: Tensor, groups: Tensor) -> None:
+        """Add up `values` [N, ...], in float64, under `name`; `groups` [N] int64."""
+        values = values.double().cpu()
+        into = self.sums.setdefault(name, torch.zeros(self.n_groups, *values.shape[1:], dtype=torch.float64))
+        into.index_add_(0, groups.cpu(), values)
 
-    def add_reconstruction(self, x: Tensor, x_hat: Tensor, latents: Latents) -> None:
-        """Take in tokens `x` [N, d], their reconstructions and their latents."""
+    def add_reconstruction(
+        self,
+        x: Tensor,
+        x_hat: Tensor,
+        latents: Latents | None = None,
+        groups: Tensor | None = None,
+        sentences: Tensor | None = None,
+    ) -> None:
+        """Take in tokens `x` [N, d], their reconstructions, and the latents, group and sentence of each (None: all in one)."""
+        groups = torch.zeros(len(x), dtype=torch.long) if groups is None else groups.cpu()
         x, x_hat = x.double(), x_hat.double()
-        dot, norm, norm_hat = (x * x_hat).sum(1), x.norm(dim=1), x_hat.norm(dim=1)
+        residual, dot, norm, norm_hat = (x - x_hat).square().sum(1), (x * x_hat).sum(1), x.norm(dim=1), x_hat.norm(dim=1)
+        spread = (x - x.mean(0)).square().sum(1) if len(x) else norm
+        self.sums["tokens"] += torch.bincount(groups, minlength=self.n_groups)
         tiny = torch.finfo(torch.float64).tiny
-        self.statistics.merge(RunningStatistics.of(x.cpu()))
-        self.add("residual", (x - x_hat).square())
-        self.add("dot", dot)
-        self.add("norm_hat_squared", norm_hat.square())
-        self.add("cosine", dot / (norm * norm_hat).clamp(min=tiny))
-        self.add("l2_ratio", norm_hat / norm.clamp(min=tiny))
-        active = latents.values > 0
-        self.firing_counts += torch.bincount(latents.indices[active], minlength=len(self.firing_counts)).cpu()
-        self.l0_histogram += torch.bincount(active.sum(1), minlength=len(self.l0_histogram)).cpu()
+        for name, values in {
+            "x": x,
+            "x_squared": norm.square(),
+            "norm": norm,
+            "norm_hat": norm_hat,
+            "residual": residual,
+            "dot": dot,
+            "norm_hat_squared": norm_hat.square(),
+            "cosine": dot / (norm * norm_hat).clamp(min=tiny),
+            "l2_ratio": norm_hat / norm.clamp(min=tiny),
+            "explained_legacy": torch.where(spread > 0, 1 - residual / spread, 0),
+            "tokens_legacy": spread > 0,
+        }.items():
+            self.add(name, values, groups)
+        if latents is not None:
+            self._add_latents(latents, groups, groups if sentences is None else sentences.cpu())
+
+    def _add_latents(self, latents: Latents, groups: Tensor, sentences: Tensor) -> None:
+        values, indices = latents.values.cpu(), latents.indices.cpu()
+        active = values > 0
+        self.add("l1", values.sum(1), groups)
+        group = groups[:, None].expand_as(indices)[active]
+        n_latents = self.sums["fired"].shape[1]
+        _count(self.sums["fired"], group * n_latents + indices[active])
+        _count(self.sums["l0"], groups * self.sums["l0"].shape[1] + active.sum(1))
+        # each latent once a sentence
+        pairs = torch.unique(sentences[:, None].expand_as(indices)[active] * n_latents + indices[active])
+        group_of = torch.zeros(int(sentences.max()) + 1 if len(sentences) else 1, dtype=torch.long)
+        group_of[sentences] = groups
+        _count(self.sums["fired_sentences"], group_of[pairs // n_latents] * n_latents + pairs % n_latents)
 
     def merge(self, other: "Accumulator") -> None:
-        self.statistics.merge(other.statistics)
-        self.firing_counts += other.firing_counts
-        self.l0_histogram += other.l0_histogram
         self.excluded += other.excluded
-        self.targets += other.targets
         for name, value in other.sums.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def total(self, name: str) -> Tensor:
+        """Over all groups."""
+        return self.sums[name].sum(0)
 
     @property
     def tokens(self) -> int:
-        return self.statistics.count
+        return int(self.total("tokens"))
 
-    def fvu(self, residual: str = "residual") -> float:
-        """Fraction of variance unexplained: `sum ||x - x_hat||^2 / sum ||x - mean(x)||^2`, the mean over all tokens."""
-        return _ratio(self.sums.get(residual, math.nan), float(self.statistics.m2.sum()))
+    @property
+    def firing_counts(self) -> Tensor:
+        """Tokens at which each latent fired, int64 [n]."""
+        return self.total("fired")
 
-    def mean(self, name: str, per: int) -> float:
-        return _ratio(self.sums.get(name, math.nan), per)
-
-    def l0_quantile(self, share: float) -> int:
-        """The smallest L0 that at least `share` of the tokens do not exceed."""
-        below = self.l0_histogram.cumsum(0)
-        return int(torch.searchsorted(below, math.ceil(share * int(below[-1]))))
-
-    def recovered(self, ablation: str) -> float:
-        """`(CE_ablated - CE_sae) / (CE_ablated - CE_clean)`: 1 is perfect, 0 as bad as the ablation."""
-        clean, sae, ablated = (self.sums.get(f"ce_{name}", math.nan) for name in ("clean", "sae", ablation))
-        return _ratio(ablated - sae, ablated - clean)
+    @property
+    def l0_histogram(self) -> Tensor:
+        """Tokens with 0, 1, ..., K active latents: int64 [K + 1]."""
+        return self.total("l0")
 
 
-def _ratio(a: float, b: float) -> float:
-    return a / b if b else math.nan
+def _count(counts: Tensor, places: Tensor) -> None:
+    """Add 1 to `counts` at each of the flat `places`."""
+    flat = counts.view(-1)
+    flat.index_add_(0, places, torch.ones_like(places, dtype=counts.dtype))

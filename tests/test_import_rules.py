@@ -31,7 +31,7 @@ ALLOWED = {
 """The table of DESIGN.md, section 1: beside itself, a package imports these modules and what lies below them."""
 ABOVE = ("llama3_sae", "demo", "scripts")
 """Packages on top of the stages: they may import one."""
-ABOVE_LLAMA3 = ("adopt.py", "adopting/", "card.py", "evaluate.py", "formats/hub.py", "push.py")
+ABOVE_LLAMA3 = ("adopt.py", "adopting/", "card.py", "evaluate.py", "evaluating/", "formats/hub.py", "push.py")
 ALSO: dict[str, tuple[str, ...]] = {f"sae/{name}": ("llama3",) for name in ABOVE_LLAMA3}
 ALSO["sae/streaming/"] = ("llama3", "capture")
 """By the beginning of a path: what runs the model, or asks the Hub, may import more."""

@@ -38,7 +38,7 @@ from interpretability.records import (
 from interpretability.report import BLOCK, REPORT_FILE, ReportConfig
 from interpretability.search import Neighbour, neighbours
 from sae.accumulator import Accumulator
-from sae.evaluation import figures
+from sae.evaluating.figures import DEFINITIONS, described, figures_of
 from sae.model import SAE, SAEConfig, load
 from tests.interp_folders import solo
 
@@ -276,13 +276,18 @@ def test_evaluation_is_read_in_the_form_that_it_is_written(folders: Path) -> Non
     with torch.no_grad():
         latents = sae.encode(x)
         accumulated.add_reconstruction(x, sae.decode(latents), latents)
-    written = figures(accumulated, sae.cfg, {"tokens": 5, "split": "all"})
-    assert written.keys() >= report.BARS.keys() | report.FIGURES.keys()
+    found = figures_of(accumulated, 0, 0)
+    written = described(found | {"fvu_pca": found["fvu"]}, accumulated, sae.cfg, {"tokens": 5, "split": "all"})
     (folders / "evaluation.json").write_text(json.dumps(written))
-    found = report.read_evaluation(folders / "evaluation.json")
-    assert found["conditions"] == "5 tokens, all"
-    assert found["values"]["fvu"] == pytest.approx(written["fvu"]["value"], rel=1e-3)
-    assert "kl" not in found["values"], "no model was run, so there is no KL"
+    read = report.read_evaluation(folders / "evaluation.json")
+    assert read["conditions"] == "5 tokens, all"
+    assert read["values"]["fvu"] == pytest.approx(written["fvu"]["value"], rel=1e-3)
+    assert [name for name, _ in read["fvu"]] == ["this SAE", "PCA"]
+    assert "kl" not in read["values"], "no model was run, so there is no KL"
+
+
+def test_every_figure_of_the_report_is_one_that_an_evaluation_has() -> None:
+    assert DEFINITIONS.keys() >= report.BARS.keys() | report.FIGURES.keys()
 
 
 @pytest.mark.parametrize("text", ["[1]", '{"fvu": 1}', "{"])

@@ -1,8 +1,6 @@
 """Evaluation on a tiny Llama, from text to figures, against sums written out sentence by sentence."""
 
 import json
-import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +12,10 @@ from capture import activations, sentences
 from capture.store import open_corpus
 from core.artifact import open_artifact, verify
 from llama3 import load_model, load_tokenizer
-from sae.accumulator import Accumulator, Covariance
+from sae.accumulator import Covariance
 from sae.batches import Batches
-from sae.evaluate import EvaluateConfig, Subject, batches, choose_sentences, run
-from sae.evaluation import markdown
+from sae.evaluate import EvaluateConfig, run
+from sae.evaluating.subject import Subject, batches, choose_sentences
 from sae.model import SAE, SAEConfig, load
 from sae.preprocess import PreprocessConfig
 from sae.preprocess import run as preprocess
@@ -137,6 +135,7 @@ def written_out(house: House, sae: SAE, ids: Tensor, bos: bool) -> dict[str, flo
     return {
         "fvu": float((X - H).square().sum() / (X - X.mean(0)).square().sum()),
         "l0": sum(l0) / len(l0),
+        "over_10_percent": float((fired > 0.1 * len(xs)).float().mean()),
         "dead_fraction": float((fired == 0).float().mean()),
         "cosine": float(torch.cosine_similarity(X, H).mean()),
         "l2_ratio": float((H.norm(dim=1) / X.norm(dim=1)).mean()),
@@ -158,7 +157,7 @@ def test_figures_equal_those_written_out(tmp_path: Path, bos: str) -> None:
     settings = config(house, tmp_path / "sae", tmp_path / "out", sentences=9)
     run(settings, ALONE)
     found = read(tmp_path / "out")
-    sample = choose_sentences(open_corpus(house.corpus), sae.cfg.provenance, settings)
+    sample = choose_sentences(open_corpus(house.corpus), [sae.cfg.provenance], 9, settings.seed)
     assert len(sample.evaluated) == 9
     expected = written_out(house, sae, sample.evaluated, bos == "feed")
     assert expected["excluded_tokens"] > 0
@@ -187,7 +186,8 @@ def test_baselines_stand_in_order_and_everything_is_written(house: House, tmp_pa
     run(config(house, tmp_path / "sae", tmp_path / "out"), ALONE)
     found, manifest = read(tmp_path / "out"), verify(tmp_path / "out")
     assert manifest.kind == "evaluation"
-    assert [record.name for record in manifest.files] == ["densities.png", "evaluation.json", "evaluation.md"]
+    names = ["compared.json", "core.json", "densities.png", "evaluation.json", "evaluation.md"]
+    assert [record.name for record in manifest.files] == names
     assert (tmp_path / "out" / "densities.png").read_bytes().startswith(b"\x89PNG")
     assert manifest.inputs[0] == open_artifact(tmp_path / "sae").as_input()
     assert 0 < found["fvu_pca"]["value"] < found["fvu_mean"]["value"] == pytest.approx(1, abs=0.1)
@@ -200,8 +200,8 @@ def test_baselines_stand_in_order_and_everything_is_written(house: House, tmp_pa
         assert conditions["split"] == "validation documents"
     assert found["l0"]["p10"] <= found["l0"]["value"] <= found["l0"]["p90"] <= 4
     page = (tmp_path / "out" / "evaluation.md").read_text()
-    assert page == markdown(found | {})
-    assert f"| fvu | {found['fvu']['value']:.4f} |" in page
+    low, high = found["fvu"]["interval"]
+    assert f"| fvu | {found['fvu']['value']:.4f} ({low:.4f} to {high:.4f}) |" in page
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     run(config(house, tmp_path / "sae", tmp_path / "out"), ALONE)
     assert before == {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
@@ -209,18 +209,23 @@ def test_baselines_stand_in_order_and_everything_is_written(house: House, tmp_pa
 
 def test_only_held_out_documents_are_evaluated(house: House, tmp_path: Path) -> None:
     sae, corpus = sae_of(house, tmp_path / "sae"), open_corpus(house.corpus)
-    settings = config(house, tmp_path / "sae", tmp_path / "out", sentences=0)
-    sample = choose_sentences(corpus, sae.cfg.provenance, settings)
+    trained_on = sae.cfg.provenance
+    sample = choose_sentences(corpus, [trained_on], 0, seed=0)
     assert held_out(corpus.document_ids(sample.evaluated), 0.3, 0).all()
     assert not held_out(corpus.document_ids(sample.fitted), 0.3, 0).any()
     every = held_out(corpus.document_ids(range(corpus.n_sentences)), 0.3, 0)
     assert len(sample.evaluated) == int(every.sum())
-    other = choose_sentences(corpus, sae.cfg.provenance | {"corpus_hash": "other"}, replace(settings, sentences=5))
+    other = choose_sentences(corpus, [trained_on | {"corpus_hash": "other"}], 5, seed=0)
     assert other.split == "all documents of another corpus"
     assert len(other.evaluated) == len(other.fitted) == 5
     assert not set(other.evaluated.tolist()) & set(other.fitted.tolist())
-    nothing = choose_sentences(corpus, sae.cfg.provenance | {"validation_fraction": 0.0}, settings)
+    nothing = choose_sentences(corpus, [trained_on | {"validation_fraction": 0.0}], 0, seed=0)
     assert nothing.split == "all documents of the training corpus"
+    both = choose_sentences(corpus, [trained_on, trained_on | {"split_seed": 1}], 0, seed=0)
+    ids = corpus.document_ids(both.evaluated)
+    assert held_out(ids, 0.3, 0).all(), "no SAE of a comparison was trained on what is evaluated"
+    assert held_out(ids, 0.3, 1).all()
+    assert 0 < len(both.evaluated) < len(sample.evaluated)
 
 
 def test_two_ranks_write_the_same_bytes(fork_server: ForkServer, house: House, tmp_path: Path) -> None:
@@ -232,8 +237,64 @@ def test_two_ranks_write_the_same_bytes(fork_server: ForkServer, house: House, t
     done = fork_server.ranks(2, "sae.evaluate", *flags, *more)
     assert done.returncode == 0, done.stderr
     assert "CE recovered" in done.stderr
-    for name in ("evaluation.json", "evaluation.md", "densities.png", "manifest.json"):
+    for name in ("evaluation.json", "compared.json", "core.json", "evaluation.md", "densities.png", "manifest.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+
+
+def test_saes_are_compared_on_the_same_tokens(house: House, tmp_path: Path) -> None:
+    """In one pass, a second SAE has the figures that it has alone; baselines have theirs in the model too."""
+    sae_of(house, tmp_path / "a" / "sae")
+    sae_of(house, tmp_path / "b" / "sae", exact=True)
+    both = tmp_path / "both"
+    run(config(house, tmp_path / "a" / "sae", both, compare=(tmp_path / "b" / "sae",), baseline_losses=True), ALONE)
+    run(config(house, tmp_path / "b" / "sae", tmp_path / "alone"), ALONE)
+    compared, alone = json.loads((both / "compared.json").read_text()), read(tmp_path / "alone")
+    assert list(compared) == ["b", "PCA, 4 components", "random SAE", "mean", "identity"]
+    for name, figure in compared["b"].items():
+        if name in alone:
+            assert figure == {key: alone[name][key] for key in ("value", "interval")}, name
+    assert compared["identity"]["explained_variance"]["value"] == compared["identity"]["ce_recovered"]["value"] == 1
+    assert compared["identity"]["kl"]["value"] == pytest.approx(0, abs=1e-6)
+    assert compared["mean"]["ce_recovered_mean"]["value"] == 0
+    assert compared["mean"]["ce_sae"] == compared["b"]["ce_mean"]
+    assert compared["PCA, 4 components"]["fvu"]["value"] == values(both)["fvu_pca"]
+    assert compared["random SAE"]["fvu"]["value"] == values(both)["fvu_random_sae"]
+    assert compared["PCA, 4 components"]["kl"]["value"] > 0.01
+    head = next(line for line in (both / "evaluation.md").read_text().splitlines() if line.startswith("| figure"))
+    assert head == "| figure | a | b | PCA, 4 components | random SAE | mean | identity |"
+
+
+def test_core_results_have_saebenchs_shape(house: House, tmp_path: Path) -> None:
+    sae_of(house, tmp_path / "sae")
+    run(config(house, tmp_path / "sae", tmp_path / "out"), ALONE)
+    core, ours = json.loads((tmp_path / "out" / "core.json").read_text()), values(tmp_path / "out")
+    assert core["eval_type_id"] == "core"
+    metrics = core["eval_result_metrics"]
+    assert metrics["model_performance_preservation"]["ce_loss_score"] == ours["ce_recovered"]
+    assert metrics["model_behavior_preservation"]["kl_div_score"] == pytest.approx(1 - ours["kl"] / ours["kl_zero"])
+    assert metrics["misc_metrics"]["frac_alive"] == 1 - ours["dead_fraction"]
+    assert None not in [value for category in metrics.values() for value in category.values()]
+    details = core["eval_result_details"]
+    assert [latent["index"] for latent in details] == list(range(64))
+    assert sum(latent["feature_density"] for latent in details) == pytest.approx(ours["l0"], rel=1e-3)
+    active = [latent["consistent_activation_heuristic"] for latent in details if latent["feature_density"] > 0]
+    assert min(active) >= 1
+    assert ours["over_1_percent"] == sum(latent["feature_density"] > 0.01 for latent in details) / 64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"site": "layers.0.resid_post"}, "site is 'layers.0.resid_post'"), ({"bos": "feed"}, "bos is 'feed'"), ({}, "twice")],
+)
+def test_saes_that_read_other_things_are_not_compared(
+    house: House, tmp_path: Path, change: dict[str, str], message: str
+) -> None:
+    sae_of(house, tmp_path / "a" / "sae")
+    sae_of(house, tmp_path / "b" / "sae", **change)
+    other = tmp_path / ("b" if change else "a") / "sae"
+    with pytest.raises(ValueError, match=f"--compare .*{message}"):
+        run(config(house, tmp_path / "a" / "sae", tmp_path / "out", compare=(other,)), ALONE)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -273,14 +334,14 @@ def test_batches_hold_every_token_once(house: House, tmp_path: Path) -> None:
     subject = Subject(sae, load_model(house.model), load_tokenizer(house.model), batch_tokens=60)
     texts = [*open_corpus(house.corpus).texts(range(40)), "", "x" * 500]
     found = []
-    for batch in batches(subject, texts):
+    for batch in batches(subject, texts, range(len(texts))):
         assert batch.tokens.numel() <= 60 or len(batch.tokens) == 1
-        found += [row[real].tolist() for row, real in zip(batch.tokens, batch.real, strict=True)]
-    expected = [subject.tokenizer.encode(text)[:20] for text in texts if text]
+        found += [(row[real].tolist(), int(i)) for row, real, i in zip(batch.tokens, batch.real, batch.groups, strict=True)]
+    expected = [(subject.tokenizer.encode(text)[:20], i) for i, text in enumerate(texts) if text]
     assert sorted(found) == sorted(expected)
 
 
-def test_covariance_and_quantiles() -> None:
+def test_covariance() -> None:
     x = 100 + torch.randn(6000, 4, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.tensor([3.0, 1, 2, 0.1]))
     covariance = Covariance.none(4)
     for part in x.split([10, 0, 4990, 1000]):
@@ -288,7 +349,3 @@ def test_covariance_and_quantiles() -> None:
     torch.testing.assert_close(covariance.m2 / 5999, x.double().T.cov(), rtol=1e-10, atol=1e-12)
     components = covariance.components(2).abs()
     assert components.argmax(0).tolist() == [0, 2]
-    accumulated = Accumulator.none(4, 3, 5)
-    accumulated.l0_histogram = torch.tensor([0, 1, 0, 6, 2, 1])
-    assert (accumulated.l0_quantile(0.1), accumulated.l0_quantile(0.5), accumulated.l0_quantile(0.9)) == (1, 3, 4)
-    assert math.isnan(accumulated.fvu())

@@ -1,0 +1,1 @@
+"""What `sae.evaluate` is made of."""

@@ -1,0 +1,1 @@
+"""What `sae.probe` is made of."""
