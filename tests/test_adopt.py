@@ -21,17 +21,19 @@ from interpretability.top_sentences import TopSentencesConfig
 from interpretability.top_sentences import run as find_top
 from llama3 import load_model, load_tokenizer
 from sae import adopt
-from sae.accumulator import Accumulator
 from sae.adopt import CAPTURE, AdoptConfig, run
 from sae.adopting import source
 from sae.adopting.candidates import Candidate, Convention, Reading, Rows, conventions, meant, shuffled, sites_of
 from sae.adopting.decision import Decision, Measured, Stated, Undecided, decide, table
 from sae.adopting.measuring import Losses, Reader, fit
 from sae.convert import dense_codes
-from sae.evaluate import Batch as EvaluatedBatch
-from sae.evaluate import EvaluateConfig, Subject, evaluate_batch
+from sae.evaluate import EvaluateConfig, evaluate_batch
 from sae.evaluate import run as evaluate
-from sae.evaluation import Baselines
+from sae.evaluating.bootstrap import whole
+from sae.evaluating.contenders import of_sae
+from sae.evaluating.figures import measures
+from sae.evaluating.subject import Batch as EvaluatedBatch
+from sae.evaluating.subject import Subject
 from sae.formats import FORMATS
 from sae.formats.plain import PLAIN
 from sae.model import SAE, load
@@ -377,20 +379,21 @@ def test_figures_are_those_of_an_evaluation(bos: str, reader: Reader) -> None:
     found = reader.rows([SITE], bos, "plain", 1000, 0)[SITE]
     batches = list(reader.batches(bos, "plain"))
     subject = Subject(sae, reader.model, reader.tokenizer, 4096)
-    sums = Accumulator.none(256, 1024, 16)
-    mean = torch.zeros(256)
-    rivals = Baselines(mean, torch.zeros(256, 1), sae)
+    contender = of_sae("SAE", sae)
+    sums = contender.sums(1)
     with torch.inference_mode():
         for tokens, counts in batches:
             real = counts.clone()
             real[:, : len(subject.bos)] = True
-            evaluate_batch(subject, EvaluatedBatch(tokens, real), rivals, sums)
+            groups = torch.zeros(len(tokens), dtype=torch.long)
+            evaluate_batch(subject, EvaluatedBatch(tokens, real, groups), [contender], torch.zeros(256), {"SAE": sums})
+    figures = measures(whole(sums.sums))
     ours = fit(sae, found.x)
-    assert ours.fvu == pytest.approx(sums.fvu(), rel=1e-4)
+    assert ours.fvu == pytest.approx(float(figures["fvu"]), rel=1e-4)
     losses = Losses(reader, batches)
     for _ in range(2):
         recovered = losses.recovered(sae, SITE, sae.cfg.provenance["max_norm"])
-        assert recovered == pytest.approx(sums.recovered("zero"), rel=1e-4)
+        assert recovered == pytest.approx(float(figures["ce_recovered"]), rel=1e-4)
     active = (dense_codes(sae, found.x) > 0).sum(1).float().mean()
     assert ours.l0 == pytest.approx(float(active))
 

@@ -154,7 +154,9 @@ class Once:
         ids, first = np.unique(rows["sentence_id"].to_numpy(), return_index=True)
         fresh = [int(at) for sentence_id, at in zip(ids.tolist(), first, strict=True) if sentence_id not in self._seen]
         self._seen.update(ids.tolist())
-        self._kept.append(rows.select(SHARED_SCHEMA.names).take(fresh))
+        self._kept.append(
+            rows.select(SHARED_SCHEMA.names).take(pa.array(fresh, pa.int64()))
+        )  # of an empty list Arrow knows no type
         return rows.select(COMPACT_SCHEMA.names)
 
     def table(self) -> pa.Table:

@@ -17,6 +17,8 @@ from llama3 import Message, Tokenizer, Transformer, encode_dialog
 from llama3.sites import LAYER_SITES, MODEL_SITES
 from sae.accumulator import Accumulator
 from sae.adopting.candidates import Rows
+from sae.evaluating.bootstrap import whole
+from sae.evaluating.figures import measures
 from sae.model import SAE
 
 MAX_NORM_RATIO = 10.0
@@ -130,9 +132,8 @@ def fit(sae: SAE, x: Tensor) -> Fit:
         rows = block.to(sae.W_enc.device)
         latents = sae.encode(rows)
         sums.add_reconstruction(rows, sae.decode(latents, sae.normalise(rows)), latents)
-    active = sums.l0_histogram
-    l0 = float((active * torch.arange(len(active))).sum() / active.sum())
-    return Fit(sums.fvu(), l0)
+    found = measures(whole(sums.sums))
+    return Fit(float(found["fvu"]), float(found["l0"]))
 
 
 class Losses:
