@@ -25,6 +25,7 @@ from interpretability.evidence.peaks import variety
 from interpretability.evidence.promoted import promoted_by
 from interpretability.evidence.raised import contexts_of, response_at
 from interpretability.evidence.selection import Hits, Ragged, Sentences, offsets_of
+from interpretability.evidence.tables import Once
 from interpretability.explain import ExplainConfig
 from interpretability.explain import run as run_explain
 from interpretability.records import (
@@ -654,3 +655,10 @@ def test_ngrams_against_the_formula() -> None:
     z = math.log((3 + a) / (n_here + 1000 - 3 - a)) - math.log((1 + a) / (n_rest + 1000 - 1 - a))
     assert found[0]["z"] == pytest.approx(z / math.sqrt(1 / (3 + a) + 1 / (1 + a)), abs=0.01)
     assert found[0]["count"] == 3
+
+
+def test_sentences_that_are_all_there_already_are_not_taken_again(top: Path) -> None:
+    rows = pq.read_table(top / "top_sentences.parquet")
+    once = Once()
+    assert once.taken_from(rows) == once.taken_from(rows)
+    assert once.table()["sentence_id"].to_pylist() == sorted(set(rows["sentence_id"].to_pylist()))
