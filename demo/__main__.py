@@ -26,8 +26,8 @@ from demo.showcase import showcase
 from inference.session import InferenceConfig
 from llama3.hub import locate
 
-DEFAULT_MODEL = "demo"
-"""What `make demo` shows: "smollm2" as soon as its SAE ships in demo/smollm2."""
+DEFAULT_MODEL = "smollm2"
+"""What `make demo` shows."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class DemoConfig:
     port: int = 7860
     """Port of the app on 127.0.0.1."""
     model: str = ""
-    """The model: a folder, a .gguf file, a Hub id, ollama:NAME, smollm2, or demo, the embedded one. Empty: the demo's default,
-    and the embedded one where that cannot be had."""
+    """The model: a folder, a .gguf file, a Hub id, ollama:NAME, smollm2, or demo, the embedded one. Empty: smollm2, and the
+    embedded one where that cannot be had."""
     source: str = ""
     """Text to use in place of the embedded corpus: a file, a folder, or nltk:NAME."""
     out: Path | None = None
@@ -55,7 +55,7 @@ class DemoConfig:
 
 def model_of(config: DemoConfig) -> str:
     """The model to run on. Where the default cannot be had, a line says why, and it is the embedded one."""
-    if config.model or config.quick or DEFAULT_MODEL == "demo":
+    if config.model or config.quick:
         return config.model or "demo"
     try:
         locate(DEFAULT_MODEL)
