@@ -142,8 +142,7 @@ def _again(config: CardConfig) -> list[str]:
     return [
         "## How to make it again",
         "",
-        "    python -m scripts.smollm2_written --texts 8000 --out written.jsonl",
-        f"    python -m scripts.smollm2_sae --texts CORPORA --written written.jsonl{site}",
+        f"    python -m scripts.smollm2_sae --texts CORPORA --max-units 24000{site}",
         f"    python -m scripts.smollm2_card{site}",
     ]
 

@@ -1,7 +1,8 @@
 """An SAE of SmolLM2 from documents to the folder that ships, as a chain of the real command lines.
 
-python -m scripts.smollm2_sae --texts CORPORA --written written.jsonl                         # into demo/smollm2
-python -m scripts.smollm2_sae --texts CORPORA --written written.jsonl --site layers.10.resid_post   # into the user's cache
+python -m scripts.smollm2_sae --texts CORPORA --max-units 24000                                 # into demo/smollm2
+python -m scripts.smollm2_sae --texts CORPORA --max-units 24000 --site layers.10.resid_post     # into the user's cache
+python -m scripts.smollm2_sae --texts CORPORA --written written.jsonl                           # with text that the model wrote
 
 Each command is printed before it runs; killed at any moment, the same command continues. What training reads lies in
 --work; what ships, in --out: `sae/` (int8), `top/`, `explanations/` and `steering/`. Maxima, densities and counts of a
@@ -16,7 +17,9 @@ from core.shipped import FOLDERS
 from demo.chain import Stage, run_all
 from llama3.smollm2 import NAME, cache_folder
 
-SHIPPED_SITE = "layers.19.resid_post"
+SHIPPED_SITE = "layers.15.resid_post"
+READINGS = "readings.json"
+"""In the folder that ships: titles that readers wrote (scripts.reading_sheets), of this very SAE."""
 LIMIT = 30 * 2**20
 """Bytes of all that ships together."""
 
@@ -27,7 +30,7 @@ class SAEPathConfig:
 
     texts: Path
     """Folder with the texts of others (scripts.smollm2_documents)."""
-    written: tuple[Path, ...]
+    written: tuple[Path, ...] = ()
     """Files of texts that the model wrote itself (scripts.smollm2_written)."""
     site: str = SHIPPED_SITE
     """Where activations are read."""
@@ -78,7 +81,8 @@ def _corpora(config: SAEPathConfig) -> list[Stage]:
 
 
 def _activations(config: SAEPathConfig) -> list[Stage]:
-    flags = ("--model", NAME, "--sites", config.site, *_threads(config))
+    chunk = ("--chunk-sentences", "128") if config.tokens else ()
+    flags = ("--model", NAME, "--sites", config.site, *chunk, *_threads(config))
     return [
         Stage(
             f"Run the model, keep {config.site}: {name}",
@@ -124,6 +128,8 @@ def _sae(config: SAEPathConfig) -> list[Stage]:
 
 def _features(config: SAEPathConfig) -> list[Stage]:
     folder, counted = config.folder, _of_site(config, "counted")
+    read = folder / READINGS
+    readings = ("--readings", str(read)) if read.is_file() else ()
     sae = ("--sae", str(folder / "sae"), "--model", NAME, "--aggregations", "max", *_threads(config))
     none = ("--n-level", "0", "--sample-sentences", "0", "--n-ngrams", "0", "--n-cofiring", "0")
     count = ("--n-sentences", "1", "--n-promoted", "0", *none)
@@ -137,7 +143,7 @@ def _features(config: SAEPathConfig) -> list[Stage]:
         Stage(
             "Explain each latent",
             "interpretability.explain run",
-            ("--top", str(top), *corpus, "--model", NAME),
+            ("--top", str(top), *corpus, "--model", NAME, *readings),
             folder / "explanations",
         ),
         Stage(

@@ -77,9 +77,11 @@ def test_the_demo_chains_every_stage_with_flags_that_exist(tmp_path: Path) -> No
             parse(configs[0], "", flags)
 
 
-def test_out_is_what_is_said(tmp_path: Path) -> None:
+def test_out_is_what_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "locate", lambda path: Path("x"))
     assert plan_of(DemoConfig(out=tmp_path, quick=True)).out == plan_of(DemoConfig(out=tmp_path)).out == tmp_path
-    assert plan_of(DemoConfig()).out == Path("runs/demo")
+    assert plan_of(DemoConfig()).out == Path("runs/smollm2")
+    assert plan_of(DemoConfig(model="demo")).out == Path("runs/demo")
     assert plan_of(DemoConfig(quick=True)).out == Path("runs/demo-quick")
     assert plan_of(DemoConfig(model="ollama:llama3.2:1b")).out == Path("runs/ollama-llama3.2-1b")
 
