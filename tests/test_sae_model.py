@@ -353,7 +353,7 @@ def test_the_site_is_that_of_the_provenance() -> None:
     cfg = SAEConfig(d_model=4, n_latents=8, k=2, provenance={"site": "layers.1.ffn_hidden"})
     assert SAE(cfg).site == "layers.1.ffn_hidden"
     for provenance in ({}, {"site": None}):
-        with pytest.raises(ValueError, match=r"site.* sae\.convert --activations"):
+        with pytest.raises(ValueError, match=r"site.* sae\.adopt.* --activations to sae\.convert"):
             _ = SAE(replace(cfg, provenance=provenance)).site
 
 

@@ -612,7 +612,7 @@ def test_an_sae_without_a_site_is_refused(folders: Folders, tmp_path: Path) -> N
     sae = load(folders.sae)
     del sae.cfg.provenance["site"]
     sae.save(tmp_path / "sae")
-    with pytest.raises(ValueError, match=r"site.* sae\.convert --activations"):
+    with pytest.raises(ValueError, match=r"site.* sae\.adopt.* --activations to sae\.convert"):
         run(config(folders._replace(sae=tmp_path / "sae"), tmp_path / "top"), solo())
 
 
